@@ -1,0 +1,243 @@
+//! The staging arena: KV blocks in shared memory, between an engine and its worker.
+//!
+//! An arena is one file of equal slots. The first `export_slots` are handed out by the engine, the
+//! others by the worker; a slot has one writer at a time, and passes from one process to the other by
+//! a message on the socket between them, never by what lies in the memory itself.
+#![allow(unsafe_code)] // Maps memory that another process maps too; each block says why it is sound.
+
+mod slots;
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use memmap2::{MmapOptions, MmapRaw};
+use serde::{Deserialize, Serialize};
+
+pub use slots::{ReserveError, ReservedSlot, SlotPool};
+
+/// One block's place in the arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Slot(pub u32);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ArenaLayout {
+    pub slot_bytes: u64,
+    /// Slots `0 .. export_slots` are the engine's to fill.
+    pub export_slots: u32,
+    /// The slots after them are the worker's to fill.
+    pub import_slots: u32,
+}
+
+impl ArenaLayout {
+    pub fn total_slots(&self) -> u32 {
+        self.export_slots.saturating_add(self.import_slots)
+    }
+
+    pub fn is_export(&self, slot: Slot) -> bool {
+        slot.0 < self.export_slots
+    }
+
+    pub fn is_import(&self, slot: Slot) -> bool {
+        !self.is_export(slot) && slot.0 < self.total_slots()
+    }
+
+    fn total_bytes(&self) -> Option<usize> {
+        let bytes = self.slot_bytes.checked_mul(u64::from(self.total_slots()))?;
+        usize::try_from(bytes).ok().filter(|bytes| *bytes > 0)
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ArenaError {
+    #[error("an arena of {export_slots} + {import_slots} slots of {slot_bytes} bytes cannot be: {reason}", 
+        export_slots = layout.export_slots, import_slots = layout.import_slots, slot_bytes = layout.slot_bytes)]
+    Layout { layout: ArenaLayout, reason: &'static str },
+    #[error("cannot {action} the arena {path}: {source}", path = path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("slot {slot} is not in an arena of {slots} slots", slot = slot.0)]
+    NoSuchSlot { slot: Slot, slots: u32 },
+    #[error("{offset} + {len} bytes do not fit a slot of {slot_bytes} bytes")]
+    OutOfSlot { offset: u64, len: u64, slot_bytes: u64 },
+}
+
+/// A mapped arena. Clones share the mapping; the file goes when its creator's last clone does.
+#[derive(Clone, Debug)]
+pub struct Arena {
+    shared: Arc<Mapping>,
+}
+
+#[derive(Debug)]
+struct Mapping {
+    map: MmapRaw,
+    path: PathBuf,
+    layout: ArenaLayout,
+    remove_on_drop: bool,
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.remove_on_drop {
+            // Somebody else may have tidied up already.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Arena {
+    /// Makes the file, readable by its owner only, and touches every page, so that no handoff pays for
+    /// a first touch.
+    pub fn create(path: &Path, layout: ArenaLayout) -> Result<Self, ArenaError> {
+        let io = |action| move |source| ArenaError::Io { action, path: path.to_owned(), source };
+        let bytes = layout
+            .total_bytes()
+            .ok_or(ArenaError::Layout { layout, reason: "it is empty or too large" })?;
+
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(true).create_new(true);
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let file = options.open(path).map_err(io("create"))?;
+        let allocated = file
+            .set_len(bytes as u64)
+            .and_then(|()| MmapOptions::new().len(bytes).populate().map_raw(&file))
+            .map_err(io("map"));
+        match allocated {
+            Ok(map) => Ok(Self {
+                shared: Arc::new(Mapping {
+                    map,
+                    path: path.to_owned(),
+                    layout,
+                    remove_on_drop: true,
+                }),
+            }),
+            Err(error) => {
+                let _ = fs::remove_file(path);
+                Err(error)
+            }
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.shared.path
+    }
+
+    pub fn layout(&self) -> ArenaLayout {
+        self.shared.layout
+    }
+
+    /// Copies `bytes` into a slot.
+    pub fn write(&self, slot: Slot, offset: u64, bytes: &[u8]) -> Result<(), ArenaError> {
+        let start = self.locate(slot, offset, bytes.len() as u64)?;
+        // SAFETY: `locate` checked that the range lies in the mapping, and `bytes` is a Rust borrow of
+        // other memory. That nobody else writes the slot meanwhile is the arena's protocol; should a
+        // broken engine do it all the same, the bytes are garbage and their checksum says so.
+        unsafe {
+            let target = self.shared.map.as_mut_ptr().add(start);
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len());
+        }
+        Ok(())
+    }
+
+    /// The first `len` bytes of a slot, without a copy. Whoever holds the view sees to it that the
+    /// slot is not given back before the view is gone.
+    pub fn view(&self, slot: Slot, len: u64) -> Result<SlotView, ArenaError> {
+        let start = self.locate(slot, 0, len)?;
+        let len = usize::try_from(len).map_err(|_| self.out_of_slot(0, len))?;
+        Ok(SlotView { arena: self.clone(), start, len })
+    }
+
+    fn locate(&self, slot: Slot, offset: u64, len: u64) -> Result<usize, ArenaError> {
+        let layout = self.shared.layout;
+        if slot.0 >= layout.total_slots() {
+            return Err(ArenaError::NoSuchSlot { slot, slots: layout.total_slots() });
+        }
+        if offset.checked_add(len).is_none_or(|end| end > layout.slot_bytes) {
+            return Err(self.out_of_slot(offset, len));
+        }
+        usize::try_from(u64::from(slot.0) * layout.slot_bytes + offset)
+            .map_err(|_| self.out_of_slot(offset, len))
+    }
+
+    fn out_of_slot(&self, offset: u64, len: u64) -> ArenaError {
+        ArenaError::OutOfSlot { offset, len, slot_bytes: self.shared.layout.slot_bytes }
+    }
+}
+
+/// Bytes of one slot, borrowed from the mapping.
+#[derive(Clone, Debug)]
+pub struct SlotView {
+    arena: Arena,
+    start: usize,
+    len: usize,
+}
+
+impl SlotView {
+    /// For senders that take `Bytes`; nothing is copied.
+    pub fn into_bytes(self) -> Bytes {
+        Bytes::from_owner(self)
+    }
+}
+
+impl AsRef<[u8]> for SlotView {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: `view` checked the range, and the mapping lives as long as `self.arena`. The slot's
+        // holder does not write while it is lent (see the module's head); a broken engine that does
+        // can only change the bytes' values, which a checksum over them then shows.
+        unsafe {
+            std::slice::from_raw_parts(self.arena.shared.map.as_ptr().add(self.start), self.len)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arena(dir: &tempfile::TempDir) -> Arena {
+        let layout = ArenaLayout { slot_bytes: 64, export_slots: 2, import_slots: 3 };
+        Arena::create(&dir.path().join("arena"), layout).unwrap()
+    }
+
+    #[test]
+    fn what_is_written_is_viewed_and_the_file_goes_with_the_arena() {
+        let dir = tempfile::tempdir().unwrap();
+        let arena = arena(&dir);
+        arena.write(Slot(4), 8, b"kv").unwrap();
+        let view = arena.view(Slot(4), 10).unwrap();
+        assert_eq!(&view.as_ref()[8..], b"kv");
+        assert_eq!(fs::read(arena.path()).unwrap()[4 * 64 + 8..][..2], *b"kv");
+
+        let path = arena.path().to_owned();
+        let bytes = view.into_bytes();
+        drop(arena);
+        assert!(path.exists(), "a view keeps the mapping");
+        drop(bytes);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_slot_ends_where_the_next_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let arena = arena(&dir);
+        assert!(matches!(arena.write(Slot(5), 0, b"x"), Err(ArenaError::NoSuchSlot { .. })));
+        assert!(matches!(arena.write(Slot(0), 64, b"x"), Err(ArenaError::OutOfSlot { .. })));
+        assert!(matches!(arena.write(Slot(0), u64::MAX, b"x"), Err(ArenaError::OutOfSlot { .. })));
+        assert!(matches!(arena.view(Slot(0), 65), Err(ArenaError::OutOfSlot { .. })));
+    }
+
+    #[test]
+    fn an_arena_has_slots_and_a_file_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = arena(&dir);
+        let again = Arena::create(first.path(), first.layout());
+        assert!(matches!(again, Err(ArenaError::Io { action: "create", .. })));
+        let empty = ArenaLayout { slot_bytes: 64, export_slots: 0, import_slots: 0 };
+        let empty = Arena::create(&dir.path().join("empty"), empty);
+        assert!(matches!(empty, Err(ArenaError::Layout { .. })));
+    }
+}

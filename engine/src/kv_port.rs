@@ -1,0 +1,91 @@
+use baton_arena::Slot;
+use baton_types::{Compatibility, Generation, HandoffId, PromptDigest};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+/// One life of an engine's KV side: how blocks get in and out of it.
+///
+/// Blocks pass through the staging arena. The engine owns the arena's export slots: it fills one,
+/// names it in [`FromEngine::Exported`], and may use it again after [`ToEngine::Release`]. The worker
+/// owns the import slots: it fills them, names them in [`ToEngine::Load`], and has them back with
+/// [`FromEngine::Loaded`].
+#[derive(Debug)]
+pub struct KvPort {
+    pub compatibility: Compatibility,
+    pub arena: baton_arena::Arena,
+    /// Ends when the engine's KV side goes away.
+    pub from_engine: mpsc::Receiver<FromEngine>,
+    pub to_engine: mpsc::Sender<ToEngine>,
+}
+
+/// One whole block of KV, all layers together, in a slot of the arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockInSlot {
+    /// Position in the prompt: block `index` holds tokens `index * block_size_tokens ..`.
+    pub index: u32,
+    pub slot: Slot,
+}
+
+/// What the engine's KV side tells. As JSON this is also the vLLM connector's protocol.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum FromEngine {
+    /// Producer: these blocks are computed and lie in the arena.
+    Exported { handoff: HandoffId, generation: Generation, blocks: Vec<BlockInSlot> },
+    /// Producer: that was all of the prompt.
+    Sealed {
+        handoff: HandoffId,
+        generation: Generation,
+        prompt_tokens: u32,
+        #[serde(with = "hex_digest")]
+        prompt_digest: PromptDigest,
+        /// Prompt tokens that the producer itself found in its prefix cache.
+        cached_tokens: u32,
+    },
+    /// Consumer: has room for the prompt and wants its blocks from `first_block` on.
+    Subscribe {
+        handoff: HandoffId,
+        generation: Generation,
+        prompt_tokens: u32,
+        #[serde(with = "hex_digest")]
+        prompt_digest: PromptDigest,
+        /// Blocks before it are in the engine's own prefix cache.
+        first_block: u32,
+    },
+    /// Consumer: holds the whole prompt already; nothing need be sent.
+    NotNeeded { handoff: HandoffId, generation: Generation },
+    /// Consumer: these slots were copied into the paged cache.
+    Loaded { handoff: HandoffId, generation: Generation, slots: Vec<Slot> },
+    /// Either side: the request is gone. Of a producer, its remaining exports are void.
+    Aborted { handoff: HandoffId, generation: Generation },
+}
+
+/// What the engine's KV side is told. As JSON this is also the vLLM connector's protocol.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ToEngine {
+    /// Consumer: these verified blocks lie in the arena: copy them in and answer `Loaded`. Decode
+    /// must not start before `Complete`.
+    Load { handoff: HandoffId, generation: Generation, blocks: Vec<BlockInSlot> },
+    /// Consumer: all blocks were given by `Load`, and the seal agrees with them.
+    Complete { handoff: HandoffId, generation: Generation },
+    /// Consumer: the KV will not come; fail the request.
+    Failed { handoff: HandoffId, generation: Generation, reason: String },
+    /// Producer: these export slots are free again.
+    Release { slots: Vec<Slot> },
+    /// Producer: nobody wants this handoff any more; export no more of it.
+    Cancel { handoff: HandoffId, generation: Generation },
+}
+
+mod hex_digest {
+    use baton_types::PromptDigest;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(digest: &PromptDigest, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(digest)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<PromptDigest, D::Error> {
+        String::deserialize(d)?.parse().map_err(D::Error::custom)
+    }
+}

@@ -1,0 +1,7 @@
+//! What a worker drives, behind one narrow trait: a real vLLM, or the embedded engine.
+
+mod contract;
+mod kv_port;
+
+pub use contract::{Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest};
+pub use kv_port::{BlockInSlot, FromEngine, KvPort, ToEngine};

@@ -1,0 +1,154 @@
+use async_trait::async_trait;
+use baton_arena::SlotView;
+use baton_types::{Epoch, HandoffKey, PromptDigest};
+use tokio::sync::mpsc;
+
+/// A way for KV blocks from one worker's arena to another's. One object serves both directions: it
+/// pulls for this worker's decodes, and answers other workers' pulls from the [`Exports`] that it was
+/// made with.
+#[async_trait]
+pub trait Channel: Send + Sync + 'static {
+    /// Takes over one handoff: subscribes at the peer, places each block through the sink, verifies
+    /// every block and the seal over all of them, acknowledges. Dropping the future tells the peer
+    /// that the handoff is void.
+    async fn pull(
+        &self,
+        peer: &PeerAddress,
+        subscription: Subscription,
+        sink: &mut dyn BlockSink,
+    ) -> Result<Pulled, TransferError>;
+
+    /// The name by which users choose it: `quic`.
+    fn transport(&self) -> &'static str;
+}
+
+/// Where a consumer finds a producer, and how it knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerAddress {
+    pub worker_name: String,
+    /// `host:port`.
+    pub address: String,
+    /// SHA-256 of the certificate that the peer must present.
+    pub certificate_fingerprint: [u8; 32],
+}
+
+/// What a consumer asks a producer for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subscription {
+    pub handoff: HandoffKey,
+    pub consumer_epoch: Epoch,
+    /// Digest of what both engines must share.
+    pub compatibility: [u8; 32],
+    /// Blocks before it are not wanted: the consumer has them.
+    pub first_block: u32,
+    pub prompt_tokens: u32,
+    pub prompt_digest: PromptDigest,
+}
+
+/// The producer's last word on a handoff.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seal {
+    /// Blocks of the whole prompt, those before `first_block` included.
+    pub prompt_blocks: u32,
+    pub prompt_tokens: u32,
+    pub prompt_digest: PromptDigest,
+    /// Prompt tokens that the producer found in its own prefix cache.
+    pub cached_tokens: u32,
+}
+
+/// Where a consumer's blocks go.
+#[async_trait]
+pub trait BlockSink: Send {
+    /// Copies one block into a slot of its own, waiting for a free one: this is what slows a sender
+    /// down. Answers a view of the bytes *where they now lie*, over which the checksum is taken.
+    async fn place(&mut self, index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError>;
+
+    /// The block that was placed last is what the producer sent.
+    async fn verified(&mut self, index: u32) -> Result<(), TransferError>;
+}
+
+/// What was pulled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pulled {
+    pub seal: Seal,
+    pub blocks: u32,
+    pub bytes: u64,
+}
+
+/// The producing side's store of what may be pulled.
+pub trait Exports: Send + Sync + 'static {
+    /// Opens a handoff for its consumer, once. `peer` is the SHA-256 of the certificate that the
+    /// consumer presented.
+    fn attach(&self, subscription: &Subscription, peer: [u8; 32]) -> Result<ExportStream, Refusal>;
+}
+
+/// The blocks of one handoff, in the order in which they become ready, then its seal. The channel
+/// drops it when the consumer has acknowledged, given up or gone.
+#[derive(Debug)]
+pub struct ExportStream {
+    pub items: mpsc::Receiver<Exported>,
+    /// Told once how it ended for the consumer: `Ok` after the consumer's acknowledgement.
+    pub outcome: tokio::sync::oneshot::Sender<Result<(), TransferError>>,
+}
+
+#[derive(Debug)]
+pub enum Exported {
+    Block {
+        index: u32,
+        /// CRC-64/NVME over the block's bytes, taken when the engine exported it.
+        crc: u64,
+        bytes: bytes::Bytes,
+    },
+    Sealed(Seal),
+    /// The producer's engine gave up.
+    Aborted,
+}
+
+/// Why a producer does not open a handoff.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("no such handoff here")]
+    UnknownHandoff,
+    #[error("the handoff was of another epoch of this engine")]
+    WrongEpoch,
+    #[error("the handoff is of another generation")]
+    WrongGeneration,
+    #[error("the handoff is meant for another worker")]
+    WrongPeer,
+    #[error("the handoff was taken already")]
+    AlreadyTaken,
+    #[error("the two engines' KV is not compatible")]
+    Incompatible,
+    #[error("the handoff's prompt is another")]
+    WrongPrompt,
+    #[error("the handoff was aborted")]
+    Aborted,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    #[error("cannot reach {worker} at {address}: {reason}")]
+    Unreachable { worker: String, address: String, reason: String },
+    #[error("{worker} presented a certificate that is not the one it registered")]
+    WrongCertificate { worker: String },
+    #[error("the peer speaks transfer protocol {theirs}, this worker {ours}")]
+    Version { ours: u32, theirs: u32 },
+    #[error("the peer refused: {0}")]
+    Refused(Refusal),
+    #[error("the peer broke off: {0}")]
+    BrokeOff(String),
+    #[error("the peer sent what the protocol does not allow: {0}")]
+    Protocol(String),
+    #[error("block {index} arrived with CRC {found:016x}, sent with {expected:016x}")]
+    Corrupt { index: u32, expected: u64, found: u64 },
+    #[error("block {index} arrived, expected one of {expected}")]
+    UnexpectedBlock { index: u32, expected: String },
+    #[error("the seal names {sealed} of {field}, {found} arrived")]
+    SealMismatch { field: &'static str, sealed: String, found: String },
+    #[error("nothing moved for {seconds} s")]
+    Stalled { seconds: u32 },
+    #[error("this worker has no room: {0}")]
+    NoRoom(String),
+    #[error("the handoff was given up here")]
+    Cancelled,
+}
