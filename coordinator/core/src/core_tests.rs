@@ -1,0 +1,396 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use baton_types::Epoch;
+use proptest::prelude::*;
+
+use super::*;
+use crate::{AggregatedReason, HandoffMode};
+
+const NOW: Duration = Duration::from_secs(1);
+const FENCED: HandoffMode = HandoffMode::Fenced { compatibility: [1; 32] };
+
+fn worker(name: &str, role: Role) -> WorkerDescription {
+    WorkerDescription {
+        name: name.into(),
+        epoch: Epoch::from_u128(1),
+        role,
+        models: vec!["m".into()],
+        handoff: FENCED,
+    }
+}
+
+fn shape() -> RequestShape {
+    RequestShape { model: Some("m".into()), ..RequestShape::default() }
+}
+
+struct Fixture {
+    core: Core,
+    actions: Vec<Action>,
+}
+
+impl Fixture {
+    fn new(workers: impl IntoIterator<Item = WorkerDescription>) -> (Self, Vec<WorkerKey>) {
+        let mut fixture = Self { core: Core::new(Settings::default()), actions: Vec::new() };
+        let keys = workers.into_iter().map(|worker| fixture.attach(worker)).collect();
+        (fixture, keys)
+    }
+
+    fn attach(&mut self, description: WorkerDescription) -> WorkerKey {
+        self.core.attach(description, NOW, &mut self.actions)
+    }
+
+    fn arrive(&mut self, shape: RequestShape) -> (RequestKey, Vec<Action>) {
+        let key = self.core.arrive(shape, HandoffId::from_u128(7), NOW, &mut self.actions);
+        (key, self.taken())
+    }
+
+    fn handle(&mut self, event: Event) -> Vec<Action> {
+        self.core.handle(event, NOW, &mut self.actions);
+        self.taken()
+    }
+
+    fn taken(&mut self) -> Vec<Action> {
+        self.core.check_invariants();
+        std::mem::take(&mut self.actions)
+    }
+
+    fn jobs_running(&self) -> Vec<u32> {
+        self.core.workers().map(|worker| worker.jobs_running).collect()
+    }
+}
+
+fn started(actions: &[Action]) -> Vec<(WorkerKey, JobId, Leg, Option<HandoffPlan>)> {
+    let start = |action: &Action| match *action {
+        Action::Start { worker, job, leg, handoff, .. } => Some((worker, job, leg, handoff)),
+        _ => None,
+    };
+    actions.iter().filter_map(start).collect()
+}
+
+fn failed(job: JobId, origin: Origin) -> Event {
+    Event::LegFailed { job, fault: Fault::new(origin, FaultKind::Failed, "x") }
+}
+
+#[test]
+fn both_legs_start_together_under_one_fence() {
+    let (mut f, keys) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    let (request, actions) = f.arrive(shape());
+    let [(p, prefill, Leg::Prefill, plan_p), (d, decode, Leg::Decode, plan_d)] =
+        started(&actions)[..]
+    else {
+        panic!("{actions:?}")
+    };
+    assert_eq!((p, d), (keys[0], keys[1]));
+    let fenced =
+        |peer| HandoffPlan::Fenced { id: HandoffId::from_u128(7), generation: Generation(0), peer };
+    assert_eq!((plan_p, plan_d), (Some(fenced(d)), Some(fenced(p))));
+
+    assert_eq!(f.handle(Event::PrefillDone { job: prefill }), []);
+    assert_eq!(f.jobs_running(), [0, 1], "a prefill that is through is no load");
+    let route = Route::Disaggregated { prefill: p, decode: d, by_engine: false };
+    assert_eq!(
+        f.handle(Event::Answered { job: decode }),
+        [Action::Cancel { worker: p, job: prefill }, Action::Relay { request, job: decode, route }]
+    );
+    assert_eq!(f.handle(Event::Ended { job: decode }), [Action::Finish { request }]);
+    assert_eq!((f.core.requests_open(), f.jobs_running()), (0, vec![0, 0]));
+}
+
+#[test]
+fn an_engines_own_handoff_is_one_leg_after_the_other() {
+    let own = |name, role| WorkerDescription { handoff: HandoffMode::Engine, ..worker(name, role) };
+    let (mut f, keys) = Fixture::new([own("p", Role::Prefill), own("d", Role::Decode)]);
+    let (_, actions) = f.arrive(shape());
+    let [(_, prefill, Leg::Prefill, _)] = started(&actions)[..] else { panic!("{actions:?}") };
+    let actions = f.handle(Event::PrefillDone { job: prefill });
+    let [(d, _, Leg::Decode, plan)] = started(&actions)[..] else { panic!("{actions:?}") };
+    assert_eq!((d, plan), (keys[1], Some(HandoffPlan::Engine { prefill: Some(prefill) })));
+}
+
+#[test]
+fn what_cannot_be_split_says_why() {
+    use AggregatedReason::*;
+    let route = |workers: &[(&str, Role, u8)], shape: RequestShape| {
+        let (mut f, keys) = Fixture::new(workers.iter().map(|(name, role, c)| WorkerDescription {
+            handoff: HandoffMode::Fenced { compatibility: [*c; 32] },
+            ..worker(name, *role)
+        }));
+        let (_, actions) = f.arrive(shape);
+        let [(on, job, Leg::Aggregated, None)] = started(&actions)[..] else {
+            panic!("{actions:?}")
+        };
+        let relay = f.handle(Event::Answered { job });
+        let [Action::Relay { route: Route::Aggregated { worker, reason }, .. }] = relay[..] else {
+            panic!("{relay:?}")
+        };
+        assert_eq!(worker, on);
+        (keys.iter().position(|key| *key == on).unwrap(), reason)
+    };
+    let (p, d) = (("p", Role::Prefill, 0), ("d", Role::Decode, 0));
+    let one_token = RequestShape { max_output_tokens: Some(1), ..shape() };
+    let several = RequestShape { unsplittable: Some("n"), ..shape() };
+    assert_eq!(route(&[p, d], one_token), (0, OneToken));
+    assert_eq!(route(&[p, d], several), (1, Unsplittable("n")));
+    assert_eq!(route(&[d], shape()), (0, NoPrefillWorker));
+    assert_eq!(route(&[p], shape()), (0, NoDecodeWorker));
+    assert_eq!(route(&[p, ("d", Role::Decode, 9)], shape()), (1, NoCompatiblePair));
+}
+
+#[test]
+fn only_workers_that_fit_hand_over_to_each_other() {
+    let other = |name, role| WorkerDescription {
+        handoff: HandoffMode::Fenced { compatibility: [2; 32] },
+        ..worker(name, role)
+    };
+    let (mut f, keys) = Fixture::new([
+        worker("p1", Role::Prefill),
+        other("p2", Role::Prefill),
+        other("d2", Role::Decode),
+    ]);
+    for _ in 0..4 {
+        let (_, actions) = f.arrive(shape());
+        let legs = started(&actions);
+        assert_eq!((legs[0].0, legs[1].0), (keys[1], keys[2]));
+    }
+}
+
+#[test]
+fn an_unknown_model_is_not_a_missing_worker() {
+    let (mut f, _) = Fixture::new([]);
+    let (request, actions) = f.arrive(shape());
+    assert_eq!(actions, [Action::Reject { request, rejection: Rejection::NoWorker }]);
+    f.attach(worker("p", Role::Prefill));
+    let (request, actions) = f.arrive(RequestShape { model: Some("x".into()), ..shape() });
+    let rejection = Rejection::UnknownModel { model: "x".into() };
+    assert_eq!(actions, [Action::Reject { request, rejection }]);
+}
+
+#[test]
+fn a_leg_that_fails_is_tried_once_more_elsewhere_under_a_new_fence() {
+    let (mut f, keys) = Fixture::new([
+        worker("p1", Role::Prefill),
+        worker("p2", Role::Prefill),
+        worker("d1", Role::Decode),
+        worker("d2", Role::Decode),
+    ]);
+    let (request, actions) = f.arrive(shape());
+    let first = started(&actions);
+    let actions = f.handle(failed(first[0].1, Origin::Engine));
+    assert_eq!(actions[0], Action::Cancel { worker: first[1].0, job: first[1].1 });
+    let second = started(&actions);
+    assert_eq!(second[0].0, keys[1], "not the worker that failed");
+    let Some(HandoffPlan::Fenced { generation, .. }) = second[0].3 else { panic!() };
+    assert_eq!(generation, Generation(1));
+
+    // What the first attempt still says is not heard.
+    assert_eq!(f.handle(Event::Answered { job: first[1].1 }), []);
+    let fault = Fault::new(Origin::Handoff, FaultKind::Corrupt, "y");
+    let actions = f.handle(Event::LegFailed { job: second[1].1, fault: fault.clone() });
+    let rejection = Rejection::LegFailed { leg: Leg::Decode, fault };
+    assert_eq!(actions.last(), Some(&Action::Reject { request, rejection }));
+    assert_eq!(f.jobs_running(), [0, 0, 0, 0]);
+}
+
+#[test]
+fn the_only_worker_of_its_pool_is_tried_again() {
+    let (mut f, keys) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    let (_, actions) = f.arrive(shape());
+    let actions = f.handle(failed(started(&actions)[0].1, Origin::Engine));
+    assert_eq!(started(&actions)[0].0, keys[0]);
+}
+
+#[test]
+fn an_engines_refusal_on_either_leg_is_the_answer() {
+    for leg in [0, 1] {
+        let (mut f, _) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+        let (request, actions) = f.arrive(shape());
+        let legs = started(&actions);
+        let (job, other) = (legs[leg].1, legs[1 - leg]);
+        let actions = f.handle(Event::Answered { job });
+        assert_eq!(actions[0], Action::Cancel { worker: other.0, job: other.1 });
+        assert!(matches!(actions[1], Action::Relay { job: relayed, .. } if relayed == job));
+        assert_eq!(f.handle(Event::Ended { job }), [Action::Finish { request }]);
+    }
+}
+
+#[test]
+fn a_worker_that_goes_fails_its_legs_and_an_answer_that_has_begun_breaks_off() {
+    let (mut f, keys) = Fixture::new([
+        worker("p", Role::Prefill),
+        worker("d1", Role::Decode),
+        worker("d2", Role::Decode),
+    ]);
+    let (begun, actions) = f.arrive(shape());
+    let begun_legs = started(&actions);
+    f.handle(Event::Answered { job: begun_legs[1].1 });
+    let (waiting, actions) = f.arrive(shape());
+    let waiting_legs = started(&actions);
+    assert_ne!(begun_legs[1].0, waiting_legs[1].0);
+
+    let actions = f.handle(Event::WorkerLost { worker: keys[1] });
+    assert!(matches!(&actions[..], [Action::BreakOff { request, .. }] if *request == begun));
+    let actions = f.handle(Event::WorkerLost { worker: keys[2] });
+    let again = started(&actions);
+    let [(on, job, Leg::Aggregated, None)] = again[..] else { panic!("{actions:?}") };
+    assert_eq!(on, keys[0], "no decode worker is left: prefill does it all");
+    assert!(matches!(
+        f.handle(Event::Answered { job })[0],
+        Action::Relay { request, .. } if request == waiting
+    ));
+}
+
+#[test]
+fn a_worker_of_the_same_name_takes_the_others_place() {
+    let (mut f, keys) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    let (_, actions) = f.arrive(shape());
+    let old = started(&actions)[1].1;
+    let new = f.attach(worker("d", Role::Decode));
+    let actions = f.taken();
+    assert_eq!(actions[0], Action::Disconnect { worker: keys[1] });
+    assert_ne!(new, keys[1]);
+    assert_eq!(f.handle(Event::Answered { job: old }), [], "the former self is not heard");
+}
+
+#[test]
+fn a_request_without_a_first_token_is_given_up_in_time() {
+    let (mut f, _) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    let (slow, _) = f.arrive(shape());
+    let (_, actions) = f.arrive(shape());
+    f.handle(Event::Answered { job: started(&actions)[1].1 });
+    let mut actions = Vec::new();
+    f.core.handle(Event::Tick, NOW + Settings::default().first_token_timeout, &mut actions);
+    let rejection = Rejection::FirstTokenTimeout;
+    assert_eq!(actions.last(), Some(&Action::Reject { request: slow, rejection }));
+    assert_eq!(f.core.requests_open(), 1, "the one that answers goes on");
+}
+
+/// A step of the world, drawn at random and applied to whatever is there.
+#[derive(Clone, Debug)]
+enum Step {
+    Attach(u8, Role, u8),
+    Lose(u8),
+    Arrive(bool, bool),
+    PrefillDone(u8),
+    Answer(u8),
+    End(u8),
+    Fail(u8, bool),
+    ClientGone(u8),
+    Advance(u16),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let role = prop_oneof![Just(Role::Prefill), Just(Role::Decode)];
+    let step = prop_oneof![
+        2 => (0..6u8, role, 0..4u8).prop_map(|(name, role, fit)| Step::Attach(name, role, fit)),
+        1 => any::<u8>().prop_map(Step::Lose),
+        6 => (prop::bool::weighted(0.1), prop::bool::weighted(0.1)).prop_map(|(a, b)| Step::Arrive(a, b)),
+        4 => any::<u8>().prop_map(Step::PrefillDone),
+        5 => any::<u8>().prop_map(Step::Answer),
+        5 => any::<u8>().prop_map(Step::End),
+        3 => (any::<u8>(), any::<bool>()).prop_map(|(job, retryable)| Step::Fail(job, retryable)),
+        2 => any::<u8>().prop_map(Step::ClientGone),
+        1 => (0..400u16).prop_map(Step::Advance),
+    ];
+    prop::collection::vec(step, 1..200)
+}
+
+proptest! {
+    #[test]
+    fn every_request_ends_once_and_every_count_returns_to_zero(steps in steps()) {
+        let mut core = Core::new(Settings::default());
+        let mut now = NOW;
+        let mut workers: Vec<WorkerKey> = Vec::new();
+        // All jobs ever, so that late words of closed ones are tried too.
+        let mut jobs: Vec<JobId> = Vec::new();
+        let mut open: BTreeSet<RequestKey> = BTreeSet::new();
+        let mut fences: BTreeMap<(RequestKey, Generation), u32> = BTreeMap::new();
+        let mut settle = vec![Step::Advance(301)];
+        settle.splice(0..0, steps);
+        let mut arrivals = 0;
+
+        for step in settle {
+            let mut actions = Vec::new();
+            let pick = |at: u8, len: usize| (len > 0).then(|| usize::from(at) % len.max(1));
+            match step {
+                Step::Attach(name, role, fit) => {
+                    let handoff = match fit {
+                        0 => HandoffMode::None,
+                        1 => HandoffMode::Engine,
+                        fit => HandoffMode::Fenced { compatibility: [fit; 32] },
+                    };
+                    let description = WorkerDescription { handoff, ..worker(&name.to_string(), role) };
+                    workers.push(core.attach(description, now, &mut actions));
+                }
+                Step::Lose(at) => if let Some(at) = pick(at, workers.len()) {
+                    let worker = workers.swap_remove(at);
+                    core.handle(Event::WorkerLost { worker }, now, &mut actions);
+                    prop_assert!(core.worker(worker).is_none());
+                },
+                Step::Arrive(unknown, one_token) => {
+                    let shape = RequestShape {
+                        model: Some(if unknown { "x" } else { "m" }.into()),
+                        max_output_tokens: one_token.then_some(1),
+                        ..RequestShape::default()
+                    };
+                    arrivals += 1;
+                    let key = core.arrive(shape, HandoffId::from_u128(arrivals), now, &mut actions);
+                    prop_assert!(open.insert(key), "keys are not used twice");
+                }
+                Step::PrefillDone(at) => if let Some(at) = pick(at, jobs.len()) {
+                    core.handle(Event::PrefillDone { job: jobs[at] }, now, &mut actions);
+                },
+                Step::Answer(at) => if let Some(at) = pick(at, jobs.len()) {
+                    core.handle(Event::Answered { job: jobs[at] }, now, &mut actions);
+                },
+                Step::End(at) => if let Some(at) = pick(at, jobs.len()) {
+                    core.handle(Event::Ended { job: jobs[at] }, now, &mut actions);
+                },
+                Step::Fail(at, retryable) => if let Some(at) = pick(at, jobs.len()) {
+                    let kind = if retryable { FaultKind::Failed } else { FaultKind::Refused };
+                    let fault = Fault::new(Origin::Engine, kind, "x");
+                    core.handle(Event::LegFailed { job: jobs[at], fault }, now, &mut actions);
+                },
+                Step::ClientGone(at) => if let Some(at) = pick(at, open.len()) {
+                    let request = *open.iter().nth(at).unwrap();
+                    open.remove(&request);
+                    core.handle(Event::ClientGone { request }, now, &mut actions);
+                },
+                Step::Advance(seconds) => {
+                    now += Duration::from_secs(seconds.into());
+                    core.handle(Event::Tick, now, &mut actions);
+                }
+            }
+            for action in actions {
+                match action {
+                    Action::Start { worker, job, request, handoff, leg } => {
+                        prop_assert!(open.contains(&request));
+                        prop_assert!(core.worker(worker).is_some() || core.request_of(job).is_none());
+                        if let (Some(HandoffPlan::Fenced { generation, .. }), Leg::Decode) = (handoff, leg) {
+                            let uses = fences.entry((request, generation)).or_default();
+                            *uses += 1;
+                            prop_assert_eq!(*uses, 1, "one fence, one attempt");
+                        }
+                        jobs.push(job);
+                    }
+                    Action::Cancel { job, .. } => prop_assert!(core.request_of(job).is_none()),
+                    Action::Relay { request, .. } => prop_assert!(open.contains(&request)),
+                    Action::Finish { request }
+                    | Action::BreakOff { request, .. }
+                    | Action::Reject { request, .. } => {
+                        prop_assert!(open.remove(&request), "a request ends once");
+                    }
+                    Action::Disconnect { worker } => workers.retain(|key| *key != worker),
+                }
+            }
+            core.check_invariants();
+            prop_assert_eq!(core.requests_open(), open.len());
+        }
+        let mut actions = Vec::new();
+        for request in open {
+            core.handle(Event::ClientGone { request }, now, &mut actions);
+        }
+        prop_assert_eq!(core.requests_open(), 0);
+        prop_assert!(core.workers().all(|worker| worker.jobs_running == 0));
+        core.check_invariants();
+    }
+}

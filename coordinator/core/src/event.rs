@@ -1,0 +1,92 @@
+use baton_types::{Fault, Generation, HandoffId, Leg};
+
+use crate::{
+    fleet::WorkerKey,
+    placement::Route,
+    request::{JobId, RequestKey},
+};
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    WorkerLost {
+        worker: WorkerKey,
+    },
+    /// The prefill leg is through: its engine has computed the prompt.
+    PrefillDone {
+        job: JobId,
+    },
+    /// A leg's answer begins. On the prefill leg this is a refusal by the engine (4xx), which the
+    /// client shall see.
+    Answered {
+        job: JobId,
+    },
+    /// A leg that had answered is through.
+    Ended {
+        job: JobId,
+    },
+    LegFailed {
+        job: JobId,
+        fault: Fault,
+    },
+    /// The client went away, or was too slow to keep.
+    ClientGone {
+        request: RequestKey,
+    },
+    /// Time passed.
+    Tick,
+}
+
+/// What to do about it.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Give a worker one leg of a request.
+    Start {
+        worker: WorkerKey,
+        job: JobId,
+        request: RequestKey,
+        leg: Leg,
+        handoff: Option<HandoffPlan>,
+    },
+    /// Tell a worker to drop a job. Nothing that it still says of that job counts.
+    Cancel { worker: WorkerKey, job: JobId },
+    /// From here on, what this job says goes to the client.
+    Relay { request: RequestKey, job: JobId, route: Route },
+    /// Answer the client with an error; nothing was sent to it before.
+    Reject { request: RequestKey, rejection: Rejection },
+    /// The answer, begun, cannot be finished: say so in the stream.
+    BreakOff { request: RequestKey, fault: Fault },
+    /// The answer is complete.
+    Finish { request: RequestKey },
+    /// A worker of this name attached anew: end the stream of its former self.
+    Disconnect { worker: WorkerKey },
+}
+
+/// The fence of one attempt, as one leg is told it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HandoffPlan {
+    Fenced {
+        id: HandoffId,
+        generation: Generation,
+        peer: WorkerKey,
+    },
+    /// The decode leg starts with what this prefill job answered.
+    Engine {
+        prefill: Option<JobId>,
+    },
+}
+
+/// Why a client gets an error instead of an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rejection {
+    UnknownModel {
+        model: String,
+    },
+    NoWorker,
+    /// Every try failed; the last one like this.
+    LegFailed {
+        leg: Leg,
+        fault: Fault,
+    },
+    FirstTokenTimeout,
+}
