@@ -1,1 +1,130 @@
-//! placeholder
+//! The coordinator: OpenAI-compatible HTTP towards clients, one gRPC stream towards each worker, and
+//! the pure core that decides in between.
+//!
+//! A request's way: [`client`] reads it and peeks at its shape, `shell` tells the core and carries its
+//! actions out, [`fleet`] takes the legs to the workers and their events back, the answer's bytes are laid
+//! down for the client's connection to pick up.
+//!
+//! Made for a current-thread runtime: a work-stealing one costs half as much again for each token.
+
+mod client;
+mod fleet;
+mod metrics;
+mod shell;
+
+use std::{
+    fs,
+    future::Future,
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use baton_config::{ClusterConfig, TlsConfig};
+use baton_core::Settings;
+use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
+use tokio::net::TcpListener;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming};
+use tracing::info;
+
+use crate::{fleet::FleetService, shell::Shell};
+
+/// How long open answers may go on after the order to stop.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    #[error("cannot listen on {address} ({key}): {source}")]
+    Listen { key: &'static str, address: SocketAddr, source: io::Error },
+    #[error("cannot read {path} (tls): {source}", path = path.display())]
+    Tls { path: PathBuf, source: io::Error },
+    #[error("the worker listener ended: {0}")]
+    Fleet(#[from] tonic::transport::Error),
+}
+
+/// Serves until `shutdown`, then lets open answers finish for a while.
+pub async fn run(
+    config: ClusterConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), CoordinatorError> {
+    let coordinator = config.coordinator;
+    let clients = listen("coordinator.listen", coordinator.listen).await?;
+    let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
+    let limits = coordinator.limits;
+    let settings =
+        Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
+    let shell = Shell::new(settings, limits.max_unread_bytes);
+    info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
+
+    let mut server = Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES)
+        .http2_keepalive_interval(Some(Duration::from_secs(1)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(2)));
+    if let Some(tls) = &config.tls {
+        server = server.tls_config(mutual_tls(tls)?)?;
+    }
+    // A body of the largest size must fit into one message, with room for its headers.
+    let max_message_bytes =
+        usize::try_from(limits.max_body_bytes).unwrap_or(usize::MAX) + (1 << 20);
+    let service = FleetServer::new(FleetService { shell: shell.clone() })
+        .max_decoding_message_size(max_message_bytes)
+        .max_encoding_message_size(max_message_bytes);
+    let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
+    let fleet = server.add_service(service).serve_with_incoming(incoming);
+
+    let front = tokio::spawn(client::serve(shell.clone(), limits, clients));
+    let ticks = tokio::spawn({
+        let shell = shell.clone();
+        async move {
+            let mut interval = tokio::time::interval(Duration::from_millis(100));
+            loop {
+                interval.tick().await;
+                shell.tick();
+            }
+        }
+    });
+
+    tokio::pin!(fleet);
+    tokio::select! {
+        ended = &mut fleet => ended?,
+        () = shutdown => {
+            front.abort();
+            info!(open_requests = shell.requests_open(), "coordinator stops");
+            let drained = async {
+                while shell.requests_open() > 0 {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            tokio::select! {
+                ended = &mut fleet => ended?,
+                _ = tokio::time::timeout(DRAIN_TIMEOUT, drained) => {}
+            }
+            shell.close();
+            // The last words leave.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    ticks.abort();
+    Ok(())
+}
+
+async fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, CoordinatorError> {
+    TcpListener::bind(address).await.map_err(|source| CoordinatorError::Listen {
+        key,
+        address,
+        source,
+    })
+}
+
+/// Reads the PEM files, once, before anything is served.
+fn mutual_tls(tls: &TlsConfig) -> Result<ServerTlsConfig, CoordinatorError> {
+    let read = |path: &Path| {
+        fs::read(path).map_err(|source| CoordinatorError::Tls { path: path.to_owned(), source })
+    };
+    let identity = Identity::from_pem(read(&tls.certificate)?, read(&tls.private_key)?);
+    let ca = Certificate::from_pem(read(&tls.ca)?);
+    Ok(ServerTlsConfig::new().identity(identity).client_ca_root(ca))
+}

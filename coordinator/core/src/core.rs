@@ -112,9 +112,9 @@ impl Core {
         self.fleet.iter().map(|(key, worker)| view(key, worker))
     }
 
-    /// The request that a job works for, while the job counts, and whether it is the one that answers.
-    pub fn request_of(&self, job: JobId) -> Option<(RequestKey, Leg)> {
-        self.jobs.get(job.0).map(|job| (job.request, job.leg))
+    /// Whom a job works for, as what and where, while it counts.
+    pub fn job(&self, job: JobId) -> Option<(RequestKey, Leg, WorkerKey)> {
+        self.jobs.get(job.0).map(|job| (job.request, job.leg, job.worker))
     }
 
     /// Each role has a worker.
@@ -232,6 +232,11 @@ impl Core {
             // answers, so that a request given up meanwhile is given up there too.
             Some(Route::Disaggregated { by_engine: false, .. }) => {}
             Some(Route::Disaggregated { decode, by_engine: true, .. }) => {
+                if self.fleet.get(decode).is_none() {
+                    let message = "the decode worker went away during prefill";
+                    let fault = Fault::new(Origin::Worker, FaultKind::Unavailable, message);
+                    return self.leg_failed(id, fault, actions);
+                }
                 self.close(id);
                 let plan = HandoffPlan::Engine { prefill: Some(id) };
                 let job = self.start(key, decode, Leg::Decode, Some(plan), actions);

@@ -364,7 +364,7 @@ proptest! {
                 match action {
                     Action::Start { worker, job, request, handoff, leg } => {
                         prop_assert!(open.contains(&request));
-                        prop_assert!(core.worker(worker).is_some() || core.request_of(job).is_none());
+                        prop_assert!(core.worker(worker).is_some() || core.job(job).is_none());
                         if let (Some(HandoffPlan::Fenced { generation, .. }), Leg::Decode) = (handoff, leg) {
                             let uses = fences.entry((request, generation)).or_default();
                             *uses += 1;
@@ -372,7 +372,7 @@ proptest! {
                         }
                         jobs.push(job);
                     }
-                    Action::Cancel { job, .. } => prop_assert!(core.request_of(job).is_none()),
+                    Action::Cancel { job, .. } => prop_assert!(core.job(job).is_none()),
                     Action::Relay { request, .. } => prop_assert!(open.contains(&request)),
                     Action::Finish { request }
                     | Action::BreakOff { request, .. }

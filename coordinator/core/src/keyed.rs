@@ -62,8 +62,8 @@ impl<T> Keyed<T> {
 }
 
 fn split(key: u64) -> (u32, usize) {
-    let index = (key & u64::from(u32::MAX)) as usize;
-    (u32::try_from(key >> 32).unwrap_or_default(), index)
+    let half = |bits: u64| u32::try_from(bits & u64::from(u32::MAX)).unwrap_or_default();
+    (half(key >> 32), half(key) as usize)
 }
 
 #[cfg(test)]

@@ -1,0 +1,123 @@
+use baton_core::Rejection;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use serde::Serialize;
+
+use super::{answer::Head, peek::PeekError};
+
+/// Everything that a client can be told instead of an answer, in OpenAI's error shape. Its words name
+/// no machine of ours.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClientError {
+    #[error(transparent)]
+    Body(#[from] PeekError),
+    #[error("the request body has more than {limit} bytes, the limit of this server")]
+    BodyTooLarge { limit: u64 },
+    #[error("the request body did not arrive within {seconds} s")]
+    BodyTooSlow { seconds: u64 },
+    #[error("the request body broke off")]
+    BodyBrokeOff,
+    #[error("there is no {method} {path} here")]
+    NoSuchPath { method: http::Method, path: String },
+    #[error("{path} does not take {method}")]
+    MethodNotAllowed { method: http::Method, path: String },
+    #[error("the model `{model}` does not exist")]
+    UnknownModel { model: String },
+    #[error("no worker is ready to take requests; try again shortly")]
+    NoWorker,
+    #[error("the {leg} leg of this request failed and was tried again in vain")]
+    LegFailed { leg: baton_types::Leg },
+    #[error("no worker gave a first token in time")]
+    FirstTokenTimeout,
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}
+
+impl From<Rejection> for ClientError {
+    fn from(rejection: Rejection) -> Self {
+        match rejection {
+            Rejection::UnknownModel { model } => Self::UnknownModel { model },
+            Rejection::NoWorker => Self::NoWorker,
+            Rejection::LegFailed { leg, .. } => Self::LegFailed { leg },
+            Rejection::FirstTokenTimeout => Self::FirstTokenTimeout,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Envelope<'a> {
+    error: Body<'a>,
+}
+
+#[derive(Serialize)]
+struct Body<'a> {
+    message: &'a str,
+    r#type: &'static str,
+    param: Option<&'static str>,
+    code: &'static str,
+}
+
+impl ClientError {
+    /// The one table from what went wrong to what HTTP and OpenAI call it.
+    fn row(&self) -> (StatusCode, &'static str, Option<&'static str>, &'static str) {
+        const INVALID: &str = "invalid_request_error";
+        const SERVER: &str = "server_error";
+        match self {
+            Self::Body(PeekError::Malformed { .. }) => {
+                (StatusCode::BAD_REQUEST, INVALID, None, "invalid_body")
+            }
+            Self::Body(PeekError::Reserved) => {
+                (StatusCode::BAD_REQUEST, INVALID, Some("kv_transfer_params"), "reserved_parameter")
+            }
+            Self::BodyTooLarge { .. } => {
+                (StatusCode::PAYLOAD_TOO_LARGE, INVALID, None, "body_too_large")
+            }
+            Self::BodyTooSlow { .. } => {
+                (StatusCode::REQUEST_TIMEOUT, INVALID, None, "body_timeout")
+            }
+            Self::BodyBrokeOff => (StatusCode::BAD_REQUEST, INVALID, None, "body_incomplete"),
+            Self::NoSuchPath { .. } => (StatusCode::NOT_FOUND, INVALID, None, "no_such_path"),
+            Self::MethodNotAllowed { .. } => {
+                (StatusCode::METHOD_NOT_ALLOWED, INVALID, None, "method_not_allowed")
+            }
+            Self::UnknownModel { .. } => {
+                (StatusCode::NOT_FOUND, INVALID, Some("model"), "model_not_found")
+            }
+            Self::NoWorker => (StatusCode::SERVICE_UNAVAILABLE, SERVER, None, "no_worker"),
+            Self::LegFailed { .. } => (StatusCode::BAD_GATEWAY, SERVER, None, "leg_failed"),
+            Self::FirstTokenTimeout => {
+                (StatusCode::GATEWAY_TIMEOUT, SERVER, None, "first_token_timeout")
+            }
+            Self::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, SERVER, None, "shutting_down"),
+        }
+    }
+
+    pub(crate) fn status(&self) -> StatusCode {
+        self.row().0
+    }
+
+    fn json(&self) -> Vec<u8> {
+        let (_, r#type, param, code) = self.row();
+        let message = self.to_string();
+        let envelope = Envelope { error: Body { message: &message, r#type, param, code } };
+        serde_json::to_vec(&envelope).unwrap_or_default()
+    }
+
+    /// As a whole answer.
+    pub(crate) fn to_parts(&self) -> (Head, Bytes) {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if self.status() == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        (Head { status: self.status(), headers }, Bytes::from(self.json()))
+    }
+}
+
+/// The last event of a stream that cannot go on. OpenAI's clients raise it as an error.
+pub(crate) fn broken_stream_event() -> Vec<u8> {
+    let message = "the worker that was answering failed; the answer is incomplete";
+    let body = Body { message, r#type: "server_error", param: None, code: "answer_broke_off" };
+    let json = serde_json::to_vec(&Envelope { error: body }).unwrap_or_default();
+    [b"data: ", json.as_slice(), b"\n\n"].concat()
+}

@@ -1,0 +1,147 @@
+use std::{future::poll_fn, time::Instant};
+
+use axum::{body::Body, extract::Request, response::Response};
+use baton_config::LimitsConfig;
+use baton_proto as wire;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use uuid::Uuid;
+
+use super::{
+    answer::AnswerBody,
+    error::ClientError,
+    peek::{Endpoint, peek},
+};
+use crate::shell::{ForwardedRequest, IncomingRequest, Shell};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Takes a request to the workers and their answer back.
+pub(super) async fn forward(
+    shell: &Shell,
+    limits: &LimitsConfig,
+    endpoint: Endpoint,
+    request: Request,
+) -> Response {
+    let arrived = Instant::now();
+    let request_id = request.headers().get(&REQUEST_ID).cloned().unwrap_or_else(|| {
+        // A UUID is a valid header value.
+        HeaderValue::from_str(&Uuid::new_v4().simple().to_string())
+            .unwrap_or(HeaderValue::from_static(""))
+    });
+    match try_forward(shell, limits, endpoint, request, request_id.clone(), arrived).await {
+        Ok(response) => response,
+        Err(error) => {
+            let mut response = refuse(&error);
+            response.headers_mut().insert(REQUEST_ID, request_id);
+            response
+        }
+    }
+}
+
+async fn try_forward(
+    shell: &Shell,
+    limits: &LimitsConfig,
+    endpoint: Endpoint,
+    request: Request,
+    request_id: HeaderValue,
+    arrived: Instant,
+) -> Result<Response, ClientError> {
+    let (parts, body) = request.into_parts();
+    let body = read_body(body, &parts.headers, limits).await?;
+    let is_json = endpoint == Endpoint::Generation || content_is_json(&parts.headers);
+    // What is not JSON (an upload of speech, say) is the engine's to read.
+    let (shape, streams) = if is_json {
+        let peeked = peek(endpoint, &body)?;
+        (peeked.shape, peeked.streams)
+    } else {
+        let unsplittable = Some("endpoint");
+        (baton_core::RequestShape { unsplittable, ..Default::default() }, false)
+    };
+    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
+    let headers = forwarded_headers(&parts.headers, &request_id);
+    let (answer, in_flight) = shell.arrive(IncomingRequest {
+        shape,
+        streams,
+        request_id,
+        arrived,
+        forward: ForwardedRequest { path, headers, body },
+    });
+    let head =
+        poll_fn(|context| answer.poll_head(context)).await.ok_or(ClientError::ShuttingDown)?;
+    let mut response = Response::new(Body::new(AnswerBody { answer, _guard: in_flight }));
+    *response.status_mut() = head.status;
+    *response.headers_mut() = head.headers;
+    Ok(response)
+}
+
+async fn read_body(
+    body: Body,
+    headers: &HeaderMap,
+    limits: &LimitsConfig,
+) -> Result<Bytes, ClientError> {
+    let limit = limits.max_body_bytes;
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|length| length > limit) {
+        return Err(ClientError::BodyTooLarge { limit });
+    }
+    let limited = Limited::new(body, usize::try_from(limit).unwrap_or(usize::MAX));
+    match tokio::time::timeout(limits.body_timeout, limited.collect()).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(ClientError::BodyTooLarge { limit })
+        }
+        Ok(Err(_)) => Err(ClientError::BodyBrokeOff),
+        Err(_) => Err(ClientError::BodyTooSlow { seconds: limits.body_timeout.as_secs() }),
+    }
+}
+
+fn content_is_json(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_none_or(|value| {
+        value.to_str().is_ok_and(|value| value.to_ascii_lowercase().contains("json"))
+    })
+}
+
+/// Everything that is not about the connection itself goes on to the engine.
+fn forwarded_headers(headers: &HeaderMap, request_id: &HeaderValue) -> Vec<wire::Header> {
+    let to_wire = |name: &HeaderName, value: &HeaderValue| wire::Header {
+        name: name.as_str().to_owned(),
+        value: Bytes::copy_from_slice(value.as_bytes()),
+    };
+    headers
+        .iter()
+        .filter(|(name, _)| !is_hop_by_hop(name) && **name != header::HOST && **name != REQUEST_ID)
+        .map(|(name, value)| to_wire(name, value))
+        .chain([to_wire(&REQUEST_ID, request_id)])
+        .collect()
+}
+
+/// RFC 9110, section 7.6.1, and what our own framing decides.
+pub(crate) fn is_hop_by_hop(name: &HeaderName) -> bool {
+    [
+        header::CONNECTION,
+        header::CONTENT_LENGTH,
+        header::DATE,
+        header::EXPECT,
+        header::PROXY_AUTHENTICATE,
+        header::PROXY_AUTHORIZATION,
+        header::SERVER,
+        header::TE,
+        header::TRAILER,
+        header::TRANSFER_ENCODING,
+        header::UPGRADE,
+        HeaderName::from_static("keep-alive"),
+    ]
+    .contains(name)
+}
+
+pub(super) fn refuse(error: &ClientError) -> Response {
+    let (head, body) = error.to_parts();
+    let mut response = Response::new(Body::from(body));
+    *response.status_mut() = head.status;
+    *response.headers_mut() = head.headers;
+    response
+}

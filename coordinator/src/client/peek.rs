@@ -1,0 +1,312 @@
+use std::{borrow::Cow, fmt};
+
+use baton_core::RequestShape;
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+
+/// Reads from a request's JSON what placement needs, and nothing more: everything else is the
+/// engine's business and passes through untouched.
+pub(super) fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError> {
+    let fields: Fields<'_> = serde_json::from_slice(body)
+        .map_err(|error| PeekError::Malformed { message: error.to_string() })?;
+    if fields.kv_transfer_params || fields.vllm_xargs.carries_kv_transfer_params {
+        return Err(PeekError::Reserved);
+    }
+    let unsplittable = match endpoint {
+        Endpoint::Whole => Some("endpoint"),
+        Endpoint::Generation => fields.unsplittable(),
+    };
+    Ok(Peeked {
+        streams: fields.stream.unwrap_or(false),
+        shape: RequestShape {
+            max_output_tokens: fields.max_completion_tokens.or(fields.max_tokens),
+            unsplittable,
+            model: fields.model.map(Cow::into_owned),
+        },
+    })
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Endpoint {
+    /// Chat and completions: may be split.
+    Generation,
+    /// Anything else: passed whole to one worker.
+    Whole,
+}
+
+#[derive(Debug)]
+pub(super) struct Peeked {
+    pub(super) streams: bool,
+    pub(super) shape: RequestShape,
+}
+
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum PeekError {
+    #[error("the request body is not what this endpoint takes: {message}")]
+    Malformed { message: String },
+    #[error(
+        "kv_transfer_params is set by the server: it names memory of its workers. Remove it from \
+         the request."
+    )]
+    Reserved,
+}
+
+#[derive(Debug, Deserialize)]
+struct Fields<'a> {
+    #[serde(borrow, default)]
+    model: Option<Cow<'a, str>>,
+    #[serde(default)]
+    stream: Option<bool>,
+    #[serde(default)]
+    max_tokens: Option<u64>,
+    #[serde(default)]
+    max_completion_tokens: Option<u64>,
+    #[serde(default)]
+    n: Option<u64>,
+    #[serde(default)]
+    best_of: Option<u64>,
+    #[serde(default)]
+    use_beam_search: Option<bool>,
+    #[serde(default)]
+    echo: Option<bool>,
+    #[serde(default)]
+    prompt_logprobs: Option<IgnoredAny>,
+    #[serde(default)]
+    prompt_embeds: Option<IgnoredAny>,
+    #[serde(default)]
+    prompt: Prompts,
+    #[serde(default, deserialize_with = "present")]
+    kv_transfer_params: bool,
+    #[serde(default)]
+    vllm_xargs: ExtraArguments,
+}
+
+impl Fields<'_> {
+    /// The parameter that keeps the request on one worker, if there is one:
+    /// - several answers to one prompt (`n`, `best_of`, beam search) or several prompts are several
+    ///   sequences in the engine, and a handoff names one;
+    /// - log probabilities or an echo of the prompt need its logits, which the decode leg does not
+    ///   compute;
+    /// - embeddings as prompt have no token ids to compare.
+    fn unsplittable(&self) -> Option<&'static str> {
+        let more_than_one = |count: Option<u64>| count.is_some_and(|count| count > 1);
+        [
+            (more_than_one(self.n), "n"),
+            (more_than_one(self.best_of), "best_of"),
+            (self.use_beam_search == Some(true), "use_beam_search"),
+            (self.echo == Some(true), "echo"),
+            (self.prompt_logprobs.is_some(), "prompt_logprobs"),
+            (self.prompt_embeds.is_some(), "prompt_embeds"),
+            (self.prompt == Prompts::Several, "prompts"),
+        ]
+        .into_iter()
+        .find_map(|(applies, name)| applies.then_some(name))
+    }
+}
+
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    Ok(Option::<IgnoredAny>::deserialize(deserializer)?.is_some())
+}
+
+/// vLLM's free-form engine arguments, through which `kv_transfer_params` would reach it too.
+#[derive(Debug, Default)]
+struct ExtraArguments {
+    carries_kv_transfer_params: bool,
+}
+
+impl<'de> Deserialize<'de> for ExtraArguments {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Keys;
+        impl<'de> Visitor<'de> for Keys {
+            type Value = ExtraArguments;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_unit<E: Error>(self) -> Result<ExtraArguments, E> {
+                Ok(ExtraArguments::default())
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ExtraArguments, A::Error> {
+                let mut found = ExtraArguments::default();
+                while let Some((key, IgnoredAny)) = map.next_entry::<Cow<'de, str>, _>()? {
+                    found.carries_kv_transfer_params |= key == "kv_transfer_params";
+                }
+                Ok(found)
+            }
+        }
+        deserializer.deserialize_any(Keys)
+    }
+}
+
+/// `prompt` of the completions endpoint: text, token ids, or a list of either.
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Prompts {
+    #[default]
+    One,
+    Several,
+}
+
+impl<'de> Deserialize<'de> for Prompts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Shape;
+        impl<'de> Visitor<'de> for Shape {
+            type Value = Prompts;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("text, token ids, or a list of either")
+            }
+
+            fn visit_str<E: Error>(self, _: &str) -> Result<Prompts, E> {
+                Ok(Prompts::One)
+            }
+
+            fn visit_unit<E: Error>(self) -> Result<Prompts, E> {
+                Ok(Prompts::One)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Prompts, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Prompts::One)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Prompts, A::Error> {
+                let mut whole_prompts = 0;
+                while let Some(element) = seq.next_element::<Element>()? {
+                    whole_prompts += usize::from(element == Element::Prompt);
+                }
+                Ok(if whole_prompts > 1 { Prompts::Several } else { Prompts::One })
+            }
+        }
+        deserializer.deserialize_any(Shape)
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Element {
+    Token,
+    Prompt,
+}
+
+impl<'de> Deserialize<'de> for Element {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Kind;
+        impl<'de> Visitor<'de> for Kind {
+            type Value = Element;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("text, a token id, or a list of token ids")
+            }
+
+            fn visit_u64<E: Error>(self, _: u64) -> Result<Element, E> {
+                Ok(Element::Token)
+            }
+
+            fn visit_i64<E: Error>(self, _: i64) -> Result<Element, E> {
+                Ok(Element::Token)
+            }
+
+            fn visit_str<E: Error>(self, _: &str) -> Result<Element, E> {
+                Ok(Element::Prompt)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Element, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Element::Prompt)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Element, A::Error> {
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Element::Prompt)
+            }
+        }
+        deserializer.deserialize_any(Kind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn shape(body: &str) -> RequestShape {
+        peek(Endpoint::Generation, body.as_bytes()).unwrap().shape
+    }
+
+    #[test]
+    fn placement_learns_what_it_needs() {
+        let peeked = peek(
+            Endpoint::Generation,
+            br#"{"messages":[{"role":"user","content":"hi \ud83d\ude00"}],"model":"m\u0031",
+                "stream":true,"max_tokens":5,"max_completion_tokens":7,"temperature":0.0}"#,
+        )
+        .unwrap();
+        assert!(peeked.streams);
+        assert_eq!(peeked.shape.model.as_deref(), Some("m1"));
+        assert_eq!(peeked.shape.max_output_tokens, Some(7));
+        assert_eq!(peeked.shape.unsplittable, None);
+    }
+
+    #[test]
+    fn what_cannot_be_split_is_named() {
+        for (body, expected) in [
+            (r#"{"n":2}"#, Some("n")),
+            (r#"{"n":1,"best_of":null}"#, None),
+            (r#"{"best_of":2}"#, Some("best_of")),
+            (r#"{"use_beam_search":true}"#, Some("use_beam_search")),
+            (r#"{"echo":true}"#, Some("echo")),
+            (r#"{"echo":false}"#, None),
+            (r#"{"prompt_logprobs":0}"#, Some("prompt_logprobs")),
+            (r#"{"prompt":"a"}"#, None),
+            (r#"{"prompt":["a"]}"#, None),
+            (r#"{"prompt":["a","b"]}"#, Some("prompts")),
+            (r#"{"prompt":[1,2,3]}"#, None),
+            (r#"{"prompt":[[1,2,3]]}"#, None),
+            (r#"{"prompt":[[1],[2]]}"#, Some("prompts")),
+        ] {
+            assert_eq!(shape(body).unsplittable, expected, "{body}");
+        }
+        let whole = peek(Endpoint::Whole, b"{}").unwrap();
+        assert_eq!(whole.shape.unsplittable, Some("endpoint"));
+    }
+
+    #[test]
+    fn a_client_cannot_name_our_workers_memory() {
+        for body in [
+            r#"{"kv_transfer_params":{}}"#,
+            r#"{"kv_transfer_params":1,"prompt":"x"}"#,
+            r#"{"kv\u005ftransfer_params":{"a":1}}"#,
+            r#"{"vllm_xargs":{"a":1,"kv_transfer_params":{}}}"#,
+        ] {
+            let peeked = peek(Endpoint::Generation, body.as_bytes());
+            assert_eq!(peeked.unwrap_err(), PeekError::Reserved, "{body}");
+        }
+        assert!(peek(Endpoint::Generation, br#"{"kv_transfer_params":null}"#).is_ok());
+    }
+
+    #[test]
+    fn malformed_bodies_say_where() {
+        for (body, expected) in [
+            ("", "EOF while parsing"),
+            ("[]", "invalid type"),
+            (r#"{"stream":"yes"}"#, "invalid type: string \"yes\", expected a boolean"),
+            (r#"{"max_tokens":-1}"#, "invalid value: integer `-1`, expected u64"),
+            (r#"{"model":"a","model":"b"}"#, "duplicate field `model`"),
+            (r#"{"prompt":[true]}"#, "invalid type: boolean `true`"),
+        ] {
+            let error = peek(Endpoint::Generation, body.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{body}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(body in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = peek(Endpoint::Generation, &body);
+        }
+    }
+}

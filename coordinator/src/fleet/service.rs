@@ -1,0 +1,181 @@
+use std::{sync::Arc, time::Duration};
+
+use baton_core::{HandoffMode, WorkerDescription, WorkerKey};
+use baton_proto::{self as wire, WireError, fleet_server::Fleet};
+use baton_types::{Compatibility, Role};
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{debug, warn};
+
+use super::link::{Link, LinkStream};
+use crate::shell::Shell;
+
+const REPORT_INTERVAL_MS: u32 = 500;
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How other workers reach a worker, as it said itself.
+#[derive(Clone, Debug)]
+pub(crate) struct PeerInfo {
+    pub(crate) wire: wire::Peer,
+}
+
+#[derive(Debug)]
+pub(crate) struct FleetService {
+    pub(crate) shell: Shell,
+}
+
+#[tonic::async_trait]
+impl Fleet for FleetService {
+    type AttachStream = LinkStream;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<wire::WorkerFrame>>,
+    ) -> Result<Response<LinkStream>, Status> {
+        let mut frames = request.into_inner();
+        let hello = tokio::time::timeout(HELLO_TIMEOUT, frames.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no hello came"))??;
+        let Some(wire::worker_frame::Frame::Hello(hello)) = hello.and_then(|frame| frame.frame)
+        else {
+            return Err(Status::invalid_argument("the first frame must be a hello"));
+        };
+        let (description, peer) = match introduce(&hello) {
+            Ok(introduced) => introduced,
+            Err(refusal) => {
+                let reason = refusal.to_string();
+                warn!(worker = hello.worker_name, reason, "worker refused");
+                return Ok(Response::new(LinkStream(Link::refusal(reason))));
+            }
+        };
+        let link = Link::welcome(REPORT_INTERVAL_MS);
+        let worker = self.shell.attach(description, link.clone(), peer, &hello);
+        tokio::spawn(read(self.shell.clone(), worker, frames, link.clone()));
+        Ok(Response::new(LinkStream(link)))
+    }
+}
+
+/// Hears a worker out until its stream ends, by whichever side.
+async fn read(
+    shell: Shell,
+    worker: WorkerKey,
+    mut frames: Streaming<wire::WorkerFrame>,
+    link: Arc<Link>,
+) {
+    loop {
+        match frames.message().await {
+            Ok(Some(wire::WorkerFrame { frame })) => match frame {
+                Some(wire::worker_frame::Frame::Events(batch)) => shell.events(worker, batch),
+                Some(wire::worker_frame::Frame::Report(report)) => shell.report(worker, report),
+                Some(wire::worker_frame::Frame::Hello(_)) | None => {
+                    warn!("a worker sent a frame that has no place here: its stream is closed");
+                    break;
+                }
+            },
+            Ok(None) => break,
+            Err(status) => {
+                debug!(%status, "a worker's stream broke");
+                break;
+            }
+        }
+    }
+    link.close();
+    shell.worker_lost(worker);
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("this coordinator speaks protocol {}, the worker {theirs}", wire::PROTOCOL_VERSION)]
+    Protocol { theirs: u32 },
+    #[error("Hello.{field} is empty")]
+    Empty { field: &'static str },
+    #[error("Hello.worker_name has {0} bytes: at most 128, printable ASCII, are taken")]
+    Name(usize),
+    #[error(transparent)]
+    Wire(#[from] WireError),
+}
+
+fn introduce(hello: &wire::Hello) -> Result<(WorkerDescription, Option<PeerInfo>), Refused> {
+    if hello.protocol_version != wire::PROTOCOL_VERSION {
+        return Err(Refused::Protocol { theirs: hello.protocol_version });
+    }
+    for (field, empty) in
+        [("worker_name", hello.worker_name.is_empty()), ("models", hello.models.is_empty())]
+    {
+        if empty {
+            return Err(Refused::Empty { field });
+        }
+    }
+    // It goes into response headers and metric labels.
+    if hello.worker_name.len() > 128 || !hello.worker_name.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(Refused::Name(hello.worker_name.len()));
+    }
+    let (handoff, peer) = handoff_of(hello)?;
+    let description = WorkerDescription {
+        name: hello.worker_name.clone(),
+        epoch: wire::epoch("Hello", &hello.epoch)?,
+        role: Role::try_from(hello.role())?,
+        models: hello.models.clone(),
+        handoff,
+    };
+    Ok((description, peer))
+}
+
+fn handoff_of(hello: &wire::Hello) -> Result<(HandoffMode, Option<PeerInfo>), WireError> {
+    let missing = |field| WireError::Missing { message: "Hello", field };
+    match hello.handoff_mode() {
+        wire::HandoffMode::None => Ok((HandoffMode::None, None)),
+        wire::HandoffMode::Engine => Ok((HandoffMode::Engine, None)),
+        wire::HandoffMode::Fenced => {
+            let compatibility = hello.compatibility.clone().ok_or(missing("compatibility"))?;
+            let peer = hello.peer.clone().ok_or(missing("peer"))?;
+            wire::epoch("Peer", &peer.epoch)?;
+            wire::fingerprint("Peer", &peer.certificate_fingerprint)?;
+            let compatibility = Compatibility::from(compatibility).digest();
+            Ok((HandoffMode::Fenced { compatibility }, Some(PeerInfo { wire: peer })))
+        }
+        wire::HandoffMode::Unspecified => Err(missing("handoff_mode")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn hello() -> wire::Hello {
+        wire::Hello {
+            protocol_version: wire::PROTOCOL_VERSION,
+            worker_name: "prefill-0".into(),
+            epoch: Bytes::from_static(&[1; 16]),
+            role: wire::Role::Prefill.into(),
+            models: vec!["m".into()],
+            handoff_mode: wire::HandoffMode::None.into(),
+            ..wire::Hello::default()
+        }
+    }
+
+    #[test]
+    fn a_worker_that_introduces_itself_badly_hears_what_is_wrong() {
+        assert!(introduce(&hello()).is_ok());
+        type Spoil = fn(&mut wire::Hello);
+        let cases: [(Spoil, &str); 7] = [
+            (|h| h.protocol_version = 9, "speaks protocol 1, the worker 9"),
+            (|h| h.worker_name.clear(), "Hello.worker_name is empty"),
+            (|h| h.worker_name = "a\nb".into(), "printable ASCII"),
+            (|h| h.models.clear(), "Hello.models is empty"),
+            (|h| h.epoch.clear(), "Hello.epoch is 0 bytes: expected 16 bytes"),
+            (|h| h.role = 77, "Hello.role is missing"),
+            (
+                |h| h.handoff_mode = wire::HandoffMode::Fenced.into(),
+                "Hello.compatibility is missing",
+            ),
+        ];
+        for (spoil, expected) in cases {
+            let mut hello = hello();
+            spoil(&mut hello);
+            let refused = introduce(&hello).unwrap_err().to_string();
+            assert!(refused.contains(expected), "{refused}");
+        }
+    }
+}

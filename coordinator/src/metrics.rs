@@ -1,0 +1,416 @@
+use std::{sync::Mutex, time::Duration};
+
+use baton_core::AggregatedReason;
+use baton_proto as wire;
+use baton_types::{Fault, Leg};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
+
+use crate::shell::WorkerStatus;
+
+/// The way that a request took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Path {
+    Disaggregated,
+    Aggregated,
+    /// It ended before any worker answered.
+    None,
+}
+
+impl Path {
+    const ALL: [Self; 3] = [Self::Disaggregated, Self::Aggregated, Self::None];
+
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Disaggregated => "disaggregated",
+            Self::Aggregated => "aggregated",
+            Self::None => "none",
+        }
+    }
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Ok,
+    /// Answered with 4xx.
+    ClientError,
+    /// Answered with 5xx.
+    ServerError,
+    /// The answer had begun and could not be finished.
+    BrokenOff,
+    /// The client went away.
+    Cancelled,
+    /// The client left too much unread.
+    TooSlow,
+}
+
+impl Outcome {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::ClientError => "client_error",
+            Self::ServerError => "server_error",
+            Self::BrokenOff => "broken_off",
+            Self::Cancelled => "cancelled",
+            Self::TooSlow => "too_slow",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    path: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PathLabels {
+    path: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FaultLabels {
+    leg: &'static str,
+    origin: &'static str,
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WorkerLabels {
+    worker: String,
+    role: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RoleLabels {
+    role: &'static str,
+}
+
+/// What is observed at each token, looked up once.
+#[derive(Clone, Debug)]
+struct PathMetrics {
+    ttft: Histogram,
+    itl: Histogram,
+    e2e: Histogram,
+    output_tokens: Counter,
+}
+
+/// The coordinator's metrics.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Mutex<Registry>,
+    paths: [PathMetrics; 3],
+    requests: Family<RequestLabels, Counter>,
+    aggregated: Family<ReasonLabels, Counter>,
+    leg_failures: Family<FaultLabels, Counter>,
+    handoff_seconds: Histogram,
+    handoff_bytes: Counter,
+    handoff_blocks: Counter,
+    handoff_blocks_reused: Counter,
+    fleet: FleetMetrics,
+}
+
+/// Gauges set from the workers' reports when somebody looks.
+#[derive(Debug, Default)]
+struct FleetMetrics {
+    requests_open: Gauge,
+    workers: Family<RoleLabels, Gauge>,
+    jobs: Family<WorkerLabels, Gauge>,
+    engine_running: Family<WorkerLabels, Gauge>,
+    engine_waiting: Family<WorkerLabels, Gauge>,
+    kv_used: Family<WorkerLabels, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    blocks_sent: Family<WorkerLabels, Gauge>,
+    bytes_sent: Family<WorkerLabels, Gauge>,
+    blocks_received: Family<WorkerLabels, Gauge>,
+    bytes_received: Family<WorkerLabels, Gauge>,
+    blocks_reused: Family<WorkerLabels, Gauge>,
+    handoffs_open: Family<WorkerLabels, Gauge>,
+    arena_slots_used: Family<WorkerLabels, Gauge>,
+    arena_slots: Family<WorkerLabels, Gauge>,
+}
+
+const TTFT_BUCKETS: [f64; 16] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+];
+const ITL_BUCKETS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0];
+const E2E_BUCKETS: [f64; 14] =
+    [0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0];
+const HANDOFF_BUCKETS: [f64; 12] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let mut registry = Registry::with_prefix("baton");
+        let by_path = |buckets: &'static [f64]| {
+            Family::<PathLabels, Histogram, _>::new_with_constructor(move || {
+                Histogram::new(buckets.iter().copied())
+            })
+        };
+        let ttft = by_path(&TTFT_BUCKETS);
+        let itl = by_path(&ITL_BUCKETS);
+        let e2e = by_path(&E2E_BUCKETS);
+        let output_tokens = Family::<PathLabels, Counter>::default();
+        let handoff_seconds = Histogram::new(HANDOFF_BUCKETS);
+        let (handoff_bytes, handoff_blocks, handoff_blocks_reused) =
+            (Counter::default(), Counter::default(), Counter::default());
+        let requests = Family::default();
+        let aggregated = Family::default();
+        let leg_failures = Family::default();
+        let fleet = FleetMetrics::default();
+
+        let r = &mut registry;
+        r.register_with_unit(
+            "ttft",
+            "From a request's arrival to its first token, queueing and handoff included",
+            Unit::Seconds,
+            ttft.clone(),
+        );
+        r.register_with_unit("itl", "Between tokens of one answer", Unit::Seconds, itl.clone());
+        r.register_with_unit(
+            "e2e",
+            "From a request's arrival to the end of its answer",
+            Unit::Seconds,
+            e2e.clone(),
+        );
+        r.register("output_tokens", "Tokens sent to clients", output_tokens.clone());
+        r.register(
+            "requests",
+            "Requests ended, by the way they took and how they ended",
+            Family::clone(&requests),
+        );
+        r.register(
+            "aggregated_requests",
+            "Requests that were not split, by reason",
+            Family::clone(&aggregated),
+        );
+        r.register(
+            "leg_failures",
+            "Legs that failed, by who is to blame",
+            Family::clone(&leg_failures),
+        );
+        r.register_with_unit(
+            "handoff",
+            "From decode's subscription to its last verified block",
+            Unit::Seconds,
+            handoff_seconds.clone(),
+        );
+        r.register_with_unit(
+            "handoff",
+            "KV handed over for requests answered here",
+            Unit::Bytes,
+            handoff_bytes.clone(),
+        );
+        r.register(
+            "handoff_blocks",
+            "KV blocks handed over for requests answered here",
+            handoff_blocks.clone(),
+        );
+        r.register(
+            "handoff_blocks_reused",
+            "Prompt blocks that decode held already",
+            handoff_blocks_reused.clone(),
+        );
+        fleet.register(r);
+
+        let paths = Path::ALL.map(|path| {
+            let labels = PathLabels { path: path.as_str() };
+            PathMetrics {
+                ttft: ttft.get_or_create(&labels).clone(),
+                itl: itl.get_or_create(&labels).clone(),
+                e2e: e2e.get_or_create(&labels).clone(),
+                output_tokens: output_tokens.get_or_create(&labels).clone(),
+            }
+        });
+        Self {
+            registry: Mutex::new(registry),
+            paths,
+            requests,
+            aggregated,
+            leg_failures,
+            handoff_seconds,
+            handoff_bytes,
+            handoff_blocks,
+            handoff_blocks_reused,
+            fleet,
+        }
+    }
+
+    pub(crate) fn first_token(&self, path: Path, ttft: Duration, tokens: u32) {
+        let metrics = &self.paths[path as usize];
+        metrics.ttft.observe(ttft.as_secs_f64());
+        metrics.output_tokens.inc_by(tokens.into());
+    }
+
+    /// Tokens that came together share the time since the ones before them.
+    pub(crate) fn next_tokens(&self, path: Path, gap: Duration, tokens: u32) {
+        let metrics = &self.paths[path as usize];
+        let each = gap.as_secs_f64() / f64::from(tokens.max(1));
+        for _ in 0..tokens {
+            metrics.itl.observe(each);
+        }
+        metrics.output_tokens.inc_by(tokens.into());
+    }
+
+    pub(crate) fn request_ended(&self, path: Path, outcome: Outcome, e2e: Duration) {
+        let labels = RequestLabels { path: path.as_str(), outcome: outcome.as_str() };
+        self.requests.get_or_create(&labels).inc();
+        if outcome == Outcome::Ok {
+            self.paths[path as usize].e2e.observe(e2e.as_secs_f64());
+        }
+    }
+
+    pub(crate) fn aggregated(&self, reason: AggregatedReason) {
+        self.aggregated.get_or_create(&ReasonLabels { reason: reason.as_str() }).inc();
+    }
+
+    pub(crate) fn leg_failed(&self, leg: Leg, fault: &Fault) {
+        let labels = FaultLabels {
+            leg: leg.as_str(),
+            origin: fault.origin.as_str(),
+            kind: fault.kind.as_str(),
+        };
+        self.leg_failures.get_or_create(&labels).inc();
+    }
+
+    pub(crate) fn handoff(&self, moved: &wire::HandoffResult) {
+        self.handoff_seconds.observe(Duration::from_micros(moved.micros).as_secs_f64());
+        self.handoff_bytes.inc_by(moved.bytes);
+        self.handoff_blocks.inc_by(moved.blocks.into());
+        self.handoff_blocks_reused.inc_by(moved.blocks_reused.into());
+    }
+
+    /// In Prometheus' text format.
+    pub(crate) fn render(&self, requests_open: usize, workers: &[WorkerStatus]) -> String {
+        self.fleet.set(requests_open, workers);
+        let mut text = String::new();
+        let registry = self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // Writing into a string does not fail.
+        let _ = encode(&mut text, &registry);
+        text
+    }
+}
+
+impl FleetMetrics {
+    fn register(&self, r: &mut Registry) {
+        r.register("requests_open", "Requests that have not ended", self.requests_open.clone());
+        r.register("workers", "Workers attached", self.workers.clone());
+        r.register(
+            "worker_jobs",
+            "Legs that a worker has been given and has not ended",
+            self.jobs.clone(),
+        );
+        r.register(
+            "worker_engine_requests_running",
+            "Requests running inside the engine, as it says itself",
+            self.engine_running.clone(),
+        );
+        r.register(
+            "worker_engine_requests_waiting",
+            "Requests waiting inside the engine, as it says itself",
+            self.engine_waiting.clone(),
+        );
+        r.register(
+            "worker_engine_kv_used_ratio",
+            "Share of the engine's KV cache in use",
+            self.kv_used.clone(),
+        );
+        r.register(
+            "worker_handoff_blocks_sent",
+            "KV blocks that a worker has sent since it started",
+            self.blocks_sent.clone(),
+        );
+        r.register(
+            "worker_handoff_sent_bytes",
+            "KV that a worker has sent since it started",
+            self.bytes_sent.clone(),
+        );
+        r.register(
+            "worker_handoff_blocks_received",
+            "KV blocks that a worker has received and verified since it started",
+            self.blocks_received.clone(),
+        );
+        r.register(
+            "worker_handoff_received_bytes",
+            "KV that a worker has received and verified since it started",
+            self.bytes_received.clone(),
+        );
+        r.register(
+            "worker_handoff_blocks_reused",
+            "Prompt blocks that a worker held already since it started",
+            self.blocks_reused.clone(),
+        );
+        r.register(
+            "worker_handoffs_open",
+            "Handoffs that a worker has not ended",
+            self.handoffs_open.clone(),
+        );
+        r.register(
+            "worker_arena_slots_used",
+            "Slots of a worker's staging arena in use",
+            self.arena_slots_used.clone(),
+        );
+        r.register(
+            "worker_arena_slots",
+            "Slots of a worker's staging arena",
+            self.arena_slots.clone(),
+        );
+    }
+
+    fn set(&self, requests_open: usize, workers: &[WorkerStatus]) {
+        let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        self.requests_open.set(gauge(requests_open as u64));
+        for role in baton_types::Role::ALL {
+            let count = workers.iter().filter(|worker| worker.role == role).count();
+            self.workers
+                .get_or_create(&RoleLabels { role: role.as_str() })
+                .set(gauge(count as u64));
+        }
+        // A worker that left, or changed its role, leaves no line behind.
+        let per_worker = [
+            &self.jobs,
+            &self.engine_running,
+            &self.engine_waiting,
+            &self.blocks_sent,
+            &self.bytes_sent,
+            &self.blocks_received,
+            &self.bytes_received,
+            &self.blocks_reused,
+            &self.handoffs_open,
+            &self.arena_slots_used,
+            &self.arena_slots,
+        ];
+        per_worker.iter().for_each(|family| family.clear());
+        self.kv_used.clear();
+        for worker in workers {
+            let labels = WorkerLabels { worker: worker.name.clone(), role: worker.role.as_str() };
+            let report = &worker.report;
+            let values = [
+                worker.jobs_running.into(),
+                report.engine_requests_running.into(),
+                report.engine_requests_waiting.into(),
+                report.handoff_blocks_sent,
+                report.handoff_bytes_sent,
+                report.handoff_blocks_received,
+                report.handoff_bytes_received,
+                report.handoff_blocks_reused,
+                report.handoffs_open.into(),
+                report.arena_slots_used.into(),
+                report.arena_slots.into(),
+            ];
+            for (family, value) in per_worker.iter().zip(values) {
+                family.get_or_create(&labels).set(gauge(value));
+            }
+            self.kv_used.get_or_create(&labels).set(report.engine_kv_used_ratio.into());
+        }
+    }
+}

@@ -1,0 +1,530 @@
+//! Carries the core's decisions out: between clients' answers on one side and workers' links on the
+//! other. One lock holds it all, since all of it runs on one thread; it is never held over an await.
+
+use std::{collections::HashMap, sync::Arc, time::Instant};
+
+use baton_core::{
+    Action, Core, Event, HandoffPlan, JobId, RequestKey, RequestShape, Route, Settings,
+    WorkerDescription, WorkerKey,
+};
+use baton_proto as wire;
+use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use parking_lot::Mutex;
+use tracing::{debug, info, warn};
+
+use crate::{
+    client::{Answer, ClientError, Head, broken_stream_event},
+    fleet::{Link, PeerInfo},
+    metrics::{Metrics, Outcome, Path},
+};
+
+/// Shared by every connection of this coordinator.
+#[derive(Clone, Debug)]
+pub(crate) struct Shell {
+    state: Arc<Mutex<State>>,
+    pub(crate) metrics: Arc<Metrics>,
+    started: Instant,
+    max_unread_bytes: usize,
+}
+
+#[derive(Debug)]
+struct State {
+    core: Core,
+    clients: HashMap<RequestKey, Client>,
+    links: HashMap<WorkerKey, Attached>,
+    /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
+    engine_handoffs: HashMap<JobId, Bytes>,
+    /// Kept between calls for its memory.
+    actions: Vec<Action>,
+}
+
+#[derive(Debug)]
+struct Attached {
+    link: Arc<Link>,
+    peer: Option<PeerInfo>,
+    models: Vec<String>,
+    max_model_tokens: u32,
+    report: wire::Report,
+}
+
+/// One request's side towards its client.
+#[derive(Debug)]
+struct Client {
+    answer: Arc<Answer>,
+    /// Kept for another try, until the first answer.
+    request: Option<ForwardedRequest>,
+    request_id: HeaderValue,
+    streams: bool,
+    arrived: Instant,
+    relaying: Option<Relaying>,
+}
+
+#[derive(Debug)]
+struct Relaying {
+    job: JobId,
+    path: Path,
+    status: StatusCode,
+    event_stream: bool,
+    last_tokens: Option<Instant>,
+}
+
+/// What goes to the engine: as the client sent it.
+#[derive(Clone, Debug)]
+pub(crate) struct ForwardedRequest {
+    pub(crate) path: String,
+    pub(crate) headers: Vec<wire::Header>,
+    pub(crate) body: Bytes,
+}
+
+/// A request as it came in.
+#[derive(Debug)]
+pub(crate) struct IncomingRequest {
+    pub(crate) shape: RequestShape,
+    pub(crate) streams: bool,
+    pub(crate) request_id: HeaderValue,
+    pub(crate) arrived: Instant,
+    pub(crate) forward: ForwardedRequest,
+}
+
+/// A request in flight. Dropping it tells the engines that the client went away, unless the answer was
+/// complete.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    shell: Shell,
+    request: RequestKey,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.shell.client_gone(self.request);
+    }
+}
+
+impl Shell {
+    pub(crate) fn new(settings: Settings, max_unread_bytes: u64) -> Self {
+        Self {
+            state: Arc::new(Mutex::new(State {
+                core: Core::new(settings),
+                clients: HashMap::new(),
+                links: HashMap::new(),
+                engine_handoffs: HashMap::new(),
+                actions: Vec::new(),
+            })),
+            metrics: Arc::new(Metrics::new()),
+            started: Instant::now(),
+            max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
+        }
+    }
+
+    /// Takes a request in and sets its legs going.
+    pub(crate) fn arrive(&self, incoming: IncomingRequest) -> (Arc<Answer>, InFlight) {
+        let answer = Answer::new(self.max_unread_bytes);
+        let mut state = self.state.lock();
+        let mut actions = std::mem::take(&mut state.actions);
+        let now = self.started.elapsed();
+        let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
+        state.clients.insert(
+            request,
+            Client {
+                answer: answer.clone(),
+                request: Some(incoming.forward),
+                request_id: incoming.request_id,
+                streams: incoming.streams,
+                arrived: incoming.arrived,
+                relaying: None,
+            },
+        );
+        self.carry_out(&mut state, actions, None);
+        (answer, InFlight { shell: self.clone(), request })
+    }
+
+    fn client_gone(&self, request: RequestKey) {
+        let mut state = self.state.lock();
+        if let Some(client) = state.clients.remove(&request) {
+            self.metrics.request_ended(client.path(), Outcome::Cancelled, client.arrived.elapsed());
+            self.tell_core(&mut state, Event::ClientGone { request }, None);
+        }
+    }
+
+    pub(crate) fn attach(
+        &self,
+        description: WorkerDescription,
+        link: Arc<Link>,
+        peer: Option<PeerInfo>,
+        hello: &wire::Hello,
+    ) -> WorkerKey {
+        let mut state = self.state.lock();
+        let mut actions = std::mem::take(&mut state.actions);
+        info!(worker = description.name, role = %description.role, epoch = %description.epoch,
+            engine = hello.engine, models = ?description.models, "worker attached");
+        let attached = Attached {
+            link,
+            peer,
+            models: description.models.clone(),
+            max_model_tokens: hello.max_model_tokens,
+            report: wire::Report::default(),
+        };
+        let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
+        self.carry_out(&mut state, actions, None);
+        state.links.insert(worker, attached);
+        worker
+    }
+
+    pub(crate) fn worker_lost(&self, worker: WorkerKey) {
+        let mut state = self.state.lock();
+        if let Some(view) = state.core.worker(worker) {
+            warn!(worker = view.description.name, role = %view.description.role, "worker lost");
+        }
+        self.tell_core(&mut state, Event::WorkerLost { worker }, None);
+        state.links.remove(&worker);
+    }
+
+    pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
+        if let Some(attached) = self.state.lock().links.get_mut(&worker) {
+            attached.report = report;
+        }
+    }
+
+    /// What a worker says of its jobs, all under one lock.
+    pub(crate) fn events(&self, worker: WorkerKey, batch: wire::EventBatch) {
+        let mut state = self.state.lock();
+        let now = Instant::now();
+        for event in batch.events {
+            self.job_event(&mut state, worker, event, now);
+        }
+    }
+
+    pub(crate) fn tick(&self) {
+        self.tell_core(&mut self.state.lock(), Event::Tick, None);
+    }
+
+    /// Breaks every open answer off: this coordinator is going.
+    pub(crate) fn close(&self) {
+        let mut state = self.state.lock();
+        for (_, client) in state.clients.drain() {
+            client.break_off(&ClientError::ShuttingDown);
+        }
+        for attached in state.links.values() {
+            attached.link.close();
+        }
+    }
+
+    pub(crate) fn requests_open(&self) -> usize {
+        self.state.lock().clients.len()
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        self.state.lock().core.is_ready()
+    }
+
+    /// Each model once, with the shortest of its workers' limits.
+    pub(crate) fn models(&self) -> Vec<(String, u32)> {
+        let mut models: Vec<(String, u32)> = Vec::new();
+        for attached in self.state.lock().links.values() {
+            for name in &attached.models {
+                match models.iter_mut().find(|(known, _)| known == name) {
+                    Some((_, limit)) => *limit = (*limit).min(attached.max_model_tokens),
+                    None => models.push((name.clone(), attached.max_model_tokens)),
+                }
+            }
+        }
+        models.sort();
+        models
+    }
+
+    pub(crate) fn workers(&self) -> Vec<WorkerStatus> {
+        let state = self.state.lock();
+        let mut workers: Vec<_> = state
+            .core
+            .workers()
+            .filter_map(|view| {
+                let attached = state.links.get(&view.key)?;
+                Some(WorkerStatus {
+                    name: view.description.name.clone(),
+                    role: view.description.role,
+                    jobs_running: view.jobs_running,
+                    report: attached.report,
+                })
+            })
+            .collect();
+        workers.sort_by(|a, b| a.name.cmp(&b.name));
+        workers
+    }
+
+    fn job_event(
+        &self,
+        state: &mut State,
+        worker: WorkerKey,
+        mut event: wire::Event,
+        now: Instant,
+    ) {
+        let job = JobId(event.job);
+        let Some((request, leg, owner)) = state.core.job(job) else { return };
+        if owner != worker {
+            debug!(job = event.job, "a worker spoke of another worker's job");
+            return;
+        }
+        if let Some(fault) = event.fault.take() {
+            return self.leg_failed(state, job, leg, fault);
+        }
+        if leg == Leg::Prefill && (event.status == 0 || event.status < 400) {
+            if event.end {
+                if !event.engine_handoff_params.is_empty() {
+                    state.engine_handoffs.insert(job, event.engine_handoff_params);
+                }
+                self.tell_core(state, Event::PrefillDone { job }, None);
+                state.engine_handoffs.remove(&job);
+            }
+            return;
+        }
+        if event.status != 0 {
+            if let Some(moved) = event.handoff.take() {
+                self.metrics.handoff(&moved);
+            }
+            self.tell_core(state, Event::Answered { job }, Some(&event));
+        }
+        let Some(client) = state.clients.get_mut(&request) else { return };
+        if client.relaying.as_ref().is_none_or(|relaying| relaying.job != job) {
+            return;
+        }
+        client.tokens(event.tokens, now, &self.metrics);
+        if client.answer.push(&event.payload).is_err() {
+            info!(request_id = ?client.request_id, "client reads too slowly: cancelled");
+            let client = state.clients.remove(&request);
+            if let Some(client) = client {
+                let seconds = client.arrived.elapsed();
+                self.metrics.request_ended(client.path(), Outcome::TooSlow, seconds);
+            }
+            return self.tell_core(state, Event::ClientGone { request }, None);
+        }
+        if event.end {
+            self.tell_core(state, Event::Ended { job }, None);
+        }
+    }
+
+    fn leg_failed(&self, state: &mut State, job: JobId, leg: Leg, fault: wire::Fault) {
+        let fault = Fault::try_from(fault).unwrap_or_else(|error| {
+            Fault::new(Origin::Worker, FaultKind::Failed, format!("unreadable fault: {error}"))
+        });
+        warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message, "leg failed");
+        self.metrics.leg_failed(leg, &fault);
+        self.tell_core(state, Event::LegFailed { job, fault }, None);
+    }
+
+    fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
+        let mut actions = std::mem::take(&mut state.actions);
+        state.core.handle(event, self.started.elapsed(), &mut actions);
+        self.carry_out(state, actions, answer);
+    }
+
+    fn carry_out(&self, state: &mut State, mut actions: Vec<Action>, answer: Option<&wire::Event>) {
+        for action in actions.drain(..) {
+            match action {
+                Action::Start { worker, job, request, leg, handoff } => {
+                    if let Some(start) = state.start_job(job, request, leg, handoff)
+                        && let Some(attached) = state.links.get(&worker)
+                    {
+                        attached.link.start(start);
+                    }
+                }
+                Action::Cancel { worker, job } => {
+                    if let Some(attached) = state.links.get(&worker) {
+                        attached.link.cancel(job.0);
+                    }
+                }
+                Action::Relay { request, job, route } => {
+                    if let Some(event) = answer {
+                        self.relay(state, request, job, route, event);
+                    }
+                }
+                Action::Reject { request, rejection } => {
+                    let Some(client) = state.clients.remove(&request) else { continue };
+                    let error = ClientError::from(rejection);
+                    let outcome = if error.status().is_server_error() {
+                        Outcome::ServerError
+                    } else {
+                        Outcome::ClientError
+                    };
+                    self.metrics.request_ended(client.path(), outcome, client.arrived.elapsed());
+                    client.break_off(&error);
+                }
+                Action::BreakOff { request, .. } => {
+                    let Some(client) = state.clients.remove(&request) else { continue };
+                    let seconds = client.arrived.elapsed();
+                    self.metrics.request_ended(client.path(), Outcome::BrokenOff, seconds);
+                    client.break_off(&ClientError::NoWorker);
+                }
+                Action::Finish { request } => {
+                    let Some(client) = state.clients.remove(&request) else { continue };
+                    let outcome = client.outcome();
+                    self.metrics.request_ended(client.path(), outcome, client.arrived.elapsed());
+                    client.answer.complete();
+                }
+                Action::Disconnect { worker } => {
+                    if let Some(attached) = state.links.remove(&worker) {
+                        attached.link.close();
+                    }
+                }
+            }
+        }
+        state.actions = actions;
+    }
+
+    fn relay(
+        &self,
+        state: &mut State,
+        request: RequestKey,
+        job: JobId,
+        route: Route,
+        event: &wire::Event,
+    ) {
+        let name = |worker: WorkerKey| {
+            let view = state.core.worker(worker)?;
+            HeaderValue::from_str(&view.description.name).ok()
+        };
+        let mut headers = end_to_end_headers(&event.headers);
+        let (path, workers) = match route {
+            Route::Disaggregated { prefill, decode, by_engine } => {
+                if by_engine {
+                    headers.insert("x-baton-handoff", HeaderValue::from_static("engine"));
+                }
+                (
+                    Path::Disaggregated,
+                    [
+                        ("x-baton-prefill-worker", Some(prefill)),
+                        ("x-baton-decode-worker", Some(decode)),
+                    ],
+                )
+            }
+            Route::Aggregated { worker, reason } => {
+                self.metrics.aggregated(reason);
+                headers.insert("x-baton-reason", HeaderValue::from_static(reason.as_str()));
+                (Path::Aggregated, [("x-baton-worker", Some(worker)), ("", None)])
+            }
+        };
+        headers.insert("x-baton-path", HeaderValue::from_static(path.as_str()));
+        for (header, worker) in workers {
+            if let Some(value) = worker.and_then(name) {
+                headers.insert(header, value);
+            }
+        }
+        let Some(client) = state.clients.get_mut(&request) else { return };
+        headers.insert("x-request-id", client.request_id.clone());
+        let status = u16::try_from(event.status)
+            .ok()
+            .and_then(|status| StatusCode::from_u16(status).ok())
+            .unwrap_or(StatusCode::BAD_GATEWAY);
+        client.request = None;
+        client.relaying = Some(Relaying {
+            job,
+            path,
+            status,
+            event_stream: client.streams && status.is_success(),
+            last_tokens: None,
+        });
+        client.answer.begin(Head { status, headers });
+    }
+}
+
+impl State {
+    fn start_job(
+        &mut self,
+        job: JobId,
+        request: RequestKey,
+        leg: Leg,
+        handoff: Option<HandoffPlan>,
+    ) -> Option<wire::StartJob> {
+        let forward = self.clients.get(&request)?.request.clone()?;
+        let (fenced, engine_handoff_params) = match handoff {
+            None | Some(HandoffPlan::Engine { prefill: None }) => (None, Bytes::new()),
+            Some(HandoffPlan::Engine { prefill: Some(prefill) }) => {
+                (None, self.engine_handoffs.remove(&prefill).unwrap_or_default())
+            }
+            Some(HandoffPlan::Fenced { id, generation, peer }) => {
+                let peer = self.links.get(&peer).and_then(|attached| attached.peer.clone());
+                let handoff = wire::Handoff {
+                    id: Bytes::copy_from_slice(id.as_bytes()),
+                    generation: generation.0,
+                    peer: peer.map(|peer| peer.wire),
+                };
+                (Some(handoff), Bytes::new())
+            }
+        };
+        Some(wire::StartJob {
+            job: job.0,
+            leg: wire::Leg::from(leg).into(),
+            path: forward.path,
+            headers: forward.headers,
+            body: forward.body,
+            handoff: fenced,
+            engine_handoff_params,
+        })
+    }
+}
+
+impl Client {
+    fn path(&self) -> Path {
+        self.relaying.as_ref().map_or(Path::None, |relaying| relaying.path)
+    }
+
+    fn outcome(&self) -> Outcome {
+        match self.relaying.as_ref().map(|relaying| relaying.status) {
+            Some(status) if status.is_client_error() => Outcome::ClientError,
+            Some(status) if status.is_server_error() => Outcome::ServerError,
+            _ => Outcome::Ok,
+        }
+    }
+
+    fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) {
+        let Some(relaying) = self.relaying.as_mut().filter(|_| tokens > 0) else { return };
+        match relaying.last_tokens {
+            None => metrics.first_token(relaying.path, now.duration_since(self.arrived), tokens),
+            Some(last) => metrics.next_tokens(relaying.path, now.duration_since(last), tokens),
+        }
+        relaying.last_tokens = Some(now);
+    }
+
+    /// Says `error` in whatever way the answer still allows.
+    fn break_off(&self, error: &ClientError) {
+        match &self.relaying {
+            None => {
+                let (mut head, body) = error.to_parts();
+                head.headers.insert("x-request-id", self.request_id.clone());
+                self.answer.begin(head);
+                // A fresh answer has room for an error.
+                let _ = self.answer.push(&body);
+                self.answer.complete();
+            }
+            Some(relaying) if relaying.event_stream => {
+                let _ = self.answer.push(&broken_stream_event());
+                self.answer.complete();
+            }
+            Some(_) => self.answer.break_off(),
+        }
+    }
+}
+
+/// A worker as status pages and metrics show it.
+#[derive(Clone, Debug)]
+pub(crate) struct WorkerStatus {
+    pub(crate) name: String,
+    pub(crate) role: Role,
+    pub(crate) jobs_running: u32,
+    pub(crate) report: wire::Report,
+}
+
+fn end_to_end_headers(headers: &[wire::Header]) -> HeaderMap {
+    let mut map = HeaderMap::with_capacity(headers.len() + 4);
+    for header in headers {
+        if let (Ok(name), Ok(value)) = (
+            HeaderName::from_bytes(header.name.as_bytes()),
+            HeaderValue::from_maybe_shared(header.value.clone()),
+        ) && !crate::client::is_hop_by_hop(&name)
+        {
+            map.append(name, value);
+        }
+    }
+    map
+}
