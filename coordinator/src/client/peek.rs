@@ -9,23 +9,42 @@ use serde::{
 /// Reads from a request's JSON what placement needs, and nothing more: everything else is the
 /// engine's business and passes through untouched.
 pub(super) fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError> {
-    let fields: Fields<'_> = serde_json::from_slice(body)
-        .map_err(|error| PeekError::Malformed { message: error.to_string() })?;
-    if fields.kv_transfer_params || fields.vllm_xargs.carries_kv_transfer_params {
-        return Err(PeekError::Reserved);
+    match endpoint {
+        Endpoint::Generation => {
+            let fields: GenerationFields<'_> = parse(body)?;
+            fields.vllm_xargs.refuse_reserved(fields.kv_transfer_params)?;
+            Ok(Peeked {
+                streams: fields.stream.unwrap_or(false),
+                shape: RequestShape {
+                    max_output_tokens: fields.max_completion_tokens.or(fields.max_tokens),
+                    unsplittable: fields.unsplittable(),
+                    model: fields.model.map(Cow::into_owned),
+                },
+            })
+        }
+        Endpoint::Whole => {
+            let fields: WholeFields<'_> = parse(body)?;
+            fields.vllm_xargs.refuse_reserved(fields.kv_transfer_params)?;
+            Ok(Peeked {
+                streams: fields.stream.unwrap_or(false),
+                shape: RequestShape {
+                    max_output_tokens: None,
+                    unsplittable: Some("endpoint"),
+                    model: fields.model.map(Cow::into_owned),
+                },
+            })
+        }
     }
-    let unsplittable = match endpoint {
-        Endpoint::Whole => Some("endpoint"),
-        Endpoint::Generation => fields.unsplittable(),
-    };
-    Ok(Peeked {
-        streams: fields.stream.unwrap_or(false),
-        shape: RequestShape {
-            max_output_tokens: fields.max_completion_tokens.or(fields.max_tokens),
-            unsplittable,
-            model: fields.model.map(Cow::into_owned),
-        },
-    })
+}
+
+fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, PeekError> {
+    // Serde would take a list for the fields in their order.
+    if body.trim_ascii_start().first() == Some(&b'[') {
+        let message = "invalid type: list, expected an object".to_owned();
+        return Err(PeekError::Malformed { message });
+    }
+    serde_json::from_slice(body)
+        .map_err(|error| PeekError::Malformed { message: error.to_string() })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +73,19 @@ pub(crate) enum PeekError {
 }
 
 #[derive(Debug, Deserialize)]
-struct Fields<'a> {
+struct WholeFields<'a> {
+    #[serde(borrow, default)]
+    model: Option<Cow<'a, str>>,
+    #[serde(default)]
+    stream: Option<bool>,
+    #[serde(default, deserialize_with = "present")]
+    kv_transfer_params: bool,
+    #[serde(default)]
+    vllm_xargs: ExtraArguments,
+}
+
+#[derive(Debug, Deserialize)]
+struct GenerationFields<'a> {
     #[serde(borrow, default)]
     model: Option<Cow<'a, str>>,
     #[serde(default)]
@@ -83,7 +114,7 @@ struct Fields<'a> {
     vllm_xargs: ExtraArguments,
 }
 
-impl Fields<'_> {
+impl GenerationFields<'_> {
     /// The parameter that keeps the request on one worker, if there is one:
     /// - several answers to one prompt (`n`, `best_of`, beam search) or several prompts are several
     ///   sequences in the engine, and a handoff names one;
@@ -114,6 +145,13 @@ fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error>
 #[derive(Debug, Default)]
 struct ExtraArguments {
     carries_kv_transfer_params: bool,
+}
+
+impl ExtraArguments {
+    fn refuse_reserved(&self, at_top_level: bool) -> Result<(), PeekError> {
+        let carried = at_top_level || self.carries_kv_transfer_params;
+        if carried { Err(PeekError::Reserved) } else { Ok(()) }
+    }
 }
 
 impl<'de> Deserialize<'de> for ExtraArguments {
