@@ -178,6 +178,7 @@ def main(source, target):
         sys.exit(f"gguf_to_hf: knows the architecture llama only, not {architecture}")
     weights = convert_weights(reader, meta)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)  # save_file makes it private to its owner
     write_json(target / "config.json", config(meta, weights))
     write_json(target / "generation_config.json", special_ids(meta))
     tokenizer(meta, target)

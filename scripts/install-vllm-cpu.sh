@@ -71,7 +71,7 @@ install_packages() {
     say "installing $(grep -c '==' "$requirements") pinned packages, about 1.5 minutes"
     # --no-deps keeps the CUDA wheels out; no cache, since it would double the disk.
     "$venv/bin/pip" install --quiet --disable-pip-version-check --no-cache-dir --no-deps \
-        --only-binary :all: --retries 10 --requirement "$requirements" ||
+        --only-binary :all: --requirement "$requirements" ||
         fail "pip could not install the pins of $requirements"
 }
 
