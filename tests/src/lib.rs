@@ -1,1 +1,12 @@
-//! placeholder
+//! A cluster of real processes on loopback, for the scenarios beside: `tests/*.rs`, one a file.
+
+mod answers;
+mod cluster;
+mod metrics;
+mod process;
+mod vllm;
+
+pub use answers::{Answer, StreamEvent, read_events, streamed_text};
+pub use cluster::{Cluster, ClusterBuilder};
+pub use metrics::Metrics;
+pub use vllm::{VllmInstallation, vllm_or_skip};

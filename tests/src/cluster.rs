@@ -1,0 +1,366 @@
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{
+    answers::{Answer, StreamEvent, read_events},
+    metrics::Metrics,
+    process::Process,
+    vllm::VllmInstallation,
+};
+
+/// What a cluster shall be.
+#[derive(Clone, Debug)]
+pub struct ClusterBuilder {
+    prefill: usize,
+    decode: usize,
+    engine: Engine,
+    coordinator_toml: String,
+    arena_toml: String,
+    ready: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Engine {
+    Sim { toml: String },
+    Vllm { installation: VllmInstallation, arguments: Vec<String> },
+}
+
+impl ClusterBuilder {
+    /// One prefill and one decode worker with the embedded engine, as fast as it goes.
+    pub fn sim() -> Self {
+        let toml = "time_scale = 0.0\n".to_owned();
+        Self::new(Engine::Sim { toml })
+    }
+
+    /// One prefill and one decode worker with a real vLLM each, in float32, of which token-for-token
+    /// equality can be asked.
+    pub fn vllm(installation: VllmInstallation) -> Self {
+        Self::new(Engine::Vllm { installation, arguments: Vec::new() })
+    }
+
+    fn new(engine: Engine) -> Self {
+        Self {
+            prefill: 1,
+            decode: 1,
+            engine,
+            coordinator_toml: String::new(),
+            arena_toml: String::new(),
+            ready: true,
+        }
+    }
+
+    pub fn pools(mut self, prefill: usize, decode: usize) -> Self {
+        (self.prefill, self.decode) = (prefill, decode);
+        self
+    }
+
+    /// More keys of `[engine]` (embedded engine only), in place of those of the same name.
+    pub fn engine(mut self, keys: &str) -> Self {
+        if let Engine::Sim { toml } = &mut self.engine {
+            let named = |line: &str| line.split('=').next().unwrap_or_default().trim().to_owned();
+            let given: Vec<_> = keys.lines().map(named).collect();
+            toml.retain_lines(|line| !given.contains(&named(line)));
+            toml.push_str(keys);
+            toml.push('\n');
+        }
+        self
+    }
+
+    /// More arguments for `vllm serve` (real vLLM only).
+    pub fn vllm_arguments(mut self, more: &[&str]) -> Self {
+        if let Engine::Vllm { arguments, .. } = &mut self.engine {
+            arguments.extend(more.iter().map(ToString::to_string));
+        }
+        self
+    }
+
+    /// Keys of `[coordinator.limits]`.
+    pub fn limits(mut self, keys: &str) -> Self {
+        self.coordinator_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[arena]`.
+    pub fn arena(mut self, keys: &str) -> Self {
+        self.arena_toml = keys.to_owned();
+        self
+    }
+
+    /// Do not wait until each role has a worker.
+    pub fn not_ready(mut self) -> Self {
+        self.ready = false;
+        self
+    }
+
+    pub async fn start(self) -> Result<Cluster> {
+        let directory = tempfile::tempdir()?;
+        let (http_port, workers_port) = (free_port()?, free_port()?);
+        let mut workers = BTreeMap::new();
+        for (role, count) in [("prefill", self.prefill), ("decode", self.decode)] {
+            for index in 0..count {
+                workers.insert(format!("{role}-{index}"), role);
+            }
+        }
+        let config = directory.path().join("baton.toml");
+        fs::write(&config, self.toml(directory.path(), http_port, workers_port, &workers)?)?;
+
+        let mut cluster = Cluster {
+            config,
+            processes: BTreeMap::new(),
+            http: reqwest::Client::builder().no_proxy().build()?,
+            base: format!("http://127.0.0.1:{http_port}"),
+            workers_port,
+            workers: workers
+                .iter()
+                .map(|(name, role)| (name.clone(), (*role).to_owned()))
+                .collect(),
+            directory,
+        };
+        cluster.start_process("coordinator")?;
+        for name in workers.keys() {
+            cluster.start_process(name)?;
+        }
+        if self.ready {
+            let patience = match self.engine {
+                Engine::Sim { .. } => Duration::from_secs(30),
+                Engine::Vllm { .. } => Duration::from_secs(300),
+            };
+            cluster.wait_for_workers(workers.len(), patience).await?;
+        }
+        Ok(cluster)
+    }
+
+    fn toml(
+        &self,
+        directory: &Path,
+        http_port: u16,
+        workers_port: u16,
+        workers: &BTreeMap<String, &str>,
+    ) -> Result<String> {
+        let mut toml = format!(
+            "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
+             workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
+             [coordinator.limits]\n{}\n\n[arena]\n{}\n\n",
+            self.coordinator_toml, self.arena_toml
+        );
+        if let Engine::Sim { toml: engine } = &self.engine {
+            writeln!(toml, "[engine]\nkind = \"sim\"\n{engine}")?;
+        }
+        for (index, (name, role)) in workers.iter().enumerate() {
+            writeln!(toml, "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"")?;
+            if let Engine::Vllm { installation, arguments } = &self.engine {
+                let socket = directory.join(format!("{name}.sock"));
+                let program = installation.environment.join("bin/vllm");
+                let model = installation.model.to_string_lossy().into_owned();
+                let base = [
+                    "serve",
+                    &model,
+                    "--served-model-name",
+                    "smollm2",
+                    "--enforce-eager",
+                    "--dtype",
+                    "float32",
+                    "--max-model-len",
+                    "2048",
+                    "--max-num-seqs",
+                    "8",
+                    "--block-size",
+                    "32",
+                    "--kv-cache-memory-bytes",
+                    "268435456",
+                    "--enable-prompt-tokens-details",
+                ];
+                let command: Vec<String> = [program.to_string_lossy().into_owned()]
+                    .into_iter()
+                    .chain(base.into_iter().map(str::to_owned))
+                    .chain(arguments.iter().cloned())
+                    .collect();
+                let cores = std::thread::available_parallelism().map_or(1, usize::from);
+                writeln!(
+                    toml,
+                    "[worker.engine]\nkind = \"vllm\"\ncommand = {command:?}\nport = {}\n\
+                     connector_socket = {socket:?}\n\
+                     environment = {{ HF_HUB_OFFLINE = \"1\", VLLM_NO_USAGE_STATS = \"1\", \
+                     VLLM_SERVER_DEV_MODE = \"1\", VLLM_CPU_OMP_THREADS_BIND = \"{}\" }}",
+                    free_port()?,
+                    index % cores,
+                )?;
+            }
+        }
+        Ok(toml)
+    }
+}
+
+trait RetainLines {
+    fn retain_lines(&mut self, keep: impl Fn(&str) -> bool);
+}
+
+impl RetainLines for String {
+    fn retain_lines(&mut self, keep: impl Fn(&str) -> bool) {
+        *self = self
+            .lines()
+            .filter(|line| keep(line))
+            .fold(String::new(), |kept, line| kept + line + "\n");
+    }
+}
+
+/// A running cluster. All of it ends when this is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    pub http: reqwest::Client,
+    base: String,
+    workers_port: u16,
+    config: PathBuf,
+    workers: BTreeMap<String, String>,
+    // Workers end before the coordinator, and all of them before their directory.
+    processes: BTreeMap<String, Process>,
+    directory: TempDir,
+}
+
+impl Cluster {
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    /// `host:port` where clients connect.
+    pub fn address(&self) -> &str {
+        self.base.trim_start_matches("http://")
+    }
+
+    /// Where workers connect.
+    pub fn workers_port(&self) -> u16 {
+        self.workers_port
+    }
+
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Starts a process of the configuration: `coordinator`, or a worker by its name.
+    pub fn start_process(&mut self, name: &str) -> Result<()> {
+        let config = self.config.to_string_lossy().into_owned();
+        let role = self.workers.get(name).map(|role| format!("{role}-worker"));
+        let arguments = match &role {
+            None => vec!["coordinator", "--config", &config],
+            Some(role) => vec![role.as_str(), "--config", &config, "--name", name],
+        };
+        let process = Process::start(name, &arguments, self.directory.path())?;
+        self.processes.insert(name.to_owned(), process);
+        Ok(())
+    }
+
+    pub fn kill(&mut self, name: &str) {
+        if let Some(mut process) = self.processes.remove(name) {
+            process.kill();
+        }
+    }
+
+    pub fn terminate(&mut self, name: &str) -> Result<()> {
+        self.processes.remove(name).context("no such process")?.terminate()
+    }
+
+    pub fn process_id(&self, name: &str) -> Option<u32> {
+        self.processes.get(name).map(Process::id)
+    }
+
+    pub fn log(&self, name: &str) -> String {
+        self.processes.get(name).map(Process::log).unwrap_or_default()
+    }
+
+    /// Waits until this many workers are attached.
+    pub async fn wait_for_workers(&mut self, count: usize, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        loop {
+            for process in self.processes.values_mut() {
+                process.check_alive()?;
+            }
+            if let Ok(metrics) = self.try_metrics().await
+                && metrics.sum("baton_workers", &[]) == count as f64
+            {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let logs: Vec<_> = self.processes.values().map(Process::log_tail).collect();
+                bail!("{count} workers did not attach in time:\n{}", logs.join("\n---\n"));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+        let response = self.http.post(self.url(path)).json(body).send().await;
+        Answer::read(response.expect("an answer")).await.expect("a whole answer")
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        let response = self.http.get(self.url(path)).send().await.expect("an answer");
+        Answer::read(response).await.expect("a whole answer")
+    }
+
+    /// A greedy completion of token ids or text.
+    pub async fn complete(&self, prompt: impl Into<Value>, max_tokens: u32) -> Answer {
+        let prompt = prompt.into();
+        let body = json!({
+            "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true,
+        });
+        self.post("/v1/completions", &body).await
+    }
+
+    pub async fn stream(&self, path: &str, body: &Value) -> Result<Vec<StreamEvent>> {
+        read_events(self.http.post(self.url(path)).json(body).send().await?).await
+    }
+
+    pub async fn try_metrics(&self) -> Result<Metrics> {
+        let response = self.http.get(self.url("/metrics")).send().await?;
+        ensure!(response.status().is_success(), "metrics: {}", response.status());
+        Ok(Metrics::parse(&response.text().await?))
+    }
+
+    pub async fn metrics(&self) -> Metrics {
+        self.try_metrics().await.expect("metrics")
+    }
+
+    /// Waits until the metrics say what they should; workers report each half second.
+    pub async fn eventually(&self, what: &str, holds: impl Fn(&Metrics) -> bool) -> Metrics {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let metrics = self.metrics().await;
+            if holds(&metrics) {
+                return metrics;
+            }
+            assert!(Instant::now() < deadline, "never held: {what}\n{metrics:#?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Nothing is left of any request: no job, no handoff, no slot, no request in an engine.
+    pub async fn eventually_idle(&self) -> Metrics {
+        self.eventually("everything is idle", |metrics| {
+            let left = [
+                "baton_requests_open",
+                "baton_worker_jobs",
+                "baton_worker_handoffs_open",
+                "baton_worker_arena_slots_used",
+                "baton_worker_engine_requests_running",
+                "baton_worker_engine_requests_waiting",
+            ];
+            left.iter().all(|name| metrics.sum(name, &[]) == 0.0)
+        })
+        .await
+    }
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
