@@ -111,8 +111,14 @@ impl ClusterBuilder {
                 workers.insert(format!("{role}-{index}"), role);
             }
         }
+        let mut engine_ports = BTreeMap::new();
+        for name in workers.keys() {
+            engine_ports.insert(name.clone(), free_port()?);
+        }
         let config = directory.path().join("baton.toml");
-        fs::write(&config, self.toml(directory.path(), http_port, workers_port, &workers)?)?;
+        let toml =
+            self.toml(directory.path(), [http_port, workers_port], &workers, &engine_ports)?;
+        fs::write(&config, toml)?;
 
         let mut cluster = Cluster {
             config,
@@ -120,6 +126,7 @@ impl ClusterBuilder {
             http: reqwest::Client::builder().no_proxy().build()?,
             base: format!("http://127.0.0.1:{http_port}"),
             workers_port,
+            engine_ports,
             workers: workers
                 .iter()
                 .map(|(name, role)| (name.clone(), (*role).to_owned()))
@@ -143,9 +150,9 @@ impl ClusterBuilder {
     fn toml(
         &self,
         directory: &Path,
-        http_port: u16,
-        workers_port: u16,
+        [http_port, workers_port]: [u16; 2],
         workers: &BTreeMap<String, &str>,
+        engine_ports: &BTreeMap<String, u16>,
     ) -> Result<String> {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
@@ -192,7 +199,7 @@ impl ClusterBuilder {
                      connector_socket = {socket:?}\n\
                      environment = {{ HF_HUB_OFFLINE = \"1\", VLLM_NO_USAGE_STATS = \"1\", \
                      VLLM_SERVER_DEV_MODE = \"1\", VLLM_CPU_OMP_THREADS_BIND = \"{}\" }}",
-                    free_port()?,
+                    engine_ports[name],
                     index % cores,
                 )?;
             }
@@ -220,6 +227,7 @@ pub struct Cluster {
     pub http: reqwest::Client,
     base: String,
     workers_port: u16,
+    engine_ports: BTreeMap<String, u16>,
     config: PathBuf,
     workers: BTreeMap<String, String>,
     // Workers end before the coordinator, and all of them before their directory.
@@ -235,6 +243,11 @@ impl Cluster {
     /// `host:port` where clients connect.
     pub fn address(&self) -> &str {
         self.base.trim_start_matches("http://")
+    }
+
+    /// Where a worker's vLLM serves.
+    pub fn engine_port(&self, worker: &str) -> u16 {
+        self.engine_ports[worker]
     }
 
     /// Where workers connect.

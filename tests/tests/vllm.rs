@@ -1,0 +1,235 @@
+//! A real vLLM with a real model on both sides. One cluster for all scenarios, since it takes a minute to
+//! start; each scenario says its name as it begins.
+
+use std::{process::Command, time::Duration};
+
+use baton_tests::{Cluster, ClusterBuilder, Metrics, read_events, streamed_text, vllm_or_skip};
+use futures::StreamExt;
+use serde_json::{Value, json};
+
+const BLOCK_SIZE_TOKENS: usize = 32;
+/// Smaller than the longest prompt, so that it is prefilled in several chunks.
+const CHUNK_TOKENS: usize = 512;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vllm_on_both_sides() {
+    let Some(installation) = vllm_or_skip("vllm_on_both_sides") else { return };
+    let chunk = CHUNK_TOKENS.to_string();
+    let arguments = [
+        "--max-num-batched-tokens",
+        &chunk,
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+    ];
+    let mut cluster = ClusterBuilder::vllm(installation.clone())
+        .vllm_arguments(&arguments)
+        .start()
+        .await
+        .unwrap();
+
+    say("split answers equal aggregated ones");
+    split_equals_aggregated(&cluster).await;
+    say("the second turn sends only what is new");
+    second_turn(&cluster).await;
+    say("usage is what an aggregated vLLM counts");
+    usage(&cluster).await;
+    say("parameters that cannot be split run whole");
+    not_split(&cluster).await;
+    say("bad requests get vLLM's own answer");
+    bad_requests(&cluster).await;
+    say("clients that go away");
+    clients_that_go_away(&cluster).await;
+    say("the openai client");
+    openai_client(&cluster, &installation.environment);
+    say("a worker whose vLLM dies comes back");
+    engine_dies(&mut cluster).await;
+}
+
+fn say(scenario: &str) {
+    println!("-- {scenario}");
+}
+
+fn prompt(seed: usize, length: usize) -> Vec<u32> {
+    // Ordinary words of the vocabulary.
+    (0..length).map(|i| 300 + ((seed * 7919 + i * i * 31 + i * 17) % 9000) as u32).collect()
+}
+
+fn request(prompt: &[u32], max_tokens: u32) -> Value {
+    json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true})
+}
+
+/// Two answers to a prompt, of which vLLM counts none for two: the request is not split.
+async fn aggregated(cluster: &Cluster, prompt: &[u32], max_tokens: u32) -> String {
+    let mut body = request(prompt, max_tokens);
+    body["n"] = 2.into();
+    // Nothing that a handoff left in the prefix cache takes part in the reference.
+    body["cache_salt"] = "reference".into();
+    let answer = cluster.post("/v1/completions", &body).await;
+    assert_eq!(answer.path(), "aggregated");
+    answer.generated()
+}
+
+/// vLLM's own counters of one worker.
+async fn vllm_metrics(cluster: &Cluster, worker: &str) -> Metrics {
+    let port = cluster.engine_port(worker);
+    let url = format!("http://127.0.0.1:{port}/metrics");
+    Metrics::parse(&cluster.http.get(url).send().await.unwrap().text().await.unwrap())
+}
+
+async fn split_equals_aggregated(cluster: &Cluster) {
+    for length in [7, 31, 32, 33, 64, 65, 100, 511, 513, 1500] {
+        let tokens = prompt(length, length);
+        let expected = aggregated(cluster, &tokens, 16).await;
+        let before = (cluster.metrics().await, vllm_metrics(cluster, "decode-0").await);
+        let answer = cluster.post("/v1/completions", &request(&tokens, 16)).await;
+        assert_eq!(answer.path(), "disaggregated", "{:?}", answer.headers);
+        assert_eq!(answer.generated(), expected, "prompt of {length} tokens");
+
+        // The KV crossed: decode's vLLM took the prompt from outside and computed one token of it.
+        let after = (cluster.metrics().await, vllm_metrics(cluster, "decode-0").await);
+        let coordinator = |name| after.0.sum(name, &[]) - before.0.sum(name, &[]);
+        let vllm = |name| after.1.sum(name, &[]) - before.1.sum(name, &[]);
+        let blocks = length.div_ceil(BLOCK_SIZE_TOKENS) as f64;
+        assert_eq!(coordinator("baton_handoff_blocks_total"), blocks, "{length}");
+        assert_eq!(vllm("vllm:external_prefix_cache_hits_total"), length as f64, "{length}");
+        cluster
+            .eventually("what was sent is what came", |metrics| {
+                let sent = |what: &str, worker| {
+                    metrics.sum(&format!("baton_worker_handoff_{what}"), &[worker])
+                };
+                sent("blocks_sent", "prefill-0") == sent("blocks_received", "decode-0")
+                    && sent("sent_bytes", "prefill-0") == sent("received_bytes", "decode-0")
+                    && sent("blocks_received", "decode-0")
+                        == metrics.sum("baton_handoff_blocks_total", &[])
+            })
+            .await;
+    }
+    cluster.eventually_idle().await;
+}
+
+async fn second_turn(cluster: &Cluster) {
+    let first = prompt(4242, 320);
+    cluster.post("/v1/completions", &request(&first, 4)).await.generated();
+    let before = cluster.metrics().await;
+    let second: Vec<u32> = first.iter().copied().chain(prompt(777, 64)).collect();
+    let expected = aggregated(cluster, &second, 8).await;
+    let answer = cluster.post("/v1/completions", &request(&second, 8)).await;
+    assert_eq!(answer.generated(), expected);
+    let after = cluster.metrics().await;
+    let grown = |name| after.sum(name, &[]) - before.sum(name, &[]);
+    assert_eq!(grown("baton_handoff_blocks_total"), 2.0, "two new blocks");
+    assert_eq!(grown("baton_handoff_blocks_reused_total"), 10.0);
+}
+
+async fn usage(cluster: &Cluster) {
+    let tokens = prompt(99, 200);
+    let answer = cluster.post("/v1/completions", &request(&tokens, 5)).await;
+    let usage = answer.json()["usage"].clone();
+    assert_eq!((&usage["prompt_tokens"], &usage["completion_tokens"]), (&json!(200), &json!(5)));
+    let cached =
+        |usage: &Value| usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
+    assert_eq!(cached(&usage), 0, "what was handed over was not cached: {usage}");
+    let mut body = request(&tokens, 5);
+    body["stream"] = true.into();
+    body["stream_options"] = json!({"include_usage": true});
+    let events = cluster.stream("/v1/completions", &body).await.unwrap();
+    let last: Value = serde_json::from_str(&events[events.len() - 2].data).unwrap();
+    assert_eq!(last["usage"]["prompt_tokens"], 200);
+    // Prefill has it in its prefix cache now, as an aggregated vLLM would.
+    assert_eq!(cached(&last["usage"]), 192, "{last}");
+    assert_eq!(streamed_text(&events), answer.generated());
+}
+
+async fn not_split(cluster: &Cluster) {
+    let cases = [
+        (json!({"max_tokens": 1}), "one_token"),
+        (json!({"n": 2}), "n"),
+        (json!({"prompt_logprobs": 1}), "prompt_logprobs"),
+        (json!({"echo": true}), "echo"),
+    ];
+    for (extra, reason) in cases {
+        let mut body = request(&prompt(5, 40), 4);
+        for (key, value) in extra.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let answer = cluster.post("/v1/completions", &body).await;
+        assert_eq!(
+            (answer.status, answer.header("x-baton-reason")),
+            (200, reason),
+            "{}",
+            answer.text
+        );
+    }
+    let tokens = cluster.post("/tokenize", &json!({"prompt": "The baton passes."})).await.json();
+    assert!(tokens["count"].as_u64().unwrap() > 2, "{tokens}");
+    let back = cluster.post("/detokenize", &json!({"tokens": tokens["tokens"]})).await.json();
+    assert_eq!(back["prompt"], "The baton passes.");
+    let responses = json!({"model": "smollm2", "input": "Say hello.", "max_output_tokens": 8});
+    let responses = cluster.post("/v1/responses", &responses).await;
+    assert_eq!((responses.status, responses.path()), (200, "aggregated"), "{}", responses.text);
+}
+
+async fn bad_requests(cluster: &Cluster) {
+    let long = cluster.post("/v1/completions", &request(&prompt(1, 2100), 4)).await;
+    assert_eq!(long.status, 400, "{}", long.text);
+    let message = long.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(message.contains("2048"), "{message}");
+    let hot = json!({"prompt": "x", "temperature": -1, "max_tokens": 4});
+    let hot = cluster.post("/v1/completions", &hot).await;
+    assert_eq!(hot.status, 400, "{}", hot.text);
+    assert!(hot.json()["error"]["message"].is_string());
+    cluster.eventually_idle().await;
+}
+
+async fn clients_that_go_away(cluster: &Cluster) {
+    for (index, moment) in [0, 10, 50, 200, 600, 1500, 3000].into_iter().enumerate() {
+        let mut body = request(&prompt(2000 + index, 1000), 400);
+        body["stream"] = true.into();
+        let sending = cluster.http.post(cluster.url("/v1/completions")).json(&body);
+        let _ = tokio::time::timeout(Duration::from_millis(moment), async move {
+            let mut chunks = sending.send().await.unwrap().bytes_stream();
+            while chunks.next().await.is_some() {}
+        })
+        .await;
+        cluster.eventually_idle().await;
+        for worker in ["prefill-0", "decode-0"] {
+            let used = vllm_metrics(cluster, worker).await.sum("vllm:kv_cache_usage_perc", &[]);
+            assert_eq!(used, 0.0, "blocks are left in {worker} after {moment} ms");
+        }
+    }
+}
+
+fn openai_client(cluster: &Cluster, environment: &std::path::Path) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/openai_client.py");
+    let output = Command::new(environment.join("bin/python"))
+        .args([script, &cluster.url("/v1"), "smollm2"])
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{}\n{}", text(&output.stdout), text(&output.stderr));
+    print!("{}", text(&output.stdout));
+}
+
+async fn engine_dies(cluster: &mut Cluster) {
+    let mut body = request(&prompt(31, 100), 500);
+    body["stream"] = true.into();
+    let response =
+        cluster.http.post(cluster.url("/v1/completions")).json(&body).send().await.unwrap();
+    let reading = tokio::spawn(read_events(response));
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let port = cluster.engine_port("decode-0").to_string();
+    let killed = Command::new("pkill").args(["-KILL", "-f", &format!("--port {port}")]).status();
+    assert!(killed.unwrap().success());
+    let events = reading.await.unwrap().unwrap();
+    let last: Value = serde_json::from_str(&events.last().unwrap().data).unwrap();
+    assert!(last["error"]["message"].is_string(), "{last}");
+    cluster
+        .eventually("it is out of placement", |m| m.sum("baton_workers", &["decode"]) == 0.0)
+        .await;
+    let alone = cluster.post("/v1/completions", &request(&prompt(32, 40), 4)).await;
+    assert_eq!(alone.header("x-baton-reason"), "no_decode_worker");
+    cluster.wait_for_workers(2, Duration::from_secs(300)).await.unwrap();
+    let again = cluster.post("/v1/completions", &request(&prompt(33, 40), 4)).await;
+    assert_eq!((again.status, again.path()), (200, "disaggregated"), "{}", again.text);
+}
