@@ -54,7 +54,7 @@ pub async fn run(
     let limits = coordinator.limits;
     let settings =
         Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
-    let shell = Shell::new(settings, limits.max_unread_bytes);
+    let shell = Shell::new(settings, config.slo, limits.max_unread_bytes);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let mut server = Server::builder()

@@ -1,5 +1,9 @@
-use std::{sync::Mutex, time::Duration};
+use std::{
+    sync::{Mutex, atomic::AtomicU64},
+    time::Duration,
+};
 
+use baton_config::SloConfig;
 use baton_core::AggregatedReason;
 use baton_proto as wire;
 use baton_types::{Fault, Leg};
@@ -127,7 +131,7 @@ struct FleetMetrics {
     jobs: Family<WorkerLabels, Gauge>,
     engine_running: Family<WorkerLabels, Gauge>,
     engine_waiting: Family<WorkerLabels, Gauge>,
-    kv_used: Family<WorkerLabels, Gauge<f64, std::sync::atomic::AtomicU64>>,
+    kv_used: Family<WorkerLabels, Gauge<f64, AtomicU64>>,
     blocks_sent: Family<WorkerLabels, Gauge>,
     bytes_sent: Family<WorkerLabels, Gauge>,
     blocks_received: Family<WorkerLabels, Gauge>,
@@ -149,7 +153,7 @@ const HANDOFF_BUCKETS: [f64; 12] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
 impl Metrics {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(slo: SloConfig) -> Self {
         let mut registry = Registry::with_prefix("baton");
         let by_path = |buckets: &'static [f64]| {
             Family::<PathLabels, Histogram, _>::new_with_constructor(move || {
@@ -221,6 +225,14 @@ impl Metrics {
             handoff_blocks_reused.clone(),
         );
         fleet.register(r);
+        for (name, help, milliseconds) in [
+            ("slo_ttft", "Target for TTFT, as configured", slo.ttft_ms),
+            ("slo_itl", "Target for ITL, as configured", slo.itl_ms),
+        ] {
+            let gauge = Gauge::<f64, AtomicU64>::default();
+            gauge.set(milliseconds / 1000.0);
+            r.register_with_unit(name, help, Unit::Seconds, gauge);
+        }
 
         let paths = Path::ALL.map(|path| {
             let labels = PathLabels { path: path.as_str() };

@@ -3,6 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
+use baton_config::SloConfig;
 use baton_core::{
     Action, Core, Event, HandoffPlan, JobId, RequestKey, RequestShape, Route, Settings,
     WorkerDescription, WorkerKey,
@@ -103,7 +104,7 @@ impl Drop for InFlight {
 }
 
 impl Shell {
-    pub(crate) fn new(settings: Settings, max_unread_bytes: u64) -> Self {
+    pub(crate) fn new(settings: Settings, slo: SloConfig, max_unread_bytes: u64) -> Self {
         Self {
             state: Arc::new(Mutex::new(State {
                 core: Core::new(settings),
@@ -112,7 +113,7 @@ impl Shell {
                 engine_handoffs: HashMap::new(),
                 actions: Vec::new(),
             })),
-            metrics: Arc::new(Metrics::new()),
+            metrics: Arc::new(Metrics::new(slo)),
             started: Instant::now(),
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
