@@ -1,1 +1,77 @@
-fn main() {}
+//! `baton`: starts a cluster on this machine, runs one process of a cluster, checks a cluster's file.
+
+mod check;
+mod processes;
+mod terminal;
+mod up;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use baton_types::Role;
+use clap::{Parser, Subcommand};
+
+use crate::processes::StopWith;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Serves one language model from pools of prefill and decode workers.
+#[derive(Parser)]
+#[command(name = "baton", version, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Starts a whole cluster on this machine: the quickest way to see Baton work.
+    Up(up::UpOptions),
+    /// Lists everything that is wrong with a baton.toml, or what it describes.
+    Check {
+        /// The cluster's baton.toml.
+        file: PathBuf,
+    },
+    /// Runs the coordinator of a cluster.
+    Coordinator {
+        /// The cluster's baton.toml.
+        #[arg(long)]
+        config: PathBuf,
+        #[command(flatten)]
+        stop_with: StopWith,
+    },
+    /// Runs one prefill worker of a cluster.
+    PrefillWorker(WorkerArguments),
+    /// Runs one decode worker of a cluster.
+    DecodeWorker(WorkerArguments),
+}
+
+#[derive(clap::Args)]
+struct WorkerArguments {
+    /// The cluster's baton.toml.
+    #[arg(long)]
+    config: PathBuf,
+    /// Which of the file's workers this is.
+    #[arg(long)]
+    name: String,
+    #[command(flatten)]
+    stop_with: StopWith,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Up(options) => up::run(&options),
+        Command::Check { file } => Ok(check::run(&file)),
+        Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
+        Command::PrefillWorker(worker) => {
+            processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)
+        }
+        Command::DecodeWorker(worker) => {
+            processes::worker(&worker.config, &worker.name, Role::Decode, worker.stop_with)
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        terminal::complain(&format!("{error:#}"));
+        ExitCode::FAILURE
+    })
+}

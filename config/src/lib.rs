@@ -1,1 +1,23 @@
-//! placeholder
+//! `baton.toml`: what a cluster is made of.
+//!
+//! [`ClusterConfig::read`] answers either the whole cluster, with every default filled in, or every
+//! mistake in the file at once ([`ConfigErrors`]). [`ClusterConfig::to_toml`] writes a file that reads
+//! as the same cluster; [`sample`] is the documentation of every key.
+
+mod choose;
+mod cluster;
+mod document;
+mod error;
+mod keys;
+mod read;
+mod rules;
+mod value;
+mod write;
+
+pub use choose::NoSuchWorker;
+pub use cluster::{
+    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
+    SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+};
+pub use error::{ConfigError, ConfigErrors};
+pub use write::sample;

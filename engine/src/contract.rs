@@ -32,6 +32,16 @@ pub trait Engine: Send + Sync + 'static {
     /// Each life of the engine's KV side, as it attaches. A new port ends the one before it.
     /// Can be taken once; `None` where the engine takes no part in handoffs.
     fn kv_ports(&self) -> Option<mpsc::Receiver<KvPort>>;
+
+    /// Waits until the engine has ended, and says why. Never returns where an engine cannot end by
+    /// itself. After it, a new engine must be started.
+    async fn ended(&self) -> EngineError {
+        std::future::pending().await
+    }
+
+    /// Ends the engine in good order, where it runs in a process of ours. Dropping it ends it too,
+    /// without waiting.
+    async fn stop(&self) {}
 }
 
 #[derive(Clone, Debug)]
@@ -78,6 +88,8 @@ pub struct EngineLoad {
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum EngineError {
+    #[error("cannot start the engine: {0}")]
+    NotStarted(String),
     #[error("cannot reach the engine at {address}: {reason}")]
     Unreachable { address: String, reason: String },
     #[error("the engine ended: {0}")]

@@ -2,6 +2,10 @@
 
 mod contract;
 mod kv_port;
+pub mod sim;
+mod vllm;
 
 pub use contract::{Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest};
 pub use kv_port::{BlockInSlot, FromEngine, KvPort, ToEngine};
+pub use sim::SimEngine;
+pub use vllm::VllmEngine;

@@ -1,7 +1,6 @@
 use async_trait::async_trait;
 use baton_arena::SlotView;
 use baton_types::{Epoch, HandoffKey, PromptDigest};
-use tokio::sync::mpsc;
 
 /// A way for KV blocks from one worker's arena to another's. One object serves both directions: it
 /// pulls for this worker's decodes, and answers other workers' pulls from the [`Exports`] that it was
@@ -59,6 +58,12 @@ pub struct Seal {
 /// Where a consumer's blocks go.
 #[async_trait]
 pub trait BlockSink: Send {
+    /// The longest block that it takes. A peer that announces a longer one is broken off before any
+    /// of it is read.
+    fn max_block_bytes(&self) -> u32 {
+        64 << 20
+    }
+
     /// Copies one block into a slot of its own, waiting for a free one: this is what slows a sender
     /// down. Answers a view of the bytes *where they now lie*, over which the checksum is taken.
     async fn place(&mut self, index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError>;
@@ -76,19 +81,34 @@ pub struct Pulled {
 }
 
 /// The producing side's store of what may be pulled.
+#[async_trait]
 pub trait Exports: Send + Sync + 'static {
     /// Opens a handoff for its consumer, once. `peer` is the SHA-256 of the certificate that the
-    /// consumer presented.
-    fn attach(&self, subscription: &Subscription, peer: [u8; 32]) -> Result<ExportStream, Refusal>;
+    /// consumer presented. The two legs of a request start together, so a handoff that nobody
+    /// announced yet is waited for, for a bounded time, before it is refused.
+    async fn attach(
+        &self,
+        subscription: &Subscription,
+        peer: [u8; 32],
+    ) -> Result<Box<dyn ExportStream>, Refusal>;
 }
 
-/// The blocks of one handoff, in the order in which they become ready, then its seal. The channel
-/// drops it when the consumer has acknowledged, given up or gone.
-#[derive(Debug)]
-pub struct ExportStream {
-    pub items: mpsc::Receiver<Exported>,
-    /// Told once how it ended for the consumer: `Ok` after the consumer's acknowledgement.
-    pub outcome: tokio::sync::oneshot::Sender<Result<(), TransferError>>,
+/// The blocks of one handoff, in the order of their indices, then its seal. Dropping it unfinished
+/// says that the consumer is gone.
+#[async_trait]
+pub trait ExportStream: Send {
+    /// Waits for what comes next. Nothing is lost when the future is dropped. After
+    /// [`Exported::Sealed`], [`Exported::Refused`] or [`Exported::Aborted`] nothing comes.
+    async fn next(&mut self) -> Exported;
+
+    /// Waits until the producer takes the handoff back: what is under way is to be broken off.
+    async fn revoked(&mut self);
+
+    /// One block of `bytes` was given to the network whole.
+    fn sent(&mut self, bytes: u64);
+
+    /// How it ended for the consumer: `Ok` after its acknowledgement.
+    fn finish(self: Box<Self>, outcome: Result<(), TransferError>);
 }
 
 #[derive(Debug)]
@@ -100,6 +120,8 @@ pub enum Exported {
         bytes: bytes::Bytes,
     },
     Sealed(Seal),
+    /// What was produced is not what the consumer subscribed to.
+    Refused(Refusal),
     /// The producer's engine gave up.
     Aborted,
 }
@@ -123,6 +145,33 @@ pub enum Refusal {
     WrongPrompt,
     #[error("the handoff was aborted")]
     Aborted,
+}
+
+impl Refusal {
+    pub const ALL: [Self; 8] = [
+        Self::UnknownHandoff,
+        Self::WrongEpoch,
+        Self::WrongGeneration,
+        Self::WrongPeer,
+        Self::AlreadyTaken,
+        Self::Incompatible,
+        Self::WrongPrompt,
+        Self::Aborted,
+    ];
+
+    /// The name in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::UnknownHandoff => "unknown_handoff",
+            Self::WrongEpoch => "wrong_epoch",
+            Self::WrongGeneration => "wrong_generation",
+            Self::WrongPeer => "wrong_peer",
+            Self::AlreadyTaken => "already_taken",
+            Self::Incompatible => "incompatible",
+            Self::WrongPrompt => "wrong_prompt",
+            Self::Aborted => "aborted",
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

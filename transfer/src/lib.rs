@@ -1,8 +1,22 @@
 //! Moves KV blocks between workers' staging arenas.
+//!
+//! A producer's [`Ledger`] holds what its engine exported until the one consumer that the handoff is
+//! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network.
 
 mod channel;
+#[cfg(feature = "conformance")]
+pub mod conformance;
+mod counters;
+mod frame;
+mod lease;
+mod ledger;
+mod quic;
 
 pub use channel::{
     BlockSink, Channel, ExportStream, Exported, Exports, PeerAddress, Pulled, Refusal, Seal,
     Subscription, TransferError,
 };
+pub use counters::LedgerCounters;
+pub use lease::{Ending, HandoffError};
+pub use ledger::Ledger;
+pub use quic::{BindError, QuicChannel, QuicConfig};

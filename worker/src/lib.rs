@@ -1,1 +1,16 @@
-//! placeholder
+//! What a prefill and a decode worker share, which is everything: a worker drives the engine beside
+//! it, attaches to each coordinator by a stream that it dials, runs the jobs that come down it, and
+//! passes KV blocks between its engine and the other workers.
+
+mod answer_text;
+mod attach;
+mod counters;
+mod handoff;
+mod jobs;
+mod legs;
+mod life;
+mod outbox;
+mod relay;
+mod run;
+
+pub use run::{WorkerError, run};

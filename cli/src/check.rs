@@ -1,0 +1,79 @@
+//! `baton check FILE`.
+
+use std::{path::Path, process::ExitCode};
+
+use baton_config::{ClusterConfig, EngineConfig, VllmSource, WorkerConfig};
+use baton_types::Role;
+
+use crate::terminal::{Terminal, bad, faint, good, pending};
+
+/// Answers success when nothing is wrong with the file.
+pub(crate) fn run(file: &Path) -> ExitCode {
+    let mut terminal = Terminal::stdout();
+    match ClusterConfig::read(file) {
+        Ok(cluster) => {
+            for line in describe(&cluster) {
+                terminal.say(&line);
+            }
+            let verdict = format!("{} is right", file.display());
+            terminal.say(&good(&verdict).to_string());
+            ExitCode::SUCCESS
+        }
+        Err(errors) => {
+            terminal.say(&errors.to_string());
+            let count = match errors.errors.len() {
+                1 => "1 error".to_owned(),
+                n => format!("{n} errors"),
+            };
+            terminal.say(&bad(&count).to_string());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn describe(cluster: &ClusterConfig) -> Vec<String> {
+    let coordinator = &cluster.coordinator;
+    let tls = match (&cluster.tls, cluster.insecure_plaintext) {
+        (Some(_), _) => "mutual TLS",
+        (None, true) => "no TLS (insecure_plaintext)",
+        (None, false) => "no TLS (loopback only)",
+    };
+    let mut lines = vec![
+        format!("coordinator   http://{} for clients", coordinator.listen),
+        format!("              {} for workers, {tls}", coordinator.advertise),
+        format!("SLO           TTFT {} ms, ITL {} ms", cluster.slo.ttft_ms, cluster.slo.itl_ms),
+        String::new(),
+    ];
+    let width = cluster.workers.iter().map(|worker| worker.name.len()).max().unwrap_or(0).max(12);
+    lines.push(faint(&format!("{:width$}  {:7}  {:21}  engine", "worker", "role", "transfer")).to_string());
+    for worker in &cluster.workers {
+        let transfer = worker.transfer.advertise.clone();
+        lines.push(format!(
+            "{:width$}  {:7}  {:21}  {}",
+            worker.name,
+            worker.role.as_str(),
+            transfer.unwrap_or_else(|| worker.transfer.listen.to_string()),
+            engine(worker),
+        ));
+    }
+    lines.push(String::new());
+    for role in Role::ALL {
+        if !cluster.workers.iter().any(|worker| worker.role == role) {
+            let note = format!("no {role} worker in this file: /ready answers 503 until one attaches");
+            lines.push(pending(&note).to_string());
+        }
+    }
+    lines
+}
+
+fn engine(worker: &WorkerConfig) -> String {
+    match &worker.engine {
+        EngineConfig::Sim(sim) => format!("sim, {:?}, time × {}", sim.model, sim.time_scale),
+        EngineConfig::Vllm(vllm) => match &vllm.source {
+            VllmSource::Url(url) => format!("vLLM at {url}"),
+            VllmSource::Command { command, port, .. } => {
+                format!("vLLM on port {port}: {}", command.join(" "))
+            }
+        },
+    }
+}

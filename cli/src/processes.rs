@@ -1,0 +1,82 @@
+//! The processes of a cluster, each run in this one: what the thin binaries do, in one program.
+
+use std::{io::Read as _, path::Path, process::ExitCode};
+
+use anyhow::Context as _;
+use baton_config::ClusterConfig;
+use baton_types::Role;
+use tokio::{
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+    sync::oneshot,
+};
+use tracing_subscriber::EnvFilter;
+
+/// What ends a process beside SIGINT and SIGTERM.
+#[derive(Clone, Copy, clap::Args)]
+pub(crate) struct StopWith {
+    /// Stops when stdin ends: so a parent's death, however it came, is noticed.
+    #[arg(long, hide = true)]
+    stop_with_stdin: bool,
+}
+
+pub(crate) fn coordinator(config: &Path, stop_with: StopWith) -> anyhow::Result<ExitCode> {
+    let cluster = ClusterConfig::read(config)?;
+    log_to_stderr();
+    runtime()?.block_on(async {
+        baton_coordinator::run(cluster, stop(stop_with)?).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+pub(crate) fn worker(
+    config: &Path,
+    name: &str,
+    role: Role,
+    stop_with: StopWith,
+) -> anyhow::Result<ExitCode> {
+    let cluster = ClusterConfig::read(config)?;
+    let worker =
+        cluster.worker(name, role).with_context(|| config.display().to_string())?.clone();
+    log_to_stderr();
+    runtime()?.block_on(async {
+        baton_worker::run(worker, stop(stop_with)?).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// One thread: a token crosses no others, which costs half of what work stealing would.
+fn runtime() -> anyhow::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+}
+
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env("BATON_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+/// Done when this process shall stop.
+fn stop(stop_with: StopWith) -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let (ended, stdin_ended) = oneshot::channel();
+    let ended = stop_with.stop_with_stdin.then_some(ended);
+    let watches_stdin = ended.is_some();
+    if let Some(ended) = ended {
+        // A thread of its own: tokio's stdin would keep the runtime from ending.
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut std::io::stdin().lock().by_ref(), &mut std::io::sink());
+            let _ = ended.send(());
+        });
+    }
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = stdin_ended, if watches_stdin => {}
+        }
+    })
+}

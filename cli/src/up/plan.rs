@@ -1,0 +1,162 @@
+//! From `baton up`'s options to the `baton.toml` that its processes read.
+
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use anyhow::Context as _;
+use baton_config::{
+    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
+    SloConfig, TransferConfig, WorkerConfig,
+};
+use baton_types::Role;
+
+use super::{
+    options::{EngineName, UpOptions},
+    ports,
+    vllm::VllmPlan,
+};
+
+/// A cluster to start.
+pub(super) struct Plan {
+    pub(super) cluster: ClusterConfig,
+    /// Name that requests give for the model.
+    pub(super) model: String,
+    /// A cluster that has not come up by then will not.
+    pub(super) start_timeout: Duration,
+}
+
+const SIM_START_TIMEOUT: Duration = Duration::from_secs(60);
+/// Room for the longest prompt of the embedded engine, of which a block has 16 KiB.
+const SIM_ARENA_BYTES: u64 = 64 << 20;
+
+/// `directory` is for the cluster's files: sockets, the connector, arenas where `/dev/shm` is small.
+pub(super) fn plan(
+    options: &UpOptions,
+    clients: SocketAddr,
+    directory: &Path,
+) -> anyhow::Result<Plan> {
+    let names = worker_names(options);
+    let mut ports = ports::free(1 + names.len())?.into_iter();
+    let mut next_port = || ports.next().context("ran out of ports");
+    let workers_listen = SocketAddr::from(([127, 0, 0, 1], next_port()?));
+
+    let vllm = match options.engine {
+        EngineName::Sim => None,
+        EngineName::Vllm => Some(VllmPlan::new(options, names.len(), directory)?),
+    };
+    let arena_bytes = match vllm {
+        Some(_) => ArenaConfig::default().export_bytes,
+        None => SIM_ARENA_BYTES,
+    };
+    let arena = ArenaConfig {
+        directory: arena_directory(2 * arena_bytes * names.len() as u64, directory),
+        export_bytes: arena_bytes,
+        import_bytes: arena_bytes,
+    };
+
+    let mut workers = Vec::with_capacity(names.len());
+    for (index, (name, role)) in names.into_iter().enumerate() {
+        let engine = match &vllm {
+            Some(vllm) => EngineConfig::Vllm(vllm.engine(index, &name, next_port()?)),
+            None => EngineConfig::Sim(sim(options)),
+        };
+        workers.push(WorkerConfig {
+            name,
+            role,
+            coordinators: vec![workers_listen.to_string()],
+            tls: None,
+            engine,
+            arena: arena.clone(),
+            transfer: TransferConfig::default(),
+        });
+    }
+    let cluster = ClusterConfig {
+        coordinator: CoordinatorConfig {
+            listen: clients,
+            workers_listen,
+            advertise: workers_listen.to_string(),
+            limits: LimitsConfig::default(),
+        },
+        slo: SloConfig::default(),
+        tls: None,
+        insecure_plaintext: false,
+        workers,
+    };
+    let (model, start_timeout) = match vllm {
+        Some(vllm) => (vllm.model_name().to_owned(), vllm.start_timeout()),
+        None => (SimConfig::default().model, SIM_START_TIMEOUT),
+    };
+    Ok(Plan { cluster, model, start_timeout })
+}
+
+fn worker_names(options: &UpOptions) -> Vec<(String, Role)> {
+    let pool = |role: Role, count: u16| {
+        (0..count).map(move |index| (format!("{role}-{index}"), role))
+    };
+    pool(Role::Prefill, options.prefill).chain(pool(Role::Decode, options.decode)).collect()
+}
+
+fn sim(options: &UpOptions) -> SimConfig {
+    let defaults = SimConfig::default();
+    SimConfig {
+        time_scale: options.time_scale.unwrap_or(defaults.time_scale),
+        max_model_tokens: options.max_model_len.unwrap_or(defaults.max_model_tokens),
+        ..defaults
+    }
+}
+
+/// Containers often have 64 MiB of `/dev/shm`: then a slower place is better than none.
+fn arena_directory(needed_bytes: u64, otherwise: &Path) -> std::path::PathBuf {
+    let shm = ArenaConfig::default().directory;
+    let available = rustix::fs::statvfs(&shm)
+        .map(|shm| shm.f_bavail.saturating_mul(shm.f_frsize))
+        .unwrap_or(0);
+    if available >= needed_bytes { shm } else { otherwise.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        options: UpOptions,
+    }
+
+    fn options(arguments: &[&str]) -> UpOptions {
+        Arguments::parse_from([&["up"], arguments].concat()).options
+    }
+
+    #[test]
+    fn the_written_file_is_right_and_has_both_pools() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(&["--prefill", "2", "--decode", "3", "--time-scale", "0.5"]);
+        options.check().unwrap();
+        let clients = "127.0.0.1:8000".parse().unwrap();
+        let plan = plan(&options, clients, directory.path()).unwrap();
+        let text = plan.cluster.to_toml();
+        let read = ClusterConfig::parse(&text, directory.path()).unwrap();
+        assert_eq!(read, plan.cluster);
+        let names: Vec<&str> = read.workers.iter().map(|worker| worker.name.as_str()).collect();
+        assert_eq!(names, ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]);
+        let EngineConfig::Sim(sim) = &read.workers[4].engine else { panic!("{text}") };
+        assert_eq!(sim.time_scale, 0.5);
+    }
+
+    #[test]
+    fn flags_of_the_other_engine_are_refused() {
+        let refusal = |arguments: &[&str]| options(arguments).check().unwrap_err().to_string();
+        assert_eq!(refusal(&["--dtype", "float32"]), "--dtype is for --engine vllm");
+        assert_eq!(
+            refusal(&["--engine", "vllm", "--time-scale", "0"]),
+            "--time-scale is for --engine sim"
+        );
+    }
+
+    #[test]
+    fn an_arena_that_does_not_fit_goes_elsewhere() {
+        assert_eq!(arena_directory(u64::MAX, Path::new("/elsewhere")), Path::new("/elsewhere"));
+    }
+}

@@ -1,0 +1,194 @@
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+
+use baton_types::Role;
+
+/// The whole file. A host runs the coordinator, or one of the workers, by naming it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClusterConfig {
+    pub coordinator: CoordinatorConfig,
+    pub slo: SloConfig,
+    /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
+    /// `insecure_plaintext` is set.
+    pub tls: Option<TlsConfig>,
+    pub insecure_plaintext: bool,
+    pub workers: Vec<WorkerConfig>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct CoordinatorConfig {
+    /// Where clients connect (HTTP).
+    pub listen: SocketAddr,
+    /// Where workers connect (gRPC).
+    pub workers_listen: SocketAddr,
+    /// Where workers find it: `host:port`; `workers_listen` where not given.
+    pub advertise: String,
+    pub limits: LimitsConfig,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct LimitsConfig {
+    /// A longer request body is answered with 413.
+    pub max_body_bytes: u64,
+    /// What one client may leave unread before its request is cancelled.
+    pub max_unread_bytes: u64,
+    /// A client must have sent its request's head within this time.
+    pub header_timeout: Duration,
+    /// A client must have sent its request's body within this time.
+    pub body_timeout: Duration,
+    /// A request with no first token after this time is answered with 504.
+    pub first_token_timeout: Duration,
+    /// Open client connections; further ones wait to be accepted.
+    pub max_connections: u32,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 32 << 20,
+            max_unread_bytes: 16 << 20,
+            header_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(60),
+            first_token_timeout: Duration::from_secs(300),
+            max_connections: 16_384,
+        }
+    }
+}
+
+/// What the operator promises; shown beside what is observed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SloConfig {
+    pub ttft_ms: f64,
+    pub itl_ms: f64,
+}
+
+impl Default for SloConfig {
+    fn default() -> Self {
+        Self { ttft_ms: 2000.0, itl_ms: 50.0 }
+    }
+}
+
+/// PEM files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsConfig {
+    pub ca: PathBuf,
+    pub certificate: PathBuf,
+    pub private_key: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct WorkerConfig {
+    pub name: String,
+    pub role: Role,
+    /// `host:port` of each coordinator's `workers_listen`.
+    pub coordinators: Vec<String>,
+    pub tls: Option<TlsConfig>,
+    pub engine: EngineConfig,
+    pub arena: ArenaConfig,
+    pub transfer: TransferConfig,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum EngineConfig {
+    Sim(SimConfig),
+    Vllm(VllmConfig),
+}
+
+/// The embedded engine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SimConfig {
+    /// Name that requests give for the model.
+    pub model: String,
+    pub max_model_tokens: u32,
+    pub block_size_tokens: u32,
+    /// Bytes of KV a token; a real 8B model has 131,072.
+    pub kv_bytes_per_token: u32,
+    pub kv_blocks: u32,
+    pub max_seqs: u32,
+    /// Prefill and decode tokens of one step.
+    pub max_step_tokens: u32,
+    /// Step times (JSON); the built-in profile where not given.
+    pub profile: Option<PathBuf>,
+    /// Multiplies every time of the profile; 0 runs as fast as the machine can.
+    pub time_scale: f64,
+}
+
+impl Default for SimConfig {
+    fn default() -> Self {
+        Self {
+            model: "baton-sim".to_owned(),
+            max_model_tokens: 32_768,
+            block_size_tokens: 16,
+            kv_bytes_per_token: 1024,
+            kv_blocks: 8192,
+            max_seqs: 256,
+            max_step_tokens: 2048,
+            profile: None,
+            time_scale: 1.0,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct VllmConfig {
+    pub source: VllmSource,
+    /// Unix socket at which our connector inside vLLM finds this worker. Without one the engine takes
+    /// part in no fenced handoff.
+    pub connector_socket: Option<PathBuf>,
+    /// The engines hand over by themselves (NixlConnector and its kin): Baton only relays their
+    /// `kv_transfer_params`. Excludes `connector_socket`.
+    pub engine_handoff: bool,
+    /// How long the engine may take until it serves.
+    pub start_timeout: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum VllmSource {
+    /// Already running, or run by somebody else, at `http://127.0.0.1:PORT`.
+    Url(String),
+    /// Started and stopped by the worker.
+    Command {
+        /// Program and arguments; the worker adds `--port`, `--host 127.0.0.1` and
+        /// `--kv-transfer-config`.
+        command: Vec<String>,
+        environment: BTreeMap<String, String>,
+        /// Loopback port that vLLM shall serve on.
+        port: u16,
+    },
+}
+
+/// Staging memory for KV on its way, in `/dev/shm`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ArenaConfig {
+    pub directory: PathBuf,
+    pub export_bytes: u64,
+    pub import_bytes: u64,
+}
+
+impl Default for ArenaConfig {
+    fn default() -> Self {
+        Self { directory: "/dev/shm".into(), export_bytes: 256 << 20, import_bytes: 256 << 20 }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct TransferConfig {
+    /// Where other workers connect (QUIC, UDP).
+    pub listen: SocketAddr,
+    /// `host:port` that other workers are told; `listen` where not given.
+    pub advertise: Option<String>,
+    /// A handoff that moves nothing for this long is given up.
+    pub stall_timeout: Duration,
+    /// Largest UDP payload to try for; the path's own limit is discovered.
+    pub max_mtu_bytes: u16,
+}
+
+impl Default for TransferConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            stall_timeout: Duration::from_secs(10),
+            max_mtu_bytes: 6500,
+        }
+    }
+}

@@ -1,0 +1,360 @@
+//! Every key of the file: its name, its documentation, its kind and its default. Reading, writing
+//! and the commented sample all follow these tables.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use baton_types::Role;
+use toml::de::DeValue;
+
+use crate::{
+    cluster::{
+        ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
+        SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+    },
+    value::{
+        Address, AnyBytes, Codec, Count, Environment, ExistingFile, FilePath, FixedAddress, Flag,
+        HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative, Port, Positive, Program, RoleName,
+        Seconds, Text, TokenBytes, Url,
+    },
+};
+
+/// One key of a table that becomes a `T`.
+pub(crate) struct Key<T> {
+    pub(crate) name: &'static str,
+    pub(crate) doc: &'static [&'static str],
+    pub(crate) absence: Absence,
+    /// On failure answers what would have been right.
+    pub(crate) read: fn(&mut T, &DeValue<'_>, &Path) -> Result<(), String>,
+    pub(crate) write: fn(&T) -> Option<String>,
+}
+
+/// What a file means that does not name the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Absence {
+    /// The value that `T` starts with.
+    Default,
+    /// Nothing; the example shows what could stand there.
+    Optional(&'static str),
+    /// A mistake; the example shows what could stand there.
+    Required(&'static str),
+}
+
+macro_rules! keys {
+    ($(#[doc = $about:literal])+ $list:ident: $section:ty {
+        $($(#[doc = $doc:literal])+ $key:ident => $field:ident: $codec:ty = $absence:expr;)+
+    }) => {
+        $(#[doc = $about])+
+        pub(crate) const $list: &[Key<$section>] = &[$(Key {
+            name: stringify!($key),
+            doc: &[$($doc),+],
+            absence: $absence,
+            read: |section, value, base| {
+                section.$field = <$codec>::read(value, base)?;
+                Ok(())
+            },
+            write: |section| <$codec>::write(&section.$field),
+        }),+];
+    };
+}
+
+use Absence::{Default as ByDefault, Optional, Required};
+
+keys! {
+    /// Outside of all tables.
+    ROOT: ClusterConfig {
+        /// Lets coordinator and workers talk without TLS over addresses that other machines reach.
+        /// Whoever is on that network can then read prompts and take a worker's place.
+        insecure_plaintext => insecure_plaintext: Flag = ByDefault;
+    }
+}
+
+keys! {
+    /// `[coordinator]`
+    COORDINATOR: CoordinatorConfig {
+        /// Where clients connect (HTTP).
+        listen => listen: Address = Required("\"127.0.0.1:8000\"");
+        /// Where workers connect (gRPC).
+        workers_listen => workers_listen: FixedAddress = Required("\"127.0.0.1:7000\"");
+        /// HOST:PORT at which workers find it. Default: workers_listen.
+        advertise => advertise: HostPort = Optional("\"127.0.0.1:7000\"");
+    }
+}
+
+keys! {
+    /// `[coordinator.limits]`
+    LIMITS: LimitsConfig {
+        /// A longer request body is answered with 413.
+        max_body_bytes => max_body_bytes: AnyBytes = ByDefault;
+        /// What one client may leave unread before its request is cancelled.
+        max_unread_bytes => max_unread_bytes: AnyBytes = ByDefault;
+        /// A client must have sent its request's head within this time.
+        header_timeout_seconds => header_timeout: Seconds = ByDefault;
+        /// A client must have sent its request's body within this time.
+        body_timeout_seconds => body_timeout: Seconds = ByDefault;
+        /// A request with no first token after this time is answered with 504.
+        first_token_timeout_seconds => first_token_timeout: Seconds = ByDefault;
+        /// Open client connections; further ones wait to be accepted.
+        max_connections => max_connections: Count = ByDefault;
+    }
+}
+
+keys! {
+    /// `[slo]`
+    SLO: SloConfig {
+        /// Time to the first token, in milliseconds.
+        ttft_ms => ttft_ms: Positive = ByDefault;
+        /// Time between two tokens, in milliseconds.
+        itl_ms => itl_ms: Positive = ByDefault;
+    }
+}
+
+keys! {
+    /// `[tls]`
+    TLS: TlsConfig {
+        /// Signs the certificates of the coordinators and of all workers.
+        ca => ca: ExistingFile = Required("\"tls/ca.pem\"");
+        /// Of this host, with the names by which the others dial it.
+        certificate => certificate: ExistingFile = Required("\"tls/host.pem\"");
+        /// Of the certificate.
+        private_key => private_key: ExistingFile = Required("\"tls/host.key\"");
+    }
+}
+
+keys! {
+    /// `[[worker]]`
+    WORKER: WorkerConfig {
+        /// By which `--name` chooses it; unique in the cluster.
+        name => name: Name = Required("\"prefill-0\"");
+        /// "prefill" or "decode": the pool that it starts in.
+        role => role: RoleName = Required("\"prefill\"");
+        /// HOST:PORT of each coordinator's workers_listen. Default: the coordinator of this file.
+        coordinators => coordinators: HostPorts = Optional("[\"127.0.0.1:7000\"]");
+    }
+}
+
+keys! {
+    /// `[arena]` and `[worker.arena]`
+    ARENA: ArenaConfig {
+        /// Where the arena's file lies: a file system in memory.
+        directory => directory: FilePath = ByDefault;
+        /// Room for blocks that wait to be fetched by other workers.
+        export_bytes => export_bytes: AnyBytes = ByDefault;
+        /// Room for blocks that came and wait to be loaded by the engine.
+        import_bytes => import_bytes: AnyBytes = ByDefault;
+    }
+}
+
+keys! {
+    /// `[transfer]` and `[worker.transfer]`
+    TRANSFER: TransferConfig {
+        /// Where other workers connect (QUIC, UDP). Port 0 takes a free one.
+        listen => listen: Address = ByDefault;
+        /// HOST:PORT that other workers are told. Default: listen.
+        advertise => advertise: Maybe<HostPort> = Optional("\"127.0.0.1:7100\"");
+        /// A handoff that moves nothing for this long is given up.
+        stall_timeout_seconds => stall_timeout: Seconds = ByDefault;
+        /// Largest UDP payload to try for; the path's own limit is discovered.
+        max_mtu_bytes => max_mtu_bytes: MtuBytes = ByDefault;
+    }
+}
+
+keys! {
+    /// `[engine]` and `[worker.engine]` of `kind = "sim"`
+    SIM: SimConfig {
+        /// Name that requests give for the model.
+        model => model: Text = ByDefault;
+        /// Longest prompt plus output.
+        max_model_tokens => max_model_tokens: Count = ByDefault;
+        /// Tokens of one KV block.
+        block_size_tokens => block_size_tokens: Count = ByDefault;
+        /// Bytes of KV a token; a real 8B model has "128 KiB".
+        kv_bytes_per_token => kv_bytes_per_token: TokenBytes = ByDefault;
+        /// Blocks of the KV cache.
+        kv_blocks => kv_blocks: Count = ByDefault;
+        /// Requests that run at once.
+        max_seqs => max_seqs: Count = ByDefault;
+        /// Prefill and decode tokens of one step.
+        max_step_tokens => max_step_tokens: Count = ByDefault;
+        /// Step times (JSON). Default: the built-in profile.
+        profile => profile: Maybe<ExistingFile> = Optional("\"profile.json\"");
+        /// Multiplies every time of the profile; 0 runs as fast as the machine can.
+        time_scale => time_scale: NotNegative = ByDefault;
+    }
+}
+
+keys! {
+    /// `[engine]` and `[worker.engine]` of `kind = "vllm"`
+    VLLM: VllmKeys {
+        /// A vLLM that is already running. Either this, or command and port.
+        url => url: Maybe<Url> = Optional("\"http://127.0.0.1:8100\"");
+        /// A vLLM that the worker starts and stops: program and arguments. The worker adds --host,
+        /// --port and --kv-transfer-config.
+        command => command: Maybe<Program> =
+            Optional("[\"/opt/vllm/bin/vllm\", \"serve\", \"/models/llama\"]");
+        /// Loopback port that the started vLLM serves on.
+        port => port: Maybe<Port> = Optional("8100");
+        /// Environment variables that the started vLLM gets beside the worker's own. A worker's table
+        /// replaces that of [engine] as a whole.
+        environment => environment: Environment = Optional("{ HF_HUB_OFFLINE = \"1\" }");
+        /// Unix socket at which our connector inside vLLM finds this worker. Without one the engine
+        /// takes part in no fenced handoff.
+        connector_socket => connector_socket: Maybe<FilePath> =
+            Optional("\"/run/baton/prefill-0.sock\"");
+        /// The engines hand over by themselves (NixlConnector and its kin): Baton only relays their
+        /// kv_transfer_params. Excludes connector_socket.
+        engine_handoff => engine_handoff: Flag = ByDefault;
+        /// How long the engine may take until it serves.
+        start_timeout_seconds => start_timeout: Seconds = ByDefault;
+    }
+}
+
+/// Chooses between [`SIM`] and [`VLLM`].
+pub(crate) const KIND: &str = "kind";
+pub(crate) const KIND_DOC: &str =
+    "\"sim\", the embedded engine that needs no GPU and no model, or \"vllm\".";
+
+/// An engine's tables as they are read, before [`VllmSource`] is known.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum EngineKeys {
+    Sim(SimConfig),
+    Vllm(VllmKeys),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct VllmKeys {
+    pub(crate) url: Option<String>,
+    pub(crate) command: Option<Vec<String>>,
+    pub(crate) port: Option<u16>,
+    pub(crate) environment: BTreeMap<String, String>,
+    pub(crate) connector_socket: Option<PathBuf>,
+    pub(crate) engine_handoff: bool,
+    pub(crate) start_timeout: Duration,
+}
+
+impl Default for VllmKeys {
+    fn default() -> Self {
+        Self {
+            url: None,
+            command: None,
+            port: None,
+            environment: BTreeMap::new(),
+            connector_socket: None,
+            engine_handoff: false,
+            start_timeout: Duration::from_secs(600),
+        }
+    }
+}
+
+impl From<&EngineConfig> for EngineKeys {
+    fn from(engine: &EngineConfig) -> Self {
+        let vllm = match engine {
+            EngineConfig::Sim(sim) => return Self::Sim(sim.clone()),
+            EngineConfig::Vllm(vllm) => vllm,
+        };
+        let mut keys = VllmKeys {
+            connector_socket: vllm.connector_socket.clone(),
+            engine_handoff: vllm.engine_handoff,
+            start_timeout: vllm.start_timeout,
+            ..VllmKeys::default()
+        };
+        match &vllm.source {
+            VllmSource::Url(url) => keys.url = Some(url.clone()),
+            VllmSource::Command { command, environment, port } => {
+                keys.command = Some(command.clone());
+                keys.environment = environment.clone();
+                keys.port = Some(*port);
+            }
+        }
+        Self::Vllm(keys)
+    }
+}
+
+impl VllmKeys {
+    /// What contradicts itself or is missing: the key, and what to say of it.
+    pub(crate) fn check(&self) -> Option<(&'static str, &'static str)> {
+        Some(match (&self.url, &self.command) {
+            (None, None) => ("url", "missing: give the url of a running vLLM, or command and port"),
+            (Some(_), Some(_)) => {
+                ("url", "excludes command: a vLLM is either running or started, not both")
+            }
+            (None, Some(_)) if self.port.is_none() => (
+                "port",
+                "missing: command needs the loopback port to serve on, such as port = 8100",
+            ),
+            (Some(_), None) if self.port.is_some() => ("port", "belongs to command, not to url"),
+            (Some(_), None) if !self.environment.is_empty() => {
+                ("environment", "belongs to command, not to url")
+            }
+            _ if self.engine_handoff && self.connector_socket.is_some() => {
+                ("connector_socket", "excludes engine_handoff: only one of them moves the KV")
+            }
+            _ => return None,
+        })
+    }
+}
+
+impl From<EngineKeys> for Option<EngineConfig> {
+    /// `None` where [`VllmKeys::check`] has something to say.
+    fn from(keys: EngineKeys) -> Self {
+        let keys = match keys {
+            EngineKeys::Sim(sim) => return Some(EngineConfig::Sim(sim)),
+            EngineKeys::Vllm(keys) => keys,
+        };
+        let source = match (keys.url, keys.command, keys.port) {
+            (Some(url), None, None) => VllmSource::Url(url),
+            (None, Some(command), Some(port)) => {
+                VllmSource::Command { command, environment: keys.environment, port }
+            }
+            _ => return None,
+        };
+        Some(EngineConfig::Vllm(VllmConfig {
+            source,
+            connector_socket: keys.connector_socket,
+            engine_handoff: keys.engine_handoff,
+            start_timeout: keys.start_timeout,
+        }))
+    }
+}
+
+const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// What a table's required keys fill in. None of it outlives a missing one: that is an error.
+pub(crate) fn blank_coordinator() -> CoordinatorConfig {
+    CoordinatorConfig {
+        listen: NOWHERE,
+        workers_listen: NOWHERE,
+        advertise: String::new(),
+        limits: LimitsConfig::default(),
+    }
+}
+
+pub(crate) fn blank_tls() -> TlsConfig {
+    TlsConfig { ca: PathBuf::new(), certificate: PathBuf::new(), private_key: PathBuf::new() }
+}
+
+pub(crate) fn blank_worker() -> WorkerConfig {
+    WorkerConfig {
+        name: String::new(),
+        role: Role::Prefill,
+        coordinators: Vec::new(),
+        tls: None,
+        engine: EngineConfig::Sim(SimConfig::default()),
+        arena: ArenaConfig::default(),
+        transfer: TransferConfig::default(),
+    }
+}
+
+pub(crate) fn blank_cluster() -> ClusterConfig {
+    ClusterConfig {
+        coordinator: blank_coordinator(),
+        slo: SloConfig::default(),
+        tls: None,
+        insecure_plaintext: false,
+        workers: Vec::new(),
+    }
+}

@@ -1,0 +1,11 @@
+"""Baton's KV connector for vLLM.
+
+vLLM loads it by ``kv_connector_module_path`` = ``baton_connector`` and ``kv_connector`` =
+``BatonConnector``; ``kv_connector_extra_config`` has one key, ``socket``: the path of the worker's
+Unix socket (``{rank}`` in it stands for the tensor parallel rank).
+"""
+
+from .connector import BatonConnector
+from .version import __version__
+
+__all__ = ["BatonConnector", "__version__"]

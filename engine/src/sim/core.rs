@@ -1,0 +1,364 @@
+//! The engine without its clock: sequences, their KV, and their handoffs. Acts when told to, answers
+//! through [`Core::outbox`] and each request's channel.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use baton_arena::Arena;
+use baton_types::PromptDigest;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{
+    block_pool::BlockHash,
+    exports::{Exports, NewExport},
+    handoff::{BlockHasher, HandoffName, Part},
+    kv_store::{Attention, KvStore},
+    sampling::{Drawn, Finish, Sampling},
+    scheduler::{Admission, NewSequence, Scheduler, SequenceId, Step},
+};
+use crate::kv_port::{BlockInSlot, FromEngine, ToEngine};
+
+/// One sequence to generate.
+#[derive(Debug)]
+pub(super) struct Submission {
+    /// Of the HTTP request: its choices are aborted together.
+    pub(super) request: u64,
+    pub(super) choice: u32,
+    pub(super) prompt: Vec<u32>,
+    /// Of the prompt's full blocks.
+    pub(super) block_hashes: Vec<BlockHash>,
+    /// Goes on where `block_hashes` ends.
+    pub(super) hasher: BlockHasher,
+    pub(super) sampling: Sampling,
+    pub(super) handoff: Option<Handoff>,
+    pub(super) events: UnboundedSender<ChoiceEvent>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handoff {
+    pub(super) name: HandoffName,
+    pub(super) part: Part,
+    pub(super) prompt_digest: PromptDigest,
+}
+
+#[derive(Debug)]
+pub(super) struct ChoiceEvent {
+    pub(super) choice: u32,
+    pub(super) what: ChoiceProgress,
+}
+
+#[derive(Debug)]
+pub(super) enum ChoiceProgress {
+    Token { drawn: Drawn, finish: Option<Finish> },
+    /// Nothing more will come.
+    Failed(String),
+}
+
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) scheduler: Scheduler,
+    pub(super) store: KvStore,
+    pub(super) exports: Exports,
+    pub(super) outbox: VecDeque<FromEngine>,
+    arena: Arena,
+    sequences: HashMap<SequenceId, Sequence>,
+    /// By request and choice.
+    by_choice: BTreeMap<(u64, u32), SequenceId>,
+    /// Handoffs whose KV did not come yet.
+    consumers: HashMap<HandoffName, SequenceId>,
+    port_is_lost: bool,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    request: u64,
+    choice: u32,
+    tokens: Vec<u32>,
+    prompt_tokens: u32,
+    hasher: BlockHasher,
+    sampling: Sampling,
+    handoff: Option<Handoff>,
+    attention: Attention,
+    events: UnboundedSender<ChoiceEvent>,
+}
+
+impl Core {
+    pub(super) fn new(scheduler: Scheduler, store: KvStore, arena: Arena) -> Self {
+        Self {
+            scheduler,
+            store,
+            exports: Exports::new(arena.clone()),
+            outbox: VecDeque::new(),
+            arena,
+            sequences: HashMap::new(),
+            by_choice: BTreeMap::new(),
+            consumers: HashMap::new(),
+            port_is_lost: false,
+        }
+    }
+
+    pub(super) fn submit(&mut self, new: Submission) {
+        let fail = |reason: &str| {
+            let what = ChoiceProgress::Failed(reason.to_owned());
+            // Whoever asked may be gone by now: then nobody waits for the reason.
+            let _ = new.events.send(ChoiceEvent { choice: new.choice, what });
+        };
+        if let Some(handoff) = &new.handoff {
+            if self.port_is_lost {
+                return fail("the worker that hands KV over is gone");
+            }
+            let free = match handoff.part {
+                Part::Produce => self.exports.open(NewExport {
+                    name: handoff.name,
+                    request: new.request,
+                    prompt_tokens: length(&new.prompt),
+                    prompt_digest: handoff.prompt_digest,
+                }),
+                Part::Consume => !self.consumers.contains_key(&handoff.name),
+            };
+            if !free {
+                return fail("another request has this handoff");
+            }
+        }
+        let added = self.scheduler.add(NewSequence {
+            prompt_tokens: length(&new.prompt),
+            max_tokens: length(&new.prompt).saturating_add(new.sampling.max_tokens),
+            block_hashes: new.block_hashes,
+            remote_kv: new.handoff.is_some_and(|handoff| handoff.part == Part::Consume),
+        });
+        let id = match added {
+            Ok(id) => id,
+            Err(never) => {
+                self.abort_exports(new.request);
+                let what = ChoiceProgress::Failed(never.to_string());
+                let _ = new.events.send(ChoiceEvent { choice: new.choice, what });
+                return;
+            }
+        };
+        if let Some(Handoff { name, part: Part::Consume, .. }) = new.handoff {
+            self.consumers.insert(name, id);
+        }
+        self.by_choice.insert((new.request, new.choice), id);
+        let sequence = Sequence {
+            request: new.request,
+            choice: new.choice,
+            prompt_tokens: length(&new.prompt),
+            tokens: new.prompt,
+            hasher: new.hasher,
+            sampling: new.sampling,
+            handoff: new.handoff,
+            attention: Attention::default(),
+            events: new.events,
+        };
+        self.sequences.insert(id, sequence);
+    }
+
+    /// The client of a request, or of one of its choices, wants no more of it.
+    pub(super) fn abort(&mut self, request: u64, choice: Option<u32>) {
+        let (first, last) = choice.map_or((0, u32::MAX), |choice| (choice, choice));
+        let gone: Vec<_> =
+            self.by_choice.range((request, first)..=(request, last)).map(|(_, id)| *id).collect();
+        for id in gone {
+            self.end(id);
+        }
+        if choice.is_none() {
+            self.abort_exports(request);
+        }
+    }
+
+    fn abort_exports(&mut self, request: u64) {
+        for HandoffName { handoff, generation } in
+            self.exports.abort_request(request, &mut self.scheduler)
+        {
+            self.outbox.push_back(FromEngine::Aborted { handoff, generation });
+        }
+    }
+
+    /// Forgets a sequence; a handoff that it still waited for is aborted.
+    fn end(&mut self, id: SequenceId) -> Option<Sequence> {
+        self.scheduler.remove(id);
+        let sequence = self.sequences.remove(&id)?;
+        self.by_choice.remove(&(sequence.request, sequence.choice));
+        if let Some(Handoff { name, part: Part::Consume, .. }) = sequence.handoff
+            && self.consumers.remove(&name).is_some()
+        {
+            let HandoffName { handoff, generation } = name;
+            self.outbox.push_back(FromEngine::Aborted { handoff, generation });
+        }
+        Some(sequence)
+    }
+
+    pub(super) fn handle(&mut self, message: ToEngine) {
+        match message {
+            ToEngine::Load { handoff, generation, blocks } => {
+                self.load(HandoffName { handoff, generation }, &blocks);
+                let slots = blocks.iter().map(|block| block.slot).collect();
+                self.outbox.push_back(FromEngine::Loaded { handoff, generation, slots });
+            }
+            ToEngine::Complete { handoff, generation } => {
+                let name = HandoffName { handoff, generation };
+                if let Some(id) = self.consumers.get(&name).copied()
+                    && self.scheduler.complete_remote(id)
+                {
+                    self.consumers.remove(&name);
+                }
+            }
+            ToEngine::Failed { handoff, generation, reason } => {
+                self.fail_consumer(HandoffName { handoff, generation }, &reason);
+            }
+            ToEngine::Release { slots } => {
+                self.exports.release(&slots);
+                self.pump_exports();
+            }
+            ToEngine::Cancel { handoff, generation } => {
+                self.exports.cancel(HandoffName { handoff, generation }, &mut self.scheduler);
+            }
+        }
+    }
+
+    /// Copies blocks in. Those of a handoff that is gone are not wanted any more, but their slots
+    /// are given back all the same.
+    fn load(&mut self, name: HandoffName, blocks: &[BlockInSlot]) {
+        let Some(id) = self.consumers.get(&name).copied() else { return };
+        for BlockInSlot { index, slot } in blocks.iter().copied() {
+            let Some(block) = self.scheduler.blocks(id).get(index as usize).copied() else {
+                return self.fail_consumer(name, "a block came that is not of the prompt");
+            };
+            let target = self.store.block_mut(block);
+            match self.arena.view(slot, target.len() as u64) {
+                Ok(view) => target.copy_from_slice(view.as_ref()),
+                Err(error) => return self.fail_consumer(name, &error.to_string()),
+            }
+        }
+    }
+
+    fn fail_consumer(&mut self, name: HandoffName, reason: &str) {
+        let Some(id) = self.consumers.remove(&name) else { return };
+        if let Some(sequence) = self.end(id) {
+            let what = ChoiceProgress::Failed(format!("the KV handoff failed: {reason}"));
+            let _ = sequence.events.send(ChoiceEvent { choice: sequence.choice, what });
+        }
+    }
+
+    /// Nobody is left who could bring or take KV.
+    pub(super) fn lose_port(&mut self) {
+        if self.port_is_lost {
+            return;
+        }
+        self.port_is_lost = true;
+        let names: Vec<_> = self.consumers.keys().copied().collect();
+        for name in names {
+            self.fail_consumer(name, "the worker that hands KV over is gone");
+        }
+        self.exports.abandon(&mut self.scheduler);
+        self.outbox.clear();
+    }
+
+    pub(super) fn begin_step(&mut self) -> Step {
+        let step = self.scheduler.plan_step();
+        for preempted in &step.preempted {
+            if let Some(sequence) = self.sequences.get_mut(preempted) {
+                sequence.attention = Attention::default();
+            }
+        }
+        for admission in &step.admitted {
+            self.admitted(admission);
+        }
+        self.pump_exports();
+        step
+    }
+
+    fn admitted(&mut self, admission: &Admission) {
+        let Some(sequence) = self.sequences.get(&admission.sequence) else { return };
+        let Some(Handoff { name, part, prompt_digest }) = sequence.handoff else { return };
+        let HandoffName { handoff, generation } = name;
+        match part {
+            Part::Produce => {
+                self.exports.found_cached(name, admission.cached_tokens);
+                let (tokens, id) = (admission.cached_tokens, admission.sequence);
+                self.exports.collect(name, tokens, id, &mut self.scheduler);
+            }
+            Part::Consume if admission.waits_for_remote => {
+                let block_size = self.scheduler.limits().block_size_tokens;
+                let first_block = admission.cached_tokens / block_size;
+                let blocks = self.scheduler.blocks(admission.sequence);
+                // A block that never comes must not pass for what lay there before.
+                for block in &blocks[first_block as usize..] {
+                    self.store.block_mut(*block).fill(0);
+                }
+                self.outbox.push_back(FromEngine::Subscribe {
+                    handoff,
+                    generation,
+                    prompt_tokens: sequence.prompt_tokens,
+                    prompt_digest,
+                    first_block,
+                });
+            }
+            Part::Consume => {
+                // Admitted again after it was preempted, it is nobody's consumer any more.
+                if self.consumers.remove(&name).is_some() {
+                    self.outbox.push_back(FromEngine::NotNeeded { handoff, generation });
+                }
+            }
+        }
+    }
+
+    /// Computes the step's KV, samples, and tells everyone concerned.
+    pub(super) fn end_step(&mut self, step: &Step) {
+        for work in &step.work {
+            let Some(sequence) = self.sequences.get(&work.sequence) else { continue };
+            let blocks = self.scheduler.blocks(work.sequence);
+            let first = work.first_token as usize;
+            let tokens = &sequence.tokens[first..first + work.tokens as usize];
+            for (position, token) in (first..).zip(tokens) {
+                self.store.compute(blocks, position, *token);
+            }
+        }
+        self.scheduler.finish_step(step);
+        for work in &step.work {
+            if let Some(sequence) = self.sequences.get(&work.sequence)
+                && let Some(Handoff { name, part: Part::Produce, .. }) = sequence.handoff
+            {
+                let computed = work.first_token + work.tokens;
+                self.exports.collect(name, computed, work.sequence, &mut self.scheduler);
+            }
+            if work.samples {
+                self.sample(work.sequence);
+            }
+        }
+        self.pump_exports();
+    }
+
+    fn sample(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let blocks = self.scheduler.blocks(id);
+        let kv = sequence.attention.read(&self.store, blocks, sequence.tokens.len());
+        let generated = length(&sequence.tokens) - sequence.prompt_tokens;
+        let last_token = sequence.tokens.last().copied().unwrap_or_default();
+        let drawn = sequence.sampling.next(kv, last_token, generated);
+        let finish = sequence.sampling.finish(drawn.token, generated + 1);
+
+        sequence.tokens.push(drawn.token);
+        let block_size = self.scheduler.limits().block_size_tokens as usize;
+        if sequence.tokens.len().is_multiple_of(block_size) {
+            let block = &sequence.tokens[sequence.tokens.len() - block_size..];
+            self.scheduler.push_block_hash(id, sequence.hasher.next(block));
+        }
+        let what = ChoiceProgress::Token { drawn, finish };
+        let heard = sequence.events.send(ChoiceEvent { choice: sequence.choice, what }).is_ok();
+        if finish.is_some() || !heard {
+            self.end(id);
+        }
+    }
+
+    fn pump_exports(&mut self) {
+        self.exports.pump(&self.store, &mut self.scheduler, &mut self.outbox);
+    }
+}
+
+fn length(tokens: &[u32]) -> u32 {
+    u32::try_from(tokens.len()).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+#[path = "core_tests.rs"]
+mod tests;

@@ -1,0 +1,239 @@
+//! The producing side of handoffs: blocks on their way from the paged cache into export slots.
+
+use std::collections::{HashMap, VecDeque};
+
+use baton_arena::{Arena, Slot};
+use baton_types::PromptDigest;
+
+use super::{
+    block_pool::BlockId,
+    handoff::HandoffName,
+    kv_store::KvStore,
+    scheduler::Scheduler,
+};
+use crate::kv_port::{BlockInSlot, FromEngine};
+
+/// Every handoff that is not sealed, in the order of coming. Blocks are held from their computation
+/// until they are copied out, so that the sequence itself may end meanwhile.
+#[derive(Debug)]
+pub(super) struct Exports {
+    arena: Arena,
+    free_slots: VecDeque<Slot>,
+    owner_of_slot: HashMap<Slot, HandoffName>,
+    slots_of: HashMap<HandoffName, u32>,
+    open: Vec<Export>,
+}
+
+#[derive(Debug)]
+struct Export {
+    name: HandoffName,
+    request: u64,
+    prompt_tokens: u32,
+    prompt_digest: PromptDigest,
+    cached_tokens: Option<u32>,
+    /// Blocks that were held so far.
+    collected_blocks: u32,
+    held: VecDeque<HeldBlock>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct HeldBlock {
+    index: u32,
+    block: BlockId,
+    /// The others of its entries are zeroed in the slot.
+    tokens: u32,
+}
+
+/// A new handoff of a prompt.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct NewExport {
+    pub(super) name: HandoffName,
+    pub(super) request: u64,
+    pub(super) prompt_tokens: u32,
+    pub(super) prompt_digest: PromptDigest,
+}
+
+impl Exports {
+    pub(super) fn new(arena: Arena) -> Self {
+        let free_slots = (0..arena.layout().export_slots).map(Slot).collect();
+        Self {
+            arena,
+            free_slots,
+            owner_of_slot: HashMap::new(),
+            slots_of: HashMap::new(),
+            open: Vec::new(),
+        }
+    }
+
+    /// False if a handoff of this name is open already.
+    pub(super) fn open(&mut self, new: NewExport) -> bool {
+        if self.open.iter().any(|export| export.name == new.name) {
+            return false;
+        }
+        self.open.push(Export {
+            name: new.name,
+            request: new.request,
+            prompt_tokens: new.prompt_tokens,
+            prompt_digest: new.prompt_digest,
+            cached_tokens: None,
+            collected_blocks: 0,
+            held: VecDeque::new(),
+        });
+        true
+    }
+
+    /// What the producer found in its prefix cache when it began.
+    pub(super) fn found_cached(&mut self, name: HandoffName, cached_tokens: u32) {
+        if let Some(export) = self.open.iter_mut().find(|export| export.name == name) {
+            export.cached_tokens.get_or_insert(cached_tokens);
+        }
+    }
+
+    /// The first `computed_tokens` of the sequence in `blocks` are computed: holds what is new.
+    pub(super) fn collect(
+        &mut self,
+        name: HandoffName,
+        computed_tokens: u32,
+        sequence: super::scheduler::SequenceId,
+        scheduler: &mut Scheduler,
+    ) {
+        let block_size = scheduler.limits().block_size_tokens;
+        let Some(export) = self.open.iter_mut().find(|export| export.name == name) else { return };
+        let ready = if computed_tokens >= export.prompt_tokens {
+            export.prompt_tokens.div_ceil(block_size)
+        } else {
+            computed_tokens / block_size
+        };
+        while export.collected_blocks < ready {
+            let index = export.collected_blocks;
+            let Some(block) = scheduler.blocks(sequence).get(index as usize).copied() else { break };
+            scheduler.retain(block);
+            let tokens = (export.prompt_tokens - index * block_size).min(block_size);
+            export.held.push_back(HeldBlock { index, block, tokens });
+            export.collected_blocks += 1;
+        }
+    }
+
+    /// Copies out what there are slots for, and seals what is complete.
+    pub(super) fn pump(
+        &mut self,
+        store: &KvStore,
+        scheduler: &mut Scheduler,
+        outbox: &mut VecDeque<FromEngine>,
+    ) {
+        let block_size = scheduler.limits().block_size_tokens;
+        let kept_back = self.arena.layout().export_slots / 4;
+        for position in 0..self.open.len() {
+            let mut blocks = Vec::new();
+            let HandoffName { handoff, generation } = self.open[position].name;
+            while let Some(held) = self.open[position].held.front().copied() {
+                let Some(slot) = self.take_slot(self.open[position].name, kept_back) else { break };
+                copy_out(&self.arena, store, held, slot);
+                scheduler.release(held.block);
+                self.open[position].held.pop_front();
+                blocks.push(BlockInSlot { index: held.index, slot });
+            }
+            if !blocks.is_empty() {
+                outbox.push_back(FromEngine::Exported { handoff, generation, blocks });
+            }
+        }
+        self.open.retain(|export| {
+            let complete = export.collected_blocks == export.prompt_tokens.div_ceil(block_size);
+            let sealed = complete && export.held.is_empty();
+            if sealed {
+                outbox.push_back(FromEngine::Sealed {
+                    handoff: export.name.handoff,
+                    generation: export.name.generation,
+                    prompt_tokens: export.prompt_tokens,
+                    prompt_digest: export.prompt_digest,
+                    cached_tokens: export.cached_tokens.unwrap_or(0),
+                });
+            }
+            !sealed
+        });
+    }
+
+    /// A quarter of the slots is for handoffs that have none: one whose consumer is slow cannot stop
+    /// all others.
+    fn take_slot(&mut self, name: HandoffName, kept_back: u32) -> Option<Slot> {
+        let slots = self.slots_of.get(&name).copied().unwrap_or(0);
+        if slots > 0 && self.free_slots.len() <= kept_back as usize {
+            return None;
+        }
+        let slot = self.free_slots.pop_front()?;
+        self.owner_of_slot.insert(slot, name);
+        self.slots_of.insert(name, slots + 1);
+        Some(slot)
+    }
+
+    /// The worker is done with these slots. Slots that it does not have are none of its.
+    pub(super) fn release(&mut self, slots: &[Slot]) {
+        for slot in slots {
+            let Some(owner) = self.owner_of_slot.remove(slot) else {
+                tracing::warn!(slot = slot.0, "a slot was released that was not exported");
+                continue;
+            };
+            self.free_slots.push_back(*slot);
+            if let Some(count) = self.slots_of.get_mut(&owner) {
+                *count -= 1;
+                if *count == 0 {
+                    self.slots_of.remove(&owner);
+                }
+            }
+        }
+    }
+
+    /// Gives up the handoffs that match, and answers their names. Slots that the worker has stay its
+    /// own until it releases them.
+    fn drop_where(
+        &mut self,
+        scheduler: &mut Scheduler,
+        unwanted: impl Fn(&Export) -> bool,
+    ) -> Vec<HandoffName> {
+        let mut names = Vec::new();
+        self.open.retain(|export| {
+            let unwanted = unwanted(export);
+            if unwanted {
+                export.held.iter().for_each(|held| scheduler.release(held.block));
+                names.push(export.name);
+            }
+            !unwanted
+        });
+        names
+    }
+
+    pub(super) fn cancel(&mut self, name: HandoffName, scheduler: &mut Scheduler) {
+        self.drop_where(scheduler, |export| export.name == name);
+    }
+
+    pub(super) fn abort_request(
+        &mut self,
+        request: u64,
+        scheduler: &mut Scheduler,
+    ) -> Vec<HandoffName> {
+        self.drop_where(scheduler, |export| export.request == request)
+    }
+
+    /// The worker is gone, and with it whoever could release a slot.
+    pub(super) fn abandon(&mut self, scheduler: &mut Scheduler) {
+        self.drop_where(scheduler, |_| true);
+        self.free_slots.extend(self.owner_of_slot.drain().map(|(slot, _)| slot));
+        self.slots_of.clear();
+    }
+
+    pub(super) fn slots_used(&self) -> u32 {
+        u32::try_from(self.owner_of_slot.len()).unwrap_or(u32::MAX)
+    }
+}
+
+fn copy_out(arena: &Arena, store: &KvStore, held: HeldBlock, slot: Slot) {
+    let valid = store.entries(held.block, held.tokens as usize);
+    let tail = vec![0; store.block_bytes() - valid.len()];
+    let written = arena
+        .write(slot, 0, valid)
+        .and_then(|()| arena.write(slot, valid.len() as u64, &tail));
+    if let Err(error) = written {
+        // The arena was made for blocks of this size: a block that is not there fails its checks.
+        tracing::error!(%error, "cannot export a block");
+    }
+}

@@ -1,0 +1,454 @@
+//! Decides what each step computes, and in which blocks. No bytes, no tokens, no clock: only ids and
+//! counts, so that virtual time can drive it through hundreds of thousands of requests.
+
+use std::collections::VecDeque;
+
+use super::block_pool::{BlockHash, BlockId, BlockPool};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchedulerLimits {
+    pub block_size_tokens: u32,
+    pub kv_blocks: u32,
+    /// Sequences computed in one step.
+    pub max_seqs: u32,
+    /// Prefill and decode tokens computed in one step.
+    pub max_step_tokens: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId {
+    index: u32,
+    life: u32,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct NewSequence {
+    pub prompt_tokens: u32,
+    /// Prompt and output.
+    pub max_tokens: u32,
+    /// Of each full block of the prompt, in order.
+    pub block_hashes: Vec<BlockHash>,
+    /// The prompt's KV comes from elsewhere: all but the last token is waited for, not computed.
+    pub remote_kv: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a sequence of {max_tokens} tokens does not fit the KV cache of {kv_tokens} tokens")]
+pub struct NeverFits {
+    pub max_tokens: u32,
+    pub kv_tokens: u64,
+}
+
+/// What one step computes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    pub work: Vec<Work>,
+    /// Sequences that were given blocks for the first time, or again after they were preempted.
+    pub admitted: Vec<Admission>,
+    /// Sequences that lost their blocks; they will be computed again.
+    pub preempted: Vec<SequenceId>,
+}
+
+/// Tokens `first_token .. first_token + tokens` of a sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    pub sequence: SequenceId,
+    pub first_token: u32,
+    pub tokens: u32,
+    /// These are the last tokens known: a new one is sampled.
+    pub samples: bool,
+}
+
+impl Work {
+    /// One token over a context costs what a decode costs, be it sampled or the end of a prompt.
+    pub fn is_decode(&self) -> bool {
+        self.tokens == 1 && self.first_token > 0
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admission {
+    pub sequence: SequenceId,
+    /// Tokens whose KV was found in the prefix cache: whole blocks.
+    pub cached_tokens: u32,
+    /// Blocks for the whole prompt are held, and wait for [`Scheduler::complete_remote`].
+    pub waits_for_remote: bool,
+}
+
+/// Continuous batching over a paged KV cache. Decodes go first, then prefills under way, then who
+/// waits, in the order of coming; a long prompt is cut to what a step has left. Who finds no block
+/// takes those of the sequence that came last.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: SchedulerLimits,
+    pool: BlockPool,
+    sequences: Vec<Entry>,
+    unused_entries: Vec<u32>,
+    live: u32,
+    /// May name sequences that are gone.
+    waiting: VecDeque<SequenceId>,
+    /// Their remote KV came; may name sequences that are gone.
+    loaded: VecDeque<SequenceId>,
+    /// In the order of admission.
+    running: Vec<SequenceId>,
+    steps: u64,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    life: u32,
+    sequence: Option<Sequence>,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    /// Prompt and what was sampled so far.
+    tokens: u32,
+    /// Those of them whose KV is in `blocks`.
+    computed: u32,
+    blocks: Vec<BlockId>,
+    hashes: Vec<BlockHash>,
+    /// Blocks that the prefix cache knows.
+    named: u32,
+    remote_kv: bool,
+    waits_for_remote: bool,
+    planned_in_step: u64,
+}
+
+/// Which of the running sequences a pass over them plans.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    Decodes,
+    Prefills,
+}
+
+impl Scheduler {
+    pub fn new(limits: SchedulerLimits) -> Self {
+        Self {
+            limits,
+            pool: BlockPool::new(limits.kv_blocks),
+            sequences: Vec::new(),
+            unused_entries: Vec::new(),
+            live: 0,
+            waiting: VecDeque::new(),
+            loaded: VecDeque::new(),
+            running: Vec::new(),
+            steps: 0,
+        }
+    }
+
+    /// Queues a sequence behind those that wait.
+    pub fn add(&mut self, new: NewSequence) -> Result<SequenceId, NeverFits> {
+        let max_tokens = new.max_tokens.max(new.prompt_tokens);
+        if self.blocks_for(max_tokens) > self.limits.kv_blocks {
+            let kv_tokens =
+                u64::from(self.limits.kv_blocks) * u64::from(self.limits.block_size_tokens);
+            return Err(NeverFits { max_tokens, kv_tokens });
+        }
+        let sequence = Sequence {
+            tokens: new.prompt_tokens,
+            computed: 0,
+            blocks: Vec::new(),
+            hashes: new.block_hashes,
+            named: 0,
+            remote_kv: new.remote_kv,
+            waits_for_remote: false,
+            planned_in_step: 0,
+        };
+        let index = self.unused_entries.pop().unwrap_or_else(|| {
+            self.sequences.push(Entry::default());
+            u32::try_from(self.sequences.len() - 1).unwrap_or(u32::MAX)
+        });
+        let entry = &mut self.sequences[index as usize];
+        entry.sequence = Some(sequence);
+        let id = SequenceId { index, life: entry.life };
+        self.live += 1;
+        self.waiting.push_back(id);
+        Ok(id)
+    }
+
+    /// Ends a sequence, wherever it stands, and gives back what it held. False if it was gone.
+    pub fn remove(&mut self, id: SequenceId) -> bool {
+        let Some(entry) = self.sequences.get_mut(id.index as usize) else { return false };
+        if entry.life != id.life {
+            return false;
+        }
+        let Some(sequence) = entry.sequence.take() else { return false };
+        entry.life = entry.life.wrapping_add(1);
+        self.unused_entries.push(id.index);
+        self.live -= 1;
+        self.running.retain(|running| *running != id);
+        release_all(&mut self.pool, &sequence.blocks);
+        true
+    }
+
+    /// Chooses the work of the next step, and gives it its blocks. Every step that is planned must
+    /// be finished before the next is. A step without work means that nothing can go on before
+    /// something is added, removed or completed, unless somebody was preempted in it.
+    pub fn plan_step(&mut self) -> Step {
+        self.steps += 1;
+        let mut step = Step::default();
+        let mut budget = self.limits.max_step_tokens;
+        let mut starved = self.plan_running(Pass::Decodes, &mut step, &mut budget);
+        starved |= self.plan_running(Pass::Prefills, &mut step, &mut budget);
+        self.admit_loaded(&mut step, &mut budget);
+        if !starved && step.preempted.is_empty() {
+            self.admit_waiting(&mut step, &mut budget);
+        }
+        if step.work.is_empty() && !self.loaded.is_empty() {
+            // All seats are taken by sequences without blocks, and the blocks by sequences without
+            // a seat: somebody must give way.
+            if let Some(last) = self.running.pop() {
+                self.preempt(last, &mut step);
+                self.admit_loaded(&mut step, &mut budget);
+            }
+        }
+        step
+    }
+
+    /// The step's work is computed: what it filled can be found from now on, and each sequence that
+    /// sampled has one token more.
+    pub fn finish_step(&mut self, step: &Step) {
+        for work in &step.work {
+            let Some(sequence) = get_mut(&mut self.sequences, work.sequence) else { continue };
+            sequence.computed = work.first_token + work.tokens;
+            name_full_blocks(&mut self.pool, sequence, self.limits.block_size_tokens);
+            if work.samples {
+                sequence.tokens += 1;
+            }
+        }
+    }
+
+    /// Names the next full block of a sequence, once its tokens are known.
+    pub fn push_block_hash(&mut self, id: SequenceId, hash: BlockHash) {
+        if let Some(sequence) = get_mut(&mut self.sequences, id) {
+            sequence.hashes.push(hash);
+        }
+    }
+
+    /// The remote KV lies in the sequence's blocks; only its last token is left to compute. False if
+    /// the sequence does not wait for it.
+    pub fn complete_remote(&mut self, id: SequenceId) -> bool {
+        let Some(sequence) = get_mut(&mut self.sequences, id) else { return false };
+        if !sequence.waits_for_remote {
+            return false;
+        }
+        sequence.waits_for_remote = false;
+        sequence.remote_kv = false;
+        sequence.computed = sequence.tokens.saturating_sub(1);
+        name_full_blocks(&mut self.pool, sequence, self.limits.block_size_tokens);
+        self.loaded.push_back(id);
+        true
+    }
+
+    /// The sequence's blocks, in the order of its tokens.
+    pub fn blocks(&self, id: SequenceId) -> &[BlockId] {
+        let entry = self.sequences.get(id.index as usize).filter(|entry| entry.life == id.life);
+        entry.and_then(|entry| entry.sequence.as_ref()).map_or(&[], |sequence| &sequence.blocks)
+    }
+
+    /// Keeps a block of a sequence beyond the sequence's own end, until [`Self::release`].
+    pub fn retain(&mut self, block: BlockId) {
+        self.pool.retain(block);
+    }
+
+    pub fn release(&mut self, block: BlockId) {
+        self.pool.release(block);
+    }
+
+    pub fn blocks_used(&self) -> u32 {
+        self.pool.total() - self.pool.free()
+    }
+
+    pub fn blocks_total(&self) -> u32 {
+        self.pool.total()
+    }
+
+    pub fn sequences_running(&self) -> u32 {
+        u32::try_from(self.running.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Sequences that are not computed: queued, preempted, or waiting for remote KV.
+    pub fn sequences_waiting(&self) -> u32 {
+        self.live - self.sequences_running()
+    }
+
+    pub fn limits(&self) -> SchedulerLimits {
+        self.limits
+    }
+
+    /// Plans those of one kind, and says whether somebody found no block.
+    fn plan_running(&mut self, pass: Pass, step: &mut Step, budget: &mut u32) -> bool {
+        let mut starved = false;
+        let mut position = 0;
+        while position < self.running.len() && *budget > 0 {
+            let id = self.running[position];
+            position += 1;
+            let Some(sequence) = get_mut(&mut self.sequences, id) else { continue };
+            let remaining = sequence.tokens - sequence.computed;
+            if (remaining == 1) != (pass == Pass::Decodes) {
+                continue;
+            }
+            let (computed, held) = (sequence.computed, sequence.blocks.len());
+            let wanted = remaining.min(*budget);
+            let missing = self.missing_blocks(computed + wanted, held);
+            while self.pool.free() < missing && self.preempt_after(position, step) {}
+            let room = u64::from(self.pool.free()) + held as u64;
+            let room = room * u64::from(self.limits.block_size_tokens) - u64::from(computed);
+            let tokens = wanted.min(u32::try_from(room).unwrap_or(u32::MAX));
+            starved |= tokens < wanted;
+            if tokens > 0 {
+                self.plan(id, tokens, step, budget);
+            }
+        }
+        starved
+    }
+
+    /// Takes the blocks of the last sequence from `position` on that this step does not compute.
+    fn preempt_after(&mut self, position: usize, step: &mut Step) -> bool {
+        let (sequences, now) = (&mut self.sequences, self.steps);
+        let later = self.running.get(position..).unwrap_or_default();
+        let victim = later.iter().rposition(|id| {
+            get_mut(sequences, *id).is_some_and(|sequence| sequence.planned_in_step != now)
+        });
+        let Some(victim) = victim else { return false };
+        let victim = self.running.remove(position + victim);
+        self.preempt(victim, step);
+        true
+    }
+
+    fn preempt(&mut self, id: SequenceId, step: &mut Step) {
+        if let Some(sequence) = get_mut(&mut self.sequences, id) {
+            release_all(&mut self.pool, &sequence.blocks);
+            sequence.blocks.clear();
+            sequence.computed = 0;
+            sequence.named = 0;
+            self.waiting.push_front(id);
+            step.preempted.push(id);
+        }
+    }
+
+    fn admit_loaded(&mut self, step: &mut Step, budget: &mut u32) {
+        while self.has_seat() && *budget > 0 {
+            let Some(id) = self.loaded.pop_front() else { break };
+            if get_mut(&mut self.sequences, id).is_some() {
+                self.running.push(id);
+                self.plan(id, 1, step, budget);
+            }
+        }
+    }
+
+    fn admit_waiting(&mut self, step: &mut Step, budget: &mut u32) {
+        while let Some(id) = self.waiting.front().copied() {
+            let Some(sequence) = get_mut(&mut self.sequences, id) else {
+                self.waiting.pop_front();
+                continue;
+            };
+            let block_size = self.limits.block_size_tokens;
+            let tokens = sequence.tokens;
+            let hits = find_prefix(&self.pool, sequence, block_size);
+            let hit_blocks = u32::try_from(hits.len()).unwrap_or(u32::MAX);
+            let cached_tokens = hit_blocks * block_size;
+            let remaining = tokens - cached_tokens;
+            let waits_for_remote = sequence.remote_kv && remaining > 1;
+            if !waits_for_remote && (!self.has_seat() || *budget == 0) {
+                break;
+            }
+            let planned = if waits_for_remote { remaining } else { remaining.min(*budget) };
+            let missing = self.missing_blocks(cached_tokens + planned, hits.len());
+            let unused_hits = hits.iter().filter(|hit| !self.pool.is_used(**hit)).count() as u64;
+            if u64::from(self.pool.free()) < u64::from(missing) + unused_hits {
+                break;
+            }
+            self.waiting.pop_front();
+            for hit in &hits {
+                self.pool.retain(*hit);
+            }
+            if let Some(sequence) = get_mut(&mut self.sequences, id) {
+                sequence.blocks = hits;
+                sequence.named = hit_blocks;
+                sequence.computed = cached_tokens;
+                sequence.waits_for_remote = waits_for_remote;
+                sequence.remote_kv = waits_for_remote;
+            }
+            step.admitted.push(Admission { sequence: id, cached_tokens, waits_for_remote });
+            if waits_for_remote {
+                self.grow(id, tokens);
+            } else {
+                self.running.push(id);
+                self.plan(id, planned, step, budget);
+            }
+        }
+    }
+
+    /// The blocks must be there.
+    fn plan(&mut self, id: SequenceId, tokens: u32, step: &mut Step, budget: &mut u32) {
+        let now = self.steps;
+        let Some(sequence) = get_mut(&mut self.sequences, id) else { return };
+        sequence.planned_in_step = now;
+        let first_token = sequence.computed;
+        let end = first_token + tokens;
+        let samples = end == sequence.tokens;
+        self.grow(id, end);
+        *budget -= tokens;
+        step.work.push(Work { sequence: id, first_token, tokens, samples });
+    }
+
+    fn grow(&mut self, id: SequenceId, tokens: u32) {
+        let wanted = self.blocks_for(tokens) as usize;
+        let Some(sequence) = get_mut(&mut self.sequences, id) else { return };
+        while sequence.blocks.len() < wanted {
+            let block = self.pool.allocate();
+            debug_assert!(block.is_some(), "blocks are counted before they are taken");
+            let Some(block) = block else { break };
+            sequence.blocks.push(block);
+        }
+    }
+
+    fn has_seat(&self) -> bool {
+        self.running.len() < self.limits.max_seqs as usize
+    }
+
+    fn blocks_for(&self, tokens: u32) -> u32 {
+        tokens.div_ceil(self.limits.block_size_tokens)
+    }
+
+    fn missing_blocks(&self, tokens: u32, held: usize) -> u32 {
+        self.blocks_for(tokens).saturating_sub(u32::try_from(held).unwrap_or(u32::MAX))
+    }
+}
+
+fn get_mut(sequences: &mut [Entry], id: SequenceId) -> Option<&mut Sequence> {
+    let entry = sequences.get_mut(id.index as usize).filter(|entry| entry.life == id.life)?;
+    entry.sequence.as_mut()
+}
+
+/// The cached blocks at a sequence's start. At least one token is always left, for its logits.
+fn find_prefix(pool: &BlockPool, sequence: &Sequence, block_size: u32) -> Vec<BlockId> {
+    let most = (sequence.tokens.saturating_sub(1) / block_size) as usize;
+    sequence.hashes.iter().take(most).map_while(|hash| pool.find(*hash)).collect()
+}
+
+fn name_full_blocks(pool: &mut BlockPool, sequence: &mut Sequence, block_size: u32) {
+    let full = sequence.computed / block_size;
+    while sequence.named < full {
+        let index = sequence.named as usize;
+        let (Some(block), Some(hash)) = (sequence.blocks.get(index), sequence.hashes.get(index))
+        else {
+            break;
+        };
+        pool.name(*block, *hash);
+        sequence.named += 1;
+    }
+}
+
+/// From the end, so that a prefix outlives what follows it.
+fn release_all(pool: &mut BlockPool, blocks: &[BlockId]) {
+    for block in blocks.iter().rev() {
+        pool.release(*block);
+    }
+}
+
+#[cfg(test)]
+#[path = "scheduler_tests.rs"]
+mod tests;

@@ -1,0 +1,161 @@
+use std::{
+    sync::Arc,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    time::Duration,
+};
+
+use tokio::{
+    sync::mpsc::{self, UnboundedReceiver, error::{TryRecvError, TrySendError}},
+    time::Instant,
+};
+
+use super::{
+    core::{Core, Submission},
+    profile::Profile,
+};
+use crate::kv_port::{FromEngine, KvPort, ToEngine};
+
+/// A machine that lags by more than this does not try to catch up.
+const MOST_LAG: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+pub(super) enum Command {
+    Submit(Submission),
+    Abort { request: u64, choice: Option<u32> },
+}
+
+/// What can be seen from outside; each number is that of the last step's end.
+#[derive(Debug, Default)]
+pub(super) struct Gauges {
+    pub(super) requests_running: AtomicU32,
+    pub(super) requests_waiting: AtomicU32,
+    pub(super) blocks_used: AtomicU32,
+    pub(super) export_slots_used: AtomicU32,
+}
+
+/// Gives the core its time: plans a step, lets the profile's time for it pass, finishes it.
+#[derive(Debug)]
+pub(super) struct Stepper {
+    pub(super) core: Core,
+    pub(super) profile: Profile,
+    pub(super) time_scale: f64,
+    pub(super) commands: UnboundedReceiver<Command>,
+    pub(super) from_engine: mpsc::Sender<FromEngine>,
+    pub(super) to_engine: mpsc::Receiver<ToEngine>,
+    pub(super) port_is_open: bool,
+    /// Held so that the receiver of ports does not end before the engine does.
+    pub(super) _ports: mpsc::Sender<KvPort>,
+    pub(super) gauges: Arc<Gauges>,
+}
+
+enum Heard {
+    Command(Option<Command>),
+    Message(Option<ToEngine>),
+    /// For what waits in the outbox.
+    Room { is_there: bool },
+}
+
+impl Stepper {
+    /// Runs until nobody is left who could ask for anything.
+    pub(super) async fn run(mut self) {
+        let mut step_end = Instant::now();
+        loop {
+            while let Ok(command) = self.commands.try_recv() {
+                self.command(command);
+            }
+            self.take_messages();
+            let step = self.core.begin_step();
+            self.publish();
+            if step.work.is_empty() {
+                if step.preempted.is_empty() && !self.hear().await {
+                    return;
+                }
+                continue;
+            }
+            let seconds = self.profile.step_seconds(&step) * self.time_scale;
+            if seconds > 0.0 {
+                let now = Instant::now();
+                let begin = if now.duration_since(step_end) < MOST_LAG { step_end } else { now };
+                step_end = begin + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+                if !self.hear_until(step_end).await {
+                    return;
+                }
+            } else {
+                tokio::task::yield_now().await;
+            }
+            self.core.end_step(&step);
+            self.publish();
+        }
+    }
+
+    fn take_messages(&mut self) {
+        while self.port_is_open {
+            match self.to_engine.try_recv() {
+                Ok(message) => self.core.handle(message),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => self.lose_port(),
+            }
+        }
+    }
+
+    fn lose_port(&mut self) {
+        self.port_is_open = false;
+        self.core.lose_port();
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => self.core.submit(submission),
+            Command::Abort { request, choice } => self.core.abort(request, choice),
+        }
+    }
+
+    /// While a step takes its time, blocks come and go and clients hang up. False when all is over.
+    async fn hear_until(&mut self, end: Instant) -> bool {
+        let time = tokio::time::sleep_until(end);
+        tokio::pin!(time);
+        loop {
+            tokio::select! {
+                () = &mut time => return true,
+                heard = self.hear() => if !heard { return false },
+            }
+        }
+    }
+
+    /// Takes in one message. False when all is over.
+    async fn hear(&mut self) -> bool {
+        let is_blocked = !self.core.outbox.is_empty();
+        let heard = tokio::select! {
+            command = self.commands.recv() => Heard::Command(command),
+            message = self.to_engine.recv(), if self.port_is_open => Heard::Message(message),
+            room = self.from_engine.reserve(), if is_blocked => Heard::Room { is_there: room.is_ok() },
+        };
+        match heard {
+            Heard::Command(Some(command)) => self.command(command),
+            Heard::Command(None) => return false,
+            Heard::Message(Some(message)) => self.core.handle(message),
+            Heard::Message(None) | Heard::Room { is_there: false } => self.lose_port(),
+            Heard::Room { is_there: true } => {}
+        }
+        self.publish();
+        true
+    }
+
+    fn publish(&mut self) {
+        while let Some(message) = self.core.outbox.pop_front() {
+            match self.from_engine.try_send(message) {
+                Ok(()) => {}
+                Err(TrySendError::Full(message)) => {
+                    self.core.outbox.push_front(message);
+                    break;
+                }
+                Err(TrySendError::Closed(_)) => self.lose_port(),
+            }
+        }
+        let scheduler = &self.core.scheduler;
+        self.gauges.requests_running.store(scheduler.sequences_running(), Relaxed);
+        self.gauges.requests_waiting.store(scheduler.sequences_waiting(), Relaxed);
+        self.gauges.blocks_used.store(scheduler.blocks_used(), Relaxed);
+        self.gauges.export_slots_used.store(self.core.exports.slots_used(), Relaxed);
+    }
+}

@@ -1,0 +1,207 @@
+//! A fake connector speaks the protocol over a real socket.
+
+use baton_arena::Slot;
+use baton_types::{Generation, HandoffId, PromptDigest};
+use serde_json::{Value, json};
+use tokio::{io::AsyncReadExt, net::UnixStream};
+
+use super::*;
+use crate::BlockInSlot;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    ports: mpsc::Receiver<KvPort>,
+    _listener: ConnectorListener,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let arena = ArenaConfig {
+            directory: dir.path().into(),
+            export_bytes: 4 * 8192,
+            import_bytes: 3 * 8192,
+        };
+        let (sender, ports) = mpsc::channel(1);
+        let socket = dir.path().join("kv.sock");
+        let listener = ConnectorListener::bind(&socket, &arena, "p0", sender).unwrap();
+        Self { dir, ports, _listener: listener }
+    }
+
+    async fn connect(&self) -> FakeConnector {
+        FakeConnector(UnixStream::connect(self.dir.path().join("kv.sock")).await.unwrap())
+    }
+
+    async fn port(&mut self) -> KvPort {
+        timeout(self.ports.recv()).await.unwrap()
+    }
+}
+
+struct FakeConnector(UnixStream);
+
+impl FakeConnector {
+    async fn send(&mut self, message: &Value) {
+        let mut frame = Vec::new();
+        frames::append(message, &mut frame).unwrap();
+        self.0.write_all(&frame).await.unwrap();
+    }
+
+    async fn receive(&mut self) -> Option<Value> {
+        timeout(frames::read(&mut self.0, &mut Vec::new())).await.unwrap()
+    }
+
+    async fn is_closed(&mut self) -> bool {
+        matches!(timeout(self.0.read(&mut [0; 64])).await, Ok(0) | Err(_))
+    }
+}
+
+async fn timeout<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.unwrap()
+}
+
+fn hello() -> Value {
+    json!({
+        "type": "hello",
+        "protocol": 1,
+        "connector_version": "0.1.0",
+        "vllm_version": "0.32.0",
+        "compatibility": {
+            "model": "m", "revision": "r", "kv_dtype": "float32", "kv_layout": "NHD",
+            "block_size_tokens": 32, "block_bytes": 5000,
+            "tensor_parallel_rank": 0, "tensor_parallel_size": 1, "connector_version": "0.1.0",
+        },
+    })
+}
+
+#[tokio::test]
+async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
+    let mut fixture = Fixture::new();
+    let mut connector = fixture.connect().await;
+    connector.send(&hello()).await;
+    let mut port = fixture.port().await;
+    let welcome = connector.receive().await.unwrap();
+    assert_eq!(
+        welcome,
+        json!({
+            "type": "welcome", "protocol": 1, "arena": port.arena.path(),
+            "slot_bytes": 8192, "export_slots": 4, "import_slots": 3,
+        })
+    );
+    assert_eq!(port.compatibility.block_bytes, 5000);
+    let socket = fs::metadata(fixture.dir.path().join("kv.sock")).unwrap();
+    assert_eq!(socket.permissions().mode() & 0o777, 0o600);
+
+    let handoff = HandoffId::random();
+    let generation = Generation(2);
+    connector
+        .send(&json!({
+            "type": "exported", "handoff": handoff, "generation": 2,
+            "blocks": [{"index": 0, "slot": 3}],
+        }))
+        .await;
+    connector
+        .send(&json!({
+            "type": "sealed", "handoff": handoff, "generation": 2, "prompt_tokens": 7,
+            "prompt_digest": "ab".repeat(32), "cached_tokens": 0,
+        }))
+        .await;
+    let blocks = vec![BlockInSlot { index: 0, slot: Slot(3) }];
+    assert_eq!(
+        timeout(port.from_engine.recv()).await.unwrap(),
+        FromEngine::Exported { handoff, generation, blocks: blocks.clone() }
+    );
+    assert_eq!(
+        timeout(port.from_engine.recv()).await.unwrap(),
+        FromEngine::Sealed {
+            handoff,
+            generation,
+            prompt_tokens: 7,
+            prompt_digest: PromptDigest([0xab; 32]),
+            cached_tokens: 0
+        }
+    );
+
+    port.to_engine.send(ToEngine::Release { slots: vec![Slot(3)] }).await.unwrap();
+    port.to_engine.send(ToEngine::Load { handoff, generation, blocks }).await.unwrap();
+    assert_eq!(connector.receive().await.unwrap(), json!({"type": "release", "slots": [3]}));
+    assert_eq!(connector.receive().await.unwrap()["type"], "load");
+
+    drop(connector);
+    assert_eq!(timeout(port.from_engine.recv()).await, None);
+}
+
+#[tokio::test]
+async fn a_newer_connector_ends_the_older() {
+    let mut fixture = Fixture::new();
+    let mut older = fixture.connect().await;
+    older.send(&hello()).await;
+    let mut older_port = fixture.port().await;
+    let older_arena = older_port.arena.path().to_owned();
+    older.receive().await.unwrap();
+
+    let mut newer = fixture.connect().await;
+    newer.send(&hello()).await;
+    let newer_port = fixture.port().await;
+    assert_eq!(timeout(older_port.from_engine.recv()).await, None);
+    assert!(older.is_closed().await);
+    drop(older_port);
+    assert!(!older_arena.exists() && newer_port.arena.path().exists());
+}
+
+#[tokio::test]
+async fn what_does_not_fit_is_refused_with_a_reason() {
+    let mut fixture = Fixture::new();
+    let change = |field: &str, value: Value| {
+        let mut hello = hello();
+        *hello.pointer_mut(field).unwrap() = value;
+        hello
+    };
+    for (hello, reason) in [
+        (change("/protocol", json!(9)), "protocol 9"),
+        (change("/compatibility/block_bytes", json!(0)), "block_bytes"),
+        (change("/compatibility/block_bytes", json!(16_000)), "arena.import_bytes"),
+        (change("/compatibility/block_bytes", json!(u64::MAX)), "arena.export_bytes"),
+    ] {
+        let mut connector = fixture.connect().await;
+        connector.send(&hello).await;
+        let answer = connector.receive().await.unwrap();
+        assert_eq!(answer["type"], "refused");
+        assert!(answer["reason"].as_str().unwrap().contains(reason), "{answer}");
+        assert!(connector.is_closed().await);
+    }
+    assert!(fixture.ports.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn garbage_closes_the_connection_and_disturbs_nobody_after() {
+    let mut fixture = Fixture::new();
+    for garbage in [&b"\xff\xff\xff\xff????"[..], b"\x02\0\0\0{}", b"\x05\0\0\0hello"] {
+        let mut connector = fixture.connect().await;
+        connector.0.write_all(garbage).await.unwrap();
+        assert!(connector.is_closed().await);
+    }
+    let mut connector = fixture.connect().await;
+    connector.send(&hello()).await;
+    let mut port = fixture.port().await;
+    connector.receive().await.unwrap();
+    connector.send(&json!({"type": "exported", "handoff": "no id"})).await;
+    assert_eq!(timeout(port.from_engine.recv()).await, None);
+    assert!(connector.is_closed().await);
+}
+
+#[tokio::test]
+async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("new/kv.sock");
+    let bind = || ConnectorListener::bind(&path, &ArenaConfig::default(), "p0", mpsc::channel(1).0);
+    fs::create_dir(dir.path().join("new")).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let live = bind().unwrap();
+    let error = bind().unwrap_err().to_string();
+    assert!(error.contains("another worker"), "{error}");
+    assert!(path.exists(), "the refused one must not take the socket away");
+    drop(live);
+    assert!(!path.exists());
+}

@@ -1,0 +1,175 @@
+//! A vLLM server beside the worker: its process, its HTTP API over loopback, and the socket at which
+//! our connector inside it hands KV blocks over.
+
+mod arena_files;
+mod connector;
+mod frames;
+mod http;
+mod probe;
+mod process;
+mod sse;
+
+use std::{path::Path, time::Duration};
+
+use async_trait::async_trait;
+use baton_config::{ArenaConfig, VllmConfig, VllmSource};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+
+use crate::{Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest, KvPort};
+use connector::ConnectorListener;
+use http::EngineHttp;
+use process::EngineProcess;
+
+/// An engine that somebody else runs is looked at this often.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
+/// It has ended when it does not answer this many times in a row.
+const HEALTH_FAILURES: u32 = 3;
+
+/// Drives one vLLM server. Made inside a tokio runtime.
+#[derive(Debug)]
+pub struct VllmEngine {
+    http: EngineHttp,
+    start_timeout: Duration,
+    /// Absent where somebody else runs the server.
+    process: Option<EngineProcess>,
+    ports: Mutex<Option<mpsc::Receiver<KvPort>>>,
+    _connector: Option<ConnectorListener>,
+}
+
+impl VllmEngine {
+    /// Listens for the connector, then starts the process where the worker runs it.
+    pub fn start(
+        config: &VllmConfig,
+        arena: &ArenaConfig,
+        worker_name: &str,
+    ) -> Result<Self, EngineError> {
+        let (ports, connector) = match &config.connector_socket {
+            None => (None, None),
+            Some(socket) => {
+                let (sender, receiver) = mpsc::channel(1);
+                let listener = ConnectorListener::bind(socket, arena, worker_name, sender)?;
+                (Some(receiver), Some(listener))
+            }
+        };
+        let (address, process) = match &config.source {
+            VllmSource::Url(url) => (http::authority(url)?, None),
+            VllmSource::Command { command, environment, port } => {
+                let socket = config.connector_socket.as_deref();
+                let launch = process::Launch {
+                    command,
+                    environment,
+                    arguments: serve_arguments(*port, socket),
+                    port: *port,
+                    worker_name,
+                };
+                (format!("127.0.0.1:{port}"), Some(EngineProcess::spawn(&launch)?))
+            }
+        };
+        Ok(Self {
+            http: EngineHttp::new(address),
+            start_timeout: config.start_timeout,
+            process,
+            ports: Mutex::new(ports),
+            _connector: connector,
+        })
+    }
+
+    async fn process_ended(&self) -> EngineError {
+        match &self.process {
+            Some(process) => process.ended().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// What the worker adds to the user's command.
+fn serve_arguments(port: u16, connector_socket: Option<&Path>) -> Vec<String> {
+    let mut arguments =
+        vec!["--host".into(), "127.0.0.1".into(), "--port".into(), port.to_string()];
+    if let Some(socket) = connector_socket {
+        let transfer = serde_json::json!({
+            "kv_connector": "BatonConnector",
+            "kv_connector_module_path": "baton_connector",
+            // The request's own parameters say which part an engine has in a handoff, so that a worker
+            // can change pools without a restart.
+            "kv_role": "kv_both",
+            // A decode that silently recomputes would pass for a handoff.
+            "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": { "socket": socket },
+        });
+        arguments.extend(["--kv-transfer-config".into(), transfer.to_string()]);
+    }
+    arguments
+}
+
+#[async_trait]
+impl Engine for VllmEngine {
+    async fn ready(&self) -> Result<EngineDescription, EngineError> {
+        let started = tokio::time::timeout(self.start_timeout, probe::until_healthy(&self.http));
+        tokio::select! {
+            biased;
+            error = self.process_ended() => Err(error),
+            healthy = started => match healthy {
+                Ok(()) => probe::describe(&self.http).await,
+                Err(_) => Err(EngineError::NotStarted(format!(
+                    "vLLM at {} does not answer /health after {} s",
+                    self.http.address(),
+                    self.start_timeout.as_secs(),
+                ))),
+            },
+        }
+    }
+
+    async fn run(&self, request: EngineRequest) -> Result<Answer, EngineError> {
+        self.http.run(request).await
+    }
+
+    async fn load(&self) -> Result<EngineLoad, EngineError> {
+        probe::load(&self.http).await
+    }
+
+    fn kv_ports(&self) -> Option<mpsc::Receiver<KvPort>> {
+        self.ports.lock().take()
+    }
+
+    async fn ended(&self) -> EngineError {
+        if self.process.is_some() {
+            return self.process_ended().await;
+        }
+        let mut failures = 0;
+        loop {
+            tokio::time::sleep(HEALTH_INTERVAL).await;
+            match probe::health(&self.http).await {
+                Ok(()) => failures = 0,
+                Err(error) => {
+                    failures += 1;
+                    if failures >= HEALTH_FAILURES {
+                        return error;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn stop(&self) {
+        if let Some(process) = &self.process {
+            process.stop().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_connector_is_asked_for_only_where_it_has_a_socket() {
+        assert_eq!(serve_arguments(8101, None), ["--host", "127.0.0.1", "--port", "8101"]);
+        let with = serve_arguments(8101, Some(Path::new("/run/baton/p0.sock")));
+        assert_eq!(with[4], "--kv-transfer-config");
+        let config: serde_json::Value = serde_json::from_str(&with[5]).unwrap();
+        assert_eq!(config["kv_load_failure_policy"], "fail");
+        assert_eq!(config["kv_connector_extra_config"]["socket"], "/run/baton/p0.sock");
+    }
+}

@@ -1,0 +1,122 @@
+//! What vLLM says of itself.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use serde::{Deserialize, de::DeserializeOwned};
+
+use super::http::EngineHttp;
+use crate::{EngineDescription, EngineError, EngineLoad};
+
+const HEALTH_POLL: Duration = Duration::from_millis(200);
+
+pub(super) async fn health(engine: &EngineHttp) -> Result<(), EngineError> {
+    let (status, _) = engine.ask("/health").await?;
+    if status.is_success() { Ok(()) } else { Err(unexpected("/health", status)) }
+}
+
+pub(super) async fn until_healthy(engine: &EngineHttp) {
+    while health(engine).await.is_err() {
+        tokio::time::sleep(HEALTH_POLL).await;
+    }
+}
+
+#[derive(Deserialize)]
+struct Models {
+    data: Vec<Model>,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    id: String,
+    /// Absent for an adapter in older versions.
+    max_model_len: Option<u32>,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    version: String,
+}
+
+pub(super) async fn describe(engine: &EngineHttp) -> Result<EngineDescription, EngineError> {
+    let models: Models = read(engine, "/v1/models").await?;
+    let version: Version = read(engine, "/version").await?;
+    let max_model_tokens = models.data.iter().filter_map(|model| model.max_model_len).max();
+    let missing =
+        |reason: &str| EngineError::Unexpected { what: "/v1/models", reason: reason.to_owned() };
+    Ok(EngineDescription {
+        engine: format!("vllm {}", version.version),
+        max_model_tokens: max_model_tokens.ok_or_else(|| missing("no max_model_len"))?,
+        models: models.data.into_iter().map(|model| model.id).collect(),
+    })
+}
+
+pub(super) async fn load(engine: &EngineHttp) -> Result<EngineLoad, EngineError> {
+    let (status, metrics) = engine.ask("/metrics").await?;
+    if !status.is_success() {
+        return Err(unexpected("/metrics", status));
+    }
+    Ok(parse_load(&String::from_utf8_lossy(&metrics)))
+}
+
+/// With several engines behind one server (data parallel), requests add up and the fullest cache
+/// counts.
+fn parse_load(metrics: &str) -> EngineLoad {
+    let mut load = EngineLoad::default();
+    for line in metrics.lines() {
+        let Some((series, value)) = line.rsplit_once(' ') else { continue };
+        let Ok(value) = value.parse::<f32>() else { continue };
+        let name = series.split('{').next().unwrap_or_default();
+        match name {
+            "vllm:num_requests_running" => load.requests_running += whole(value),
+            "vllm:num_requests_waiting" => load.requests_waiting += whole(value),
+            "vllm:kv_cache_usage_perc" => load.kv_used_ratio = load.kv_used_ratio.max(value),
+            _ => {}
+        }
+    }
+    load
+}
+
+/// A gauge that counts things.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // `as` saturates, NaN is 0.
+fn whole(value: f32) -> u32 {
+    value as u32
+}
+
+async fn read<T: DeserializeOwned>(
+    engine: &EngineHttp,
+    path: &'static str,
+) -> Result<T, EngineError> {
+    let (status, body) = engine.ask(path).await?;
+    if !status.is_success() {
+        return Err(unexpected(path, status));
+    }
+    serde_json::from_slice(&body)
+        .map_err(|e| EngineError::Unexpected { what: path, reason: e.to_string() })
+}
+
+fn unexpected(what: &'static str, status: StatusCode) -> EngineError {
+    EngineError::Unexpected { what, reason: format!("HTTP {status}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_load_is_read_from_vllms_metrics() {
+        let metrics = "# HELP vllm:num_requests_running Number of requests in model execution\n\
+            # TYPE vllm:num_requests_running gauge\n\
+            vllm:num_requests_running{engine=\"0\",model_name=\"m m\"} 3.0\n\
+            vllm:num_requests_running{engine=\"1\",model_name=\"m m\"} 2.0\n\
+            vllm:num_requests_waiting{engine=\"0\",model_name=\"m m\"} 7.0\n\
+            vllm:num_requests_waiting_by_reason{engine=\"0\",reason=\"capacity\"} 7.0\n\
+            vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"m m\"} 0.25\n\
+            vllm:kv_cache_usage_perc{engine=\"1\",model_name=\"m m\"} 0.5\n";
+        let load = parse_load(metrics);
+        assert_eq!(
+            load,
+            EngineLoad { requests_running: 5, requests_waiting: 7, kv_used_ratio: 0.5 }
+        );
+    }
+}

@@ -1,0 +1,166 @@
+//! What was exported arrives.
+
+use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+
+use baton_types::HandoffId;
+use futures::future::join_all;
+
+use super::{
+    Transport,
+    world::{Consumer, NEVER, PROMPT, PROMPT_TOKENS, Producer, Staging, eventually, soon},
+};
+use crate::{
+    channel::{Pulled, Seal},
+    lease::Ending,
+};
+
+fn seal(prompt_blocks: u32) -> Seal {
+    let (prompt_tokens, prompt_digest) = (PROMPT_TOKENS, PROMPT);
+    Seal { prompt_blocks, prompt_tokens, prompt_digest, cached_tokens: 17 }
+}
+
+pub async fn blocks_of_any_size_arrive_as_they_were(transport: &dyn Transport) {
+    const MIB: usize = 1 << 20;
+    let producer = Producer::start(transport, Staging::new(12, 16 << 20)).await;
+    let consumer = Consumer::start(transport, Staging::new(2, 16 << 20)).await;
+    let lens = [1, 2, 1199, 1200, 6500, 65_535, 65_536, MIB - 1, MIB, 3 * MIB + 5, 16 * MIB, 1];
+
+    let id = HandoffId::random();
+    let ending = producer.expect(id, &consumer);
+    producer.export(id, &lens).await;
+    let pulled = consumer.pull(&producer, id, 0).await.unwrap();
+
+    let bytes: usize = lens.iter().sum();
+    assert_eq!(pulled, Pulled { seal: seal(12), blocks: 12, bytes: bytes as u64 });
+    assert_eq!(soon("the acknowledgement", ending).await.unwrap(), Ending::Acked);
+    let counters = producer.ledger.counters();
+    assert_eq!((counters.blocks_sent, counters.bytes_sent), (12, bytes as u64));
+    assert_eq!((counters.handoffs_expected, counters.handoffs_acked), (1, 1));
+    producer.holds_nothing().await;
+    assert_eq!(consumer.staging.slots.used(), 0);
+}
+
+pub async fn blocks_pushed_while_the_consumer_waits_arrive(transport: &dyn Transport) {
+    let producer = Producer::start(transport, Staging::new(2, 4096)).await;
+    let consumer = Consumer::start(transport, Staging::new(1, 4096)).await;
+    let id = HandoffId::random();
+    producer.expect(id, &consumer);
+    // More blocks than slots on either side: each must travel before the next but one is made.
+    let (pulled, ()) =
+        tokio::join!(consumer.pull(&producer, id, 0), producer.export(id, &[4096; 40]));
+    assert_eq!(pulled.unwrap().blocks, 40);
+    producer.holds_nothing().await;
+}
+
+pub async fn blocks_that_the_consumer_has_are_not_sent(transport: &dyn Transport) {
+    let producer = Producer::start(transport, Staging::new(8, 4096)).await;
+    let consumer = Consumer::start(transport, Staging::new(8, 4096)).await;
+
+    let (before, after) = (HandoffId::random(), HandoffId::random());
+    producer.expect(before, &consumer);
+    producer.export(before, &[4096; 5]).await;
+    let pulled = consumer.pull(&producer, before, 3).await.unwrap();
+    assert_eq!(pulled, Pulled { seal: seal(5), blocks: 2, bytes: 2 * 4096 });
+
+    producer.expect(after, &consumer);
+    let (pulled, ()) =
+        tokio::join!(consumer.pull(&producer, after, 5), producer.export(after, &[4096; 5]));
+    assert_eq!(pulled.unwrap(), Pulled { seal: seal(5), blocks: 0, bytes: 0 });
+    assert_eq!(producer.ledger.counters().blocks_sent, 2);
+    producer.holds_nothing().await;
+}
+
+pub async fn a_subscription_may_come_before_its_handoff(transport: &dyn Transport) {
+    let producer = Producer::start(transport, Staging::new(2, 4096)).await;
+    let consumer = Consumer::start(transport, Staging::new(2, 4096)).await;
+    let id = HandoffId::random();
+    let later = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        producer.expect(id, &consumer);
+        producer.export(id, &[100, 100]).await;
+    };
+    let (pulled, ()) = tokio::join!(consumer.pull(&producer, id, 0), later);
+    assert_eq!(pulled.unwrap().blocks, 2);
+}
+
+pub async fn hundreds_of_handoffs_share_few_slots(transport: &dyn Transport) {
+    const HANDOFFS: usize = 300;
+    let producer = Producer::start(transport, Staging::new(64, 16 << 10)).await;
+    let consumer = Consumer::start(transport, Staging::new(8, 16 << 10)).await;
+    let legs = (0..HANDOFFS).map(|n| {
+        let (producer, consumer) = (&producer, &consumer);
+        async move {
+            let id = HandoffId::random();
+            let ending = producer.expect(id, consumer);
+            let lens: Vec<usize> =
+                (0..5).map(|block| 1 + (n * 37 + block * 4099) % 16_384).collect();
+            let (pulled, ()) =
+                tokio::join!(consumer.pull(producer, id, 0), producer.export(id, &lens));
+            let bytes: usize = lens.iter().sum();
+            assert_eq!(pulled.unwrap().bytes, bytes as u64);
+            assert_eq!(ending.await.unwrap(), Ending::Acked);
+        }
+    });
+    join_all(legs).await;
+    assert_eq!(producer.ledger.counters().blocks_sent, 5 * HANDOFFS as u64);
+    producer.holds_nothing().await;
+    assert_eq!(consumer.staging.slots.used(), 0);
+}
+
+pub async fn a_slow_consumer_bounds_what_is_under_way(transport: &dyn Transport) {
+    let block = 1 << 20;
+    let bound = transport.max_in_flight_bytes();
+    let blocks = u32::try_from(bound / block).unwrap() * 2 + 1;
+    let producer = Producer::start(transport, Staging::new(blocks, block)).await;
+    let consumer = Consumer::start(transport, Staging::new(2, block)).await;
+    let id = HandoffId::random();
+    producer.expect(id, &consumer);
+    producer.export(id, &vec![1 << 20; blocks as usize]).await;
+
+    let mut sink = consumer.sink(id);
+    let pace = std::sync::Arc::clone(&sink.pace);
+    pace.limit(1);
+    let subscription = producer.subscription(id, 0);
+    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
+    let watch = async {
+        pace.reached(1).await;
+        let sent = || producer.ledger.counters().bytes_sent;
+        let mut last = 0;
+        // Until it does not grow any more, or all is sent.
+        while sent() > last {
+            last = sent();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        assert!(last <= bound + 2 * block, "{last} bytes are under way, {bound} are the most");
+        assert_eq!(pace.verified(), 1);
+
+        // Others are not held up by it.
+        let other = HandoffId::random();
+        producer.expect(other, &consumer);
+        producer.seal(other);
+        soon("another handoff", consumer.pull(&producer, other, 0)).await.unwrap();
+
+        pace.limited.store(false, Relaxed);
+        pace.permits.add_permits(1);
+    };
+    let (pulled, ()) = tokio::join!(pull, watch);
+    assert_eq!(pulled.unwrap().blocks, blocks);
+    producer.holds_nothing().await;
+}
+
+pub async fn a_prefill_that_takes_long_is_waited_for(transport: &dyn Transport) {
+    let stall = Duration::from_secs(1);
+    let producer = Producer::start_with(transport, Staging::new(2, 4096), stall, NEVER).await;
+    let consumer = Consumer::start_with(transport, Staging::new(2, 4096), stall).await;
+    let id = HandoffId::random();
+    producer.expect(id, &consumer);
+    let later = async {
+        // Longer than what counts as a stall: the producer lives and says so.
+        tokio::time::sleep(3 * stall).await;
+        producer.export(id, &[100, 100]).await;
+    };
+    let (pulled, ()) = tokio::join!(consumer.pull(&producer, id, 0), later);
+    assert_eq!(pulled.unwrap().blocks, 2);
+    eventually("the handoff is acknowledged", || producer.ledger.counters().handoffs_acked == 1)
+        .await;
+}

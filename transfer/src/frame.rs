@@ -1,0 +1,404 @@
+//! What passes over one handoff's stream. All integers are little-endian.
+//!
+//! The consumer opens the stream with a subscription, then sends single bytes; the producer answers
+//! with frames of one kind byte, a body whose length the kind fixes, and, after a block's head, the
+//! block itself.
+//!
+//! ```text
+//! consumer ─► subscription: magic "BTKV" · version u32 · epoch 16 · handoff 16 · generation u32
+//!                           · consumer epoch 16 · compatibility 32 · first block u32
+//!                           · prompt tokens u32 · prompt digest 32
+//!             1 ack · 2 progress
+//! producer ─► 1 block: index u32 · length u32 · crc u64, then the bytes
+//!             2 sealed: prompt blocks u32 · prompt tokens u32 · prompt digest 32
+//!                       · cached tokens u32 · blocks sent u32 · digest 32
+//!             3 refused: reason u8 · 4 waiting · 5 wrong version: u32
+//! ```
+//!
+//! The magic and the version keep their places in every version, and so does frame 5. Whoever gives a
+//! handoff up resets the stream, so that nothing that is still under way holds it up.
+
+use baton_types::{Epoch, Generation, HandoffId, HandoffKey, PromptDigest};
+use bytes::{BufMut, Bytes, BytesMut};
+use sha2::{Digest, Sha256};
+
+use crate::channel::{Refusal, Seal, Subscription, TransferError};
+
+pub(crate) const VERSION: u32 = 1;
+const MAGIC: [u8; 4] = *b"BTKV";
+
+/// Magic and version.
+pub(crate) const PRELUDE_BYTES: usize = 8;
+/// What follows them in a subscription.
+pub(crate) const SUBSCRIPTION_BYTES: usize = 16 + 16 + 4 + 16 + 32 + 4 + 4 + 32;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum FrameError {
+    #[error("it does not begin like a subscription")]
+    Magic,
+    #[error("version {theirs}")]
+    Version { theirs: u32 },
+    #[error("no frame is of kind {0}")]
+    Kind(u8),
+    #[error("no refusal has code {0}")]
+    RefusalCode(u8),
+    #[error("a frame of the wrong length")]
+    Length,
+}
+
+impl From<FrameError> for TransferError {
+    fn from(error: FrameError) -> Self {
+        match error {
+            FrameError::Version { theirs } => Self::Version { ours: VERSION, theirs },
+            other => Self::Protocol(other.to_string()),
+        }
+    }
+}
+
+pub(crate) fn encode_subscription(subscription: &Subscription) -> Bytes {
+    let mut bytes = BytesMut::with_capacity(PRELUDE_BYTES + SUBSCRIPTION_BYTES);
+    bytes.put_slice(&MAGIC);
+    bytes.put_u32_le(VERSION);
+    bytes.put_slice(subscription.handoff.epoch.as_bytes());
+    bytes.put_slice(subscription.handoff.id.as_bytes());
+    bytes.put_u32_le(subscription.handoff.generation.0);
+    bytes.put_slice(subscription.consumer_epoch.as_bytes());
+    bytes.put_slice(&subscription.compatibility);
+    bytes.put_u32_le(subscription.first_block);
+    bytes.put_u32_le(subscription.prompt_tokens);
+    bytes.put_slice(&subscription.prompt_digest.0);
+    bytes.freeze()
+}
+
+/// Whether a subscription of our version follows.
+pub(crate) fn decode_prelude(prelude: &[u8]) -> Result<(), FrameError> {
+    let mut fields = Fields(prelude);
+    if fields.take()? != MAGIC {
+        return Err(FrameError::Magic);
+    }
+    match fields.u32()? {
+        VERSION => fields.end(()),
+        theirs => Err(FrameError::Version { theirs }),
+    }
+}
+
+pub(crate) fn decode_subscription(body: &[u8]) -> Result<Subscription, FrameError> {
+    let mut fields = Fields(body);
+    let handoff = HandoffKey {
+        epoch: fields.epoch()?,
+        id: HandoffId::from_u128(u128::from_be_bytes(fields.take()?)),
+        generation: Generation(fields.u32()?),
+    };
+    let subscription = Subscription {
+        handoff,
+        consumer_epoch: fields.epoch()?,
+        compatibility: fields.take()?,
+        first_block: fields.u32()?,
+        prompt_tokens: fields.u32()?,
+        prompt_digest: PromptDigest(fields.take()?),
+    };
+    fields.end(subscription)
+}
+
+/// What a consumer says after its subscription: one byte each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ConsumerWord {
+    /// All blocks and the seal were verified.
+    Ack,
+    /// Blocks are being placed, however slowly.
+    Progress,
+}
+
+impl ConsumerWord {
+    pub(crate) fn encode(self) -> Bytes {
+        Bytes::from_static(match self {
+            Self::Ack => &[1],
+            Self::Progress => &[2],
+        })
+    }
+
+    pub(crate) fn decode(byte: u8) -> Result<Self, FrameError> {
+        match byte {
+            1 => Ok(Self::Ack),
+            2 => Ok(Self::Progress),
+            other => Err(FrameError::Kind(other)),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProducerFrame {
+    /// `len` bytes follow.
+    Block {
+        index: u32,
+        len: u32,
+        crc: u64,
+    },
+    Sealed(SealedFrame),
+    Refused(Refusal),
+    /// The producer lives, and has nothing to send yet.
+    Waiting,
+    /// The consumer's version is not known here; ours is this.
+    WrongVersion {
+        ours: u32,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SealedFrame {
+    pub(crate) seal: Seal,
+    pub(crate) blocks_sent: u32,
+    /// See [`BlocksDigest`].
+    pub(crate) digest: [u8; 32],
+}
+
+impl ProducerFrame {
+    /// Bytes of the body that follows this kind byte.
+    pub(crate) fn body_bytes(kind: u8) -> Result<usize, FrameError> {
+        match kind {
+            1 => Ok(4 + 4 + 8),
+            2 => Ok(4 + 4 + 32 + 4 + 4 + 32),
+            3 => Ok(1),
+            4 => Ok(0),
+            5 => Ok(4),
+            other => Err(FrameError::Kind(other)),
+        }
+    }
+
+    pub(crate) fn encode(&self) -> Bytes {
+        let mut bytes = BytesMut::with_capacity(96);
+        match self {
+            Self::Block { index, len, crc } => {
+                bytes.put_u8(1);
+                bytes.put_u32_le(*index);
+                bytes.put_u32_le(*len);
+                bytes.put_u64_le(*crc);
+            }
+            Self::Sealed(SealedFrame { seal, blocks_sent, digest }) => {
+                bytes.put_u8(2);
+                bytes.put_u32_le(seal.prompt_blocks);
+                bytes.put_u32_le(seal.prompt_tokens);
+                bytes.put_slice(&seal.prompt_digest.0);
+                bytes.put_u32_le(seal.cached_tokens);
+                bytes.put_u32_le(*blocks_sent);
+                bytes.put_slice(digest);
+            }
+            Self::Refused(refusal) => {
+                bytes.put_u8(3);
+                bytes.put_u8(refusal_code(*refusal));
+            }
+            Self::Waiting => bytes.put_u8(4),
+            Self::WrongVersion { ours } => {
+                bytes.put_u8(5);
+                bytes.put_u32_le(*ours);
+            }
+        }
+        bytes.freeze()
+    }
+
+    pub(crate) fn decode(kind: u8, body: &[u8]) -> Result<Self, FrameError> {
+        let mut fields = Fields(body);
+        let frame = match kind {
+            1 => Self::Block { index: fields.u32()?, len: fields.u32()?, crc: fields.u64()? },
+            2 => Self::Sealed(SealedFrame {
+                seal: Seal {
+                    prompt_blocks: fields.u32()?,
+                    prompt_tokens: fields.u32()?,
+                    prompt_digest: PromptDigest(fields.take()?),
+                    cached_tokens: fields.u32()?,
+                },
+                blocks_sent: fields.u32()?,
+                digest: fields.take()?,
+            }),
+            3 => {
+                let [code] = fields.take()?;
+                Self::Refused(refusal_of(code)?)
+            }
+            4 => Self::Waiting,
+            5 => Self::WrongVersion { ours: fields.u32()? },
+            other => return Err(FrameError::Kind(other)),
+        };
+        fields.end(frame)
+    }
+}
+
+fn refusal_code(refusal: Refusal) -> u8 {
+    match refusal {
+        Refusal::UnknownHandoff => 1,
+        Refusal::WrongEpoch => 2,
+        Refusal::WrongGeneration => 3,
+        Refusal::WrongPeer => 4,
+        Refusal::AlreadyTaken => 5,
+        Refusal::Incompatible => 6,
+        Refusal::WrongPrompt => 7,
+        Refusal::Aborted => 8,
+    }
+}
+
+fn refusal_of(code: u8) -> Result<Refusal, FrameError> {
+    let found = Refusal::ALL.into_iter().find(|refusal| refusal_code(*refusal) == code);
+    found.ok_or(FrameError::RefusalCode(code))
+}
+
+/// SHA-256 over index (`u32`) and CRC (`u64`) of every block that was sent, in order. Both sides keep
+/// one: that they agree at the end shows that no block was lost, added, or put in another's place.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct BlocksDigest(Sha256);
+
+impl BlocksDigest {
+    pub(crate) fn add(&mut self, index: u32, crc: u64) {
+        self.0.update(index.to_le_bytes());
+        self.0.update(crc.to_le_bytes());
+    }
+
+    pub(crate) fn finish(self) -> [u8; 32] {
+        self.0.finalize().into()
+    }
+}
+
+/// Takes a frame's fields off its front.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], FrameError> {
+        let (field, rest) = self.0.split_first_chunk().ok_or(FrameError::Length)?;
+        self.0 = rest;
+        Ok(*field)
+    }
+
+    fn u32(&mut self) -> Result<u32, FrameError> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Result<u64, FrameError> {
+        self.take().map(u64::from_le_bytes)
+    }
+
+    /// Ids are bytes, in the order in which they are written.
+    fn epoch(&mut self) -> Result<Epoch, FrameError> {
+        self.take().map(u128::from_be_bytes).map(Epoch::from_u128)
+    }
+
+    fn end<T>(self, decoded: T) -> Result<T, FrameError> {
+        if self.0.is_empty() { Ok(decoded) } else { Err(FrameError::Length) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    prop_compose! {
+        fn subscriptions()(
+            ids in any::<[u128; 3]>(),
+            numbers in any::<[u32; 3]>(),
+            compatibility in any::<[u8; 32]>(),
+            digest in any::<[u8; 32]>(),
+        ) -> Subscription {
+            Subscription {
+                handoff: HandoffKey {
+                    epoch: Epoch::from_u128(ids[0]),
+                    id: HandoffId::from_u128(ids[1]),
+                    generation: Generation(numbers[0]),
+                },
+                consumer_epoch: Epoch::from_u128(ids[2]),
+                compatibility,
+                first_block: numbers[1],
+                prompt_tokens: numbers[2],
+                prompt_digest: PromptDigest(digest),
+            }
+        }
+    }
+
+    fn frames() -> impl Strategy<Value = ProducerFrame> {
+        let sealed = (any::<[u32; 4]>(), any::<[u8; 32]>(), any::<[u8; 32]>()).prop_map(
+            |([prompt_blocks, prompt_tokens, cached_tokens, blocks_sent], prompt, digest)| {
+                let prompt_digest = PromptDigest(prompt);
+                let seal = Seal { prompt_blocks, prompt_tokens, prompt_digest, cached_tokens };
+                ProducerFrame::Sealed(SealedFrame { seal, blocks_sent, digest })
+            },
+        );
+        prop_oneof![
+            any::<(u32, u32, u64)>().prop_map(|(index, len, crc)| ProducerFrame::Block {
+                index,
+                len,
+                crc
+            }),
+            sealed,
+            prop::sample::select(Refusal::ALL.to_vec()).prop_map(ProducerFrame::Refused),
+            Just(ProducerFrame::Waiting),
+            any::<u32>().prop_map(|ours| ProducerFrame::WrongVersion { ours }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_subscription_arrives_as_it_was_sent(subscription in subscriptions()) {
+            let bytes = encode_subscription(&subscription);
+            let (prelude, body) = bytes.split_at(PRELUDE_BYTES);
+            prop_assert_eq!(body.len(), SUBSCRIPTION_BYTES);
+            prop_assert_eq!(decode_prelude(prelude), Ok(()));
+            prop_assert_eq!(decode_subscription(body), Ok(subscription));
+        }
+
+        #[test]
+        fn a_frame_arrives_as_it_was_sent(frame in frames()) {
+            let bytes = frame.encode();
+            let (kind, body) = bytes.split_first().unwrap();
+            prop_assert_eq!(ProducerFrame::body_bytes(*kind), Ok(body.len()));
+            prop_assert_eq!(ProducerFrame::decode(*kind, body), Ok(frame));
+        }
+
+        #[test]
+        fn whatever_decodes_is_what_would_be_encoded(
+            kind in 0..9_u8,
+            body in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            if let Ok(length) = ProducerFrame::body_bytes(kind) {
+                prop_assert!(length < 100);
+            }
+            if let Ok(frame) = ProducerFrame::decode(kind, &body) {
+                let bytes = frame.encode();
+                prop_assert_eq!(bytes.split_first().unwrap(), (&kind, &body[..]));
+            }
+            if let Ok(subscription) = decode_subscription(&body) {
+                prop_assert_eq!(&encode_subscription(&subscription)[PRELUDE_BYTES..], &body[..]);
+            }
+            prop_assert!(decode_prelude(&body).is_err());
+        }
+    }
+
+    #[test]
+    fn another_version_is_told_from_garbage() {
+        let theirs = VERSION + 1;
+        let mut prelude = [0; PRELUDE_BYTES];
+        prelude[..4].copy_from_slice(&MAGIC);
+        prelude[4..].copy_from_slice(&theirs.to_le_bytes());
+        assert_eq!(decode_prelude(&prelude), Err(FrameError::Version { theirs }));
+        assert_eq!(decode_prelude(b"GET / HT"), Err(FrameError::Magic));
+        assert_eq!(decode_prelude(b"BTKV"), Err(FrameError::Length));
+    }
+
+    #[test]
+    fn the_words_of_a_consumer_are_single_bytes() {
+        for word in [ConsumerWord::Ack, ConsumerWord::Progress] {
+            assert_eq!(word.encode().len(), 1);
+            assert_eq!(ConsumerWord::decode(word.encode()[0]), Ok(word));
+        }
+        assert_eq!(ConsumerWord::decode(0), Err(FrameError::Kind(0)));
+    }
+
+    #[test]
+    fn the_digest_depends_on_the_order_of_blocks() {
+        let of = |blocks: &[(u32, u64)]| {
+            let mut digest = BlocksDigest::default();
+            blocks.iter().for_each(|(index, crc)| digest.add(*index, *crc));
+            digest.finish()
+        };
+        assert_eq!(of(&[(0, 7), (1, 8)]), of(&[(0, 7), (1, 8)]));
+        assert_ne!(of(&[(0, 7), (1, 8)]), of(&[(0, 8), (1, 7)]));
+        assert_ne!(of(&[(0, 7)]), of(&[]));
+    }
+}

@@ -1,0 +1,175 @@
+//! The channel over QUIC: one UDP socket for both directions, one connection to each peer, one
+//! bidirectional stream for each handoff.
+
+mod code;
+mod consume;
+mod peers;
+mod produce;
+mod tls;
+mod tuning;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use quinn::{Connection, Endpoint, Incoming, VarInt};
+use rustls::pki_types::CertificateDer;
+
+use self::{peers::Peers, tls::Identity};
+use crate::channel::{
+    BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError,
+};
+
+/// Far more peers than one worker hands over to; what comes beyond is refused unread.
+const MAX_CONNECTIONS: usize = 4096;
+
+/// How a worker takes part in handoffs over QUIC.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuicConfig {
+    /// Where other workers connect (UDP); port 0 takes any.
+    pub listen: SocketAddr,
+    /// Largest UDP payload to try for; the path's own limit is discovered. Taken into 1,200 to
+    /// 6,500.
+    pub max_mtu_bytes: u16,
+    /// A handoff that moves nothing for this long is given up.
+    pub stall_timeout: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    #[error("cannot listen for handoffs on {listen} (UDP): {source}")]
+    Socket { listen: SocketAddr, source: io::Error },
+    #[error("cannot make a certificate for handoffs: {0}")]
+    Certificate(String),
+    #[error("no tokio runtime to listen for handoffs in")]
+    NoRuntime,
+}
+
+/// Both sides of handoffs over one UDP socket. Dropping it ends every handoff.
+#[derive(Debug)]
+pub struct QuicChannel {
+    endpoint: Endpoint,
+    local: SocketAddr,
+    fingerprint: [u8; 32],
+    peers: Peers,
+    stall_timeout: Duration,
+}
+
+impl QuicChannel {
+    /// Starts to listen, in the runtime that it is called in.
+    pub fn bind(config: QuicConfig, exports: Arc<dyn Exports>) -> Result<Arc<Self>, BindError> {
+        let QuicConfig { listen, max_mtu_bytes, stall_timeout } = config;
+        let refused = |source| BindError::Socket { listen, source };
+        let runtime = quinn::default_runtime().ok_or(BindError::NoRuntime)?;
+        let identity = Identity::fresh()?;
+        let mut server = identity.server()?;
+        server.transport_config(tuning::transport(max_mtu_bytes, false)).migration(false);
+        let socket = tuning::socket(listen).map_err(refused)?;
+        let endpoint =
+            Endpoint::new(tuning::endpoint(max_mtu_bytes), Some(server), socket, runtime)
+                .map_err(refused)?;
+        let local = endpoint.local_addr().map_err(refused)?;
+        tokio::spawn(listen_for_consumers(endpoint.clone(), exports, stall_timeout));
+        Ok(Arc::new(Self {
+            fingerprint: identity.fingerprint(),
+            peers: Peers::new(
+                endpoint.clone(),
+                local,
+                identity,
+                tuning::transport(max_mtu_bytes, true),
+            ),
+            endpoint,
+            local,
+            stall_timeout,
+        }))
+    }
+
+    /// Where it listens.
+    pub fn local_address(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// SHA-256 of the certificate that it presents to both sides.
+    pub fn certificate_fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+
+    /// Ends every handoff and waits until the peers were told.
+    pub async fn close(&self) {
+        self.say_goodbye();
+        self.endpoint.wait_idle().await;
+    }
+
+    fn say_goodbye(&self) {
+        self.endpoint.close(VarInt::from_u32(0), b"the worker ends");
+    }
+}
+
+impl Drop for QuicChannel {
+    fn drop(&mut self) {
+        self.say_goodbye();
+    }
+}
+
+#[async_trait]
+impl Channel for QuicChannel {
+    async fn pull(
+        &self,
+        peer: &PeerAddress,
+        subscription: Subscription,
+        sink: &mut dyn BlockSink,
+    ) -> Result<Pulled, TransferError> {
+        let connection = self.peers.connection(peer).await?;
+        consume::pull(connection, &subscription, sink, self.stall_timeout).await
+    }
+
+    fn transport(&self) -> &'static str {
+        "quic"
+    }
+}
+
+async fn listen_for_consumers(endpoint: Endpoint, exports: Arc<dyn Exports>, stall: Duration) {
+    while let Some(incoming) = endpoint.accept().await {
+        if endpoint.open_connections() >= MAX_CONNECTIONS {
+            incoming.refuse();
+            continue;
+        }
+        tokio::spawn(meet(incoming, Arc::clone(&exports), stall));
+    }
+}
+
+/// Serves one peer's handoffs until its connection ends.
+async fn meet(incoming: Incoming, exports: Arc<dyn Exports>, stall: Duration) {
+    let from = incoming.remote_address();
+    let connection = match incoming.await {
+        Ok(connection) => connection,
+        Err(error) => {
+            tracing::debug!(%from, %error, "a peer's handshake failed");
+            return;
+        }
+    };
+    let Some(peer) = presented_fingerprint(&connection) else {
+        tracing::debug!(%from, "a peer presented no certificate");
+        return;
+    };
+    loop {
+        match connection.accept_bi().await {
+            Ok(stream) => {
+                tokio::spawn(produce::serve(stream, peer, Arc::clone(&exports), stall));
+            }
+            Err(error) => {
+                tracing::debug!(%from, %error, "a peer's connection ended");
+                return;
+            }
+        }
+    }
+}
+
+fn presented_fingerprint(connection: &Connection) -> Option<[u8; 32]> {
+    let identity = connection.peer_identity()?;
+    let chain = identity.downcast_ref::<Vec<CertificateDer<'static>>>()?;
+    chain.first().map(tls::fingerprint)
+}
+
+fn stalled(after: Duration) -> TransferError {
+    TransferError::Stalled { seconds: u32::try_from(after.as_secs()).unwrap_or(u32::MAX) }
+}

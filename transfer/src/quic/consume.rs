@@ -1,0 +1,267 @@
+//! The consumer's side of one handoff.
+
+use std::{
+    collections::VecDeque,
+    future::{Future, pending},
+    time::{Duration, Instant},
+};
+
+use bytes::{Buf, Bytes};
+use quinn::{Connection, ReadError, RecvStream, SendStream};
+use tokio::time::{sleep, timeout};
+
+use super::{
+    code::{Code, lost, read_failed, was_reset, write_failed},
+    stalled,
+};
+use crate::{
+    channel::{BlockSink, Pulled, Subscription, TransferError},
+    frame::{BlocksDigest, ConsumerWord, ProducerFrame, SealedFrame, VERSION, encode_subscription},
+};
+
+/// How often the producer is told that blocks are being placed.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Chunks taken from the connection in one go; each is one datagram's worth at most.
+const CHUNKS_AT_ONCE: usize = 64;
+
+/// Subscribes, places every block, verifies, acknowledges.
+pub(super) async fn pull(
+    connection: Connection,
+    subscription: &Subscription,
+    sink: &mut dyn BlockSink,
+    stall: Duration,
+) -> Result<Pulled, TransferError> {
+    let opened = timeout(stall, connection.open_bi()).await.map_err(|_| stalled(stall))?;
+    let (send, recv) = opened.map_err(|error| lost(&error))?;
+    let mut producer =
+        Producer { connection, send, recv, chunks: VecDeque::new(), stall, is_over: false };
+    let pulled = producer.take_over(subscription, sink).await;
+    match &pulled {
+        Ok(_) => producer.is_over = true,
+        Err(error) => producer.break_off(Code::of(error)),
+    }
+    pulled
+}
+
+/// The stream to one producer. Dropped before its end it tells that the handoff was given up.
+struct Producer {
+    connection: Connection,
+    send: SendStream,
+    recv: RecvStream,
+    /// Received, and not looked at yet.
+    chunks: VecDeque<Bytes>,
+    stall: Duration,
+    is_over: bool,
+}
+
+/// What has arrived so far.
+struct Arrived {
+    next_index: u32,
+    blocks: u32,
+    bytes: u64,
+    digest: BlocksDigest,
+}
+
+impl Producer {
+    async fn take_over(
+        &mut self,
+        subscription: &Subscription,
+        sink: &mut dyn BlockSink,
+    ) -> Result<Pulled, TransferError> {
+        self.say(encode_subscription(subscription)).await?;
+        let mut arrived = Arrived {
+            next_index: subscription.first_block,
+            blocks: 0,
+            bytes: 0,
+            digest: BlocksDigest::default(),
+        };
+        let mut last_word = Instant::now();
+        loop {
+            match self.frame().await? {
+                ProducerFrame::Block { index, len, crc } => {
+                    self.block(sink, &mut arrived, index, len, crc).await?;
+                    if last_word.elapsed() >= PROGRESS_INTERVAL {
+                        last_word = Instant::now();
+                        self.say(ConsumerWord::Progress.encode()).await?;
+                    }
+                }
+                ProducerFrame::Sealed(sealed) => {
+                    let pulled = verify(subscription, &sealed, arrived)?;
+                    self.acknowledge().await?;
+                    return Ok(pulled);
+                }
+                ProducerFrame::Waiting => {}
+                ProducerFrame::Refused(refusal) => return Err(TransferError::Refused(refusal)),
+                ProducerFrame::WrongVersion { ours: theirs } => {
+                    return Err(TransferError::Version { ours: VERSION, theirs });
+                }
+            }
+        }
+    }
+
+    async fn block(
+        &mut self,
+        sink: &mut dyn BlockSink,
+        arrived: &mut Arrived,
+        index: u32,
+        len: u32,
+        crc: u64,
+    ) -> Result<(), TransferError> {
+        if index != arrived.next_index {
+            let expected = arrived.next_index.to_string();
+            return Err(TransferError::UnexpectedBlock { index, expected });
+        }
+        let longest = sink.max_block_bytes();
+        if len > longest {
+            let excess = format!("block {index} of {len} bytes, {longest} are the most");
+            return Err(TransferError::Protocol(excess));
+        }
+        let chunks = self.exactly(len as usize).await?;
+        let view = {
+            let slices: Vec<&[u8]> = chunks.iter().map(AsRef::as_ref).collect();
+            self.attend(sink.place(index, &slices)).await?
+        };
+        drop(chunks);
+        let found = crc_fast::crc64_nvme(view.as_ref());
+        if found != crc {
+            return Err(TransferError::Corrupt { index, expected: crc, found });
+        }
+        drop(view);
+        self.attend(sink.verified(index)).await?;
+        arrived.next_index = arrived.next_index.saturating_add(1);
+        arrived.blocks += 1;
+        arrived.bytes += u64::from(len);
+        arrived.digest.add(index, crc);
+        Ok(())
+    }
+
+    /// Works on what has arrived, and lets go of it when the producer takes the handoff back or dies
+    /// meanwhile.
+    async fn attend<T>(
+        &mut self,
+        work: impl Future<Output = Result<T, TransferError>>,
+    ) -> Result<T, TransferError> {
+        let reset = async {
+            match self.recv.received_reset().await {
+                Ok(Some(code)) => was_reset(code),
+                _ => pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            done = work => done,
+            error = reset => Err(error),
+            error = self.connection.closed() => Err(lost(&error)),
+            () = sleep(self.stall) => {
+                Err(TransferError::NoRoom(format!("no block was placed for {:?}", self.stall)))
+            }
+        }
+    }
+
+    async fn frame(&mut self) -> Result<ProducerFrame, TransferError> {
+        let kind = self.exactly(1).await?.iter().find_map(|chunk| chunk.first().copied());
+        let kind = kind.ok_or_else(ended_early)?;
+        let body = self.exactly(ProducerFrame::body_bytes(kind)?).await?.concat();
+        Ok(ProducerFrame::decode(kind, &body)?)
+    }
+
+    /// The next `len` bytes, in the pieces in which they came.
+    async fn exactly(&mut self, len: usize) -> Result<Vec<Bytes>, TransferError> {
+        let mut taken = Vec::new();
+        let mut missing = len;
+        while missing > 0 {
+            match self.chunks.front_mut() {
+                None => self.receive().await?,
+                Some(chunk) if chunk.remaining() > missing => {
+                    taken.push(chunk.split_to(missing));
+                    missing = 0;
+                }
+                Some(_) => {
+                    taken.extend(self.chunks.pop_front().inspect(|chunk| missing -= chunk.len()));
+                }
+            }
+        }
+        Ok(taken)
+    }
+
+    async fn receive(&mut self) -> Result<(), TransferError> {
+        let mut chunks = [const { Bytes::new() }; CHUNKS_AT_ONCE];
+        let received = timeout(self.stall, self.recv.read_chunks(&mut chunks))
+            .await
+            .map_err(|_| stalled(self.stall))?
+            .map_err(|error: ReadError| read_failed(&error))?
+            .ok_or_else(ended_early)?;
+        self.chunks.extend(chunks.into_iter().take(received));
+        Ok(())
+    }
+
+    /// Tells the producer something. That it listens no more is no error here: what it said last
+    /// tells why.
+    async fn say(&mut self, word: Bytes) -> Result<(), TransferError> {
+        match timeout(self.stall, self.send.write_chunk(word)).await {
+            Err(_) => Err(stalled(self.stall)),
+            Ok(Ok(()) | Err(quinn::WriteError::Stopped(_))) => Ok(()),
+            Ok(Err(error)) => Err(write_failed(&error)),
+        }
+    }
+
+    async fn acknowledge(&mut self) -> Result<(), TransferError> {
+        let ack = ConsumerWord::Ack.encode();
+        timeout(self.stall, self.send.write_chunk(ack))
+            .await
+            .map_err(|_| stalled(self.stall))?
+            .map_err(|error| write_failed(&error))?;
+        // Fails only where the stream was finished or reset here, which it was not.
+        let _ = self.send.finish();
+        Ok(())
+    }
+
+    fn break_off(&mut self, code: Code) {
+        self.is_over = true;
+        // Either may be over already.
+        let _ = self.send.reset(code.wire());
+        let _ = self.recv.stop(code.wire());
+    }
+}
+
+impl Drop for Producer {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.break_off(Code::Cancelled);
+        }
+    }
+}
+
+fn ended_early() -> TransferError {
+    TransferError::BrokeOff("its stream ended before the seal".to_owned())
+}
+
+/// Compares the seal with what arrived, and with what was asked for.
+fn verify(
+    subscription: &Subscription,
+    sealed: &SealedFrame,
+    arrived: Arrived,
+) -> Result<Pulled, TransferError> {
+    let SealedFrame { seal, blocks_sent, digest } = sealed;
+    let agree = |field, sealed: &dyn ToString, found: &dyn ToString| {
+        let (sealed, found) = (sealed.to_string(), found.to_string());
+        if sealed == found {
+            Ok(())
+        } else {
+            Err(TransferError::SealMismatch { field, sealed, found })
+        }
+    };
+    agree("prompt tokens", &seal.prompt_tokens, &subscription.prompt_tokens)?;
+    agree("prompt digest", &seal.prompt_digest, &subscription.prompt_digest)?;
+    agree("blocks", blocks_sent, &arrived.blocks)?;
+    let end = u64::from(subscription.first_block) + u64::from(arrived.blocks);
+    agree("the prompt's blocks", &seal.prompt_blocks, &end)?;
+    let (blocks, bytes) = (arrived.blocks, arrived.bytes);
+    agree("the blocks' digest", &hex(digest), &hex(&arrived.digest.finish()))?;
+    Ok(Pulled { seal: *seal, blocks, bytes })
+}
+
+fn hex(digest: &[u8; 32]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}

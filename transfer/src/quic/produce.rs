@@ -1,0 +1,229 @@
+//! The producer's side of one handoff.
+
+use std::{
+    future::{Future, pending},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use quinn::{RecvStream, SendStream};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::{
+    code::{Code, read_failed, write_failed},
+    stalled,
+};
+use crate::{
+    channel::{ExportStream, Exported, Exports, Refusal, Seal, Subscription, TransferError},
+    frame::{
+        BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame, SUBSCRIPTION_BYTES, SealedFrame,
+        VERSION, decode_prelude, decode_subscription,
+    },
+};
+
+/// How often a consumer is told that this side lives, while there is nothing else to tell.
+const WAITING_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Answers one subscription.
+pub(super) async fn serve(
+    (send, recv): (SendStream, RecvStream),
+    peer: [u8; 32],
+    exports: Arc<dyn Exports>,
+    stall: Duration,
+) {
+    let mut consumer = Consumer { send, recv, stall };
+    let subscription = match consumer.subscription().await {
+        Ok(subscription) => subscription,
+        Err(error) => {
+            tracing::debug!(%error, "no subscription came over a handoff's stream");
+            if matches!(error, TransferError::Version { .. }) {
+                consumer.last_frame(ProducerFrame::WrongVersion { ours: VERSION }).await;
+            } else {
+                consumer.break_off(Code::of(&error));
+            }
+            return;
+        }
+    };
+    let handoff = subscription.handoff;
+    let stream = match consumer.keep_waiting(exports.attach(&subscription, peer)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(refusal)) => {
+            tracing::debug!(%handoff, %refusal, "refused a subscription");
+            consumer.last_frame(ProducerFrame::Refused(refusal)).await;
+            return;
+        }
+        Err(error) => {
+            tracing::debug!(%handoff, %error, "a consumer did not wait for its handoff");
+            consumer.break_off(Code::of(&error));
+            return;
+        }
+    };
+    hand_over(consumer, stream).await;
+}
+
+async fn hand_over(mut consumer: Consumer, mut stream: Box<dyn ExportStream>) {
+    let outcome = consumer.send_all(&mut *stream).await;
+    match &outcome {
+        // It was told so, and reads it in its place among the blocks.
+        Ok(()) | Err(TransferError::Refused(Refusal::WrongPrompt)) => {}
+        Err(error) => consumer.break_off(Code::of(error)),
+    }
+    // The connection lets go of blocks before the handoff is said to be over.
+    drop(consumer);
+    stream.finish(outcome);
+}
+
+/// The stream to one consumer.
+struct Consumer {
+    send: SendStream,
+    recv: RecvStream,
+    stall: Duration,
+}
+
+impl Consumer {
+    async fn subscription(&mut self) -> Result<Subscription, TransferError> {
+        let mut prelude = [0; PRELUDE_BYTES];
+        self.read(&mut prelude).await?;
+        decode_prelude(&prelude)?;
+        let mut body = [0; SUBSCRIPTION_BYTES];
+        self.read(&mut body).await?;
+        Ok(decode_subscription(&body)?)
+    }
+
+    async fn read(&mut self, bytes: &mut [u8]) -> Result<(), TransferError> {
+        let read = timeout(self.stall, self.recv.read_exact(bytes)).await;
+        read.map_err(|_| stalled(self.stall))?.map_err(|error| match error {
+            quinn::ReadExactError::FinishedEarly(_) => {
+                TransferError::Protocol("a subscription that ends early".to_owned())
+            }
+            quinn::ReadExactError::ReadError(error) => read_failed(&error),
+        })
+    }
+
+    async fn send_all(&mut self, stream: &mut dyn ExportStream) -> Result<(), TransferError> {
+        let mut digest = BlocksDigest::default();
+        let mut blocks_sent = 0;
+        loop {
+            match self.keep_waiting(stream.next()).await? {
+                Exported::Block { index, crc, bytes } => {
+                    let whole = bytes.len() as u64;
+                    let len = u32::try_from(whole).map_err(|_| {
+                        TransferError::Protocol(format!("block {index} has {whole} bytes"))
+                    })?;
+                    let head = ProducerFrame::Block { index, len, crc }.encode();
+                    self.write(&mut [head, bytes], stream.revoked()).await?;
+                    stream.sent(whole);
+                    digest.add(index, crc);
+                    blocks_sent += 1;
+                }
+                Exported::Sealed(seal) => {
+                    return self.seal(seal, blocks_sent, digest.finish(), stream).await;
+                }
+                Exported::Refused(refusal) => {
+                    self.last_frame(ProducerFrame::Refused(refusal)).await;
+                    return Err(TransferError::Refused(refusal));
+                }
+                Exported::Aborted => return Err(TransferError::Refused(Refusal::Aborted)),
+            }
+        }
+    }
+
+    async fn seal(
+        &mut self,
+        seal: Seal,
+        blocks_sent: u32,
+        digest: [u8; 32],
+        stream: &mut dyn ExportStream,
+    ) -> Result<(), TransferError> {
+        let sealed = ProducerFrame::Sealed(SealedFrame { seal, blocks_sent, digest });
+        self.write(&mut [sealed.encode()], stream.revoked()).await?;
+        // Fails only where the stream was finished or reset here, which it was not.
+        let _ = self.send.finish();
+        let mut revoked = pin!(stream.revoked());
+        let mut deadline = Instant::now() + self.stall;
+        loop {
+            tokio::select! {
+                word = word(&mut self.recv) => match word? {
+                    ConsumerWord::Ack => return Ok(()),
+                    ConsumerWord::Progress => deadline = Instant::now() + self.stall,
+                },
+                () = &mut revoked => return Err(TransferError::Refused(Refusal::Aborted)),
+                () = sleep_until(deadline) => return Err(stalled(self.stall)),
+            }
+        }
+    }
+
+    /// Waits for something on this side, while telling the consumer that this side lives.
+    async fn keep_waiting<T>(&mut self, work: impl Future<Output = T>) -> Result<T, TransferError> {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                word = word(&mut self.recv) => no_ack_yet(word?)?,
+                () = sleep(WAITING_INTERVAL) => {
+                    self.write(&mut [ProducerFrame::Waiting.encode()], pending()).await?;
+                }
+            }
+        }
+    }
+
+    /// Gives the bytes to the connection, as fast as the consumer makes room for them.
+    async fn write(
+        &mut self,
+        mut bytes: &mut [Bytes],
+        revoked: impl Future<Output = ()>,
+    ) -> Result<(), TransferError> {
+        let mut revoked = pin!(revoked);
+        let mut deadline = Instant::now() + self.stall;
+        while !bytes.is_empty() {
+            tokio::select! {
+                biased;
+                written = self.send.write_chunks(bytes) => {
+                    let written = written.map_err(|error| write_failed(&error))?;
+                    bytes = &mut bytes[written.chunks..];
+                }
+                word = word(&mut self.recv) => no_ack_yet(word?)?,
+                () = &mut revoked => return Err(TransferError::Refused(Refusal::Aborted)),
+                () = sleep_until(deadline) => return Err(stalled(self.stall)),
+            }
+            deadline = Instant::now() + self.stall;
+        }
+        Ok(())
+    }
+
+    /// Says why nothing (more) will come.
+    async fn last_frame(&mut self, frame: ProducerFrame) {
+        if self.write(&mut [frame.encode()], pending()).await.is_ok() {
+            // Fails only where the consumer is gone.
+            let _ = self.send.finish();
+        }
+    }
+
+    fn break_off(&mut self, code: Code) {
+        // Either may be over already.
+        let _ = self.send.reset(code.wire());
+        let _ = self.recv.stop(code.wire());
+    }
+}
+
+/// What the consumer says next. Nothing is lost when the future is dropped.
+async fn word(recv: &mut RecvStream) -> Result<ConsumerWord, TransferError> {
+    let chunk = recv.read_chunk(1, true).await.map_err(|error| read_failed(&error))?;
+    let byte = chunk.as_ref().and_then(|chunk| chunk.bytes.first());
+    let byte = byte.ok_or_else(|| {
+        TransferError::BrokeOff("it ended its stream without an acknowledgement".to_owned())
+    })?;
+    Ok(ConsumerWord::decode(*byte)?)
+}
+
+fn no_ack_yet(word: ConsumerWord) -> Result<(), TransferError> {
+    match word {
+        ConsumerWord::Progress => Ok(()),
+        ConsumerWord::Ack => {
+            Err(TransferError::Protocol("an acknowledgement before the seal".to_owned()))
+        }
+    }
+}

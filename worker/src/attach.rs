@@ -1,0 +1,235 @@
+use std::{sync::Arc, time::Duration};
+
+use baton_config::TlsConfig;
+use baton_proto::{
+    Commands, CoordinatorFrame, MAX_FRAME_BYTES, WINDOW_BYTES, Welcome, coordinator_frame::Frame,
+    fleet_client::FleetClient,
+};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tonic::{
+    Streaming,
+    transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
+};
+
+use crate::{jobs::Jobs, life::Life, outbox::Outbox};
+
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const LAST_BACKOFF: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A coordinator answers a hello at once.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+/// A stream whose other end went away without a word is given up after interval + timeout.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A coordinator bounds its clients' bodies itself; this is only above any of its bounds.
+const MAX_MESSAGE_BYTES: usize = 1 << 30;
+
+#[derive(Debug, thiserror::Error)]
+enum AttachError {
+    #[error("cannot reach it: {0}")]
+    Unreachable(String),
+    #[error("it refused: {0}")]
+    Refused(String),
+    #[error("its first word was neither a welcome nor a refusal")]
+    NoWelcome,
+    #[error("no answer to the hello within {} s", WELCOME_TIMEOUT.as_secs())]
+    NoAnswer,
+    #[error("the stream broke off: {0}")]
+    BrokeOff(String),
+    #[error("the stream ended")]
+    Ended,
+}
+
+/// Stays attached to one coordinator. Dropping the future closes the stream and cancels its jobs.
+pub(crate) async fn keep_attached(life: Arc<Life>, coordinator: &str, tls: Option<&TlsPem>) {
+    let mut backoff = Backoff::default();
+    loop {
+        let error = match attach(&life, coordinator, tls, &mut backoff).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        };
+        let wait = backoff.next();
+        if matches!(error, AttachError::Refused(_)) {
+            tracing::error!(coordinator, %error, "not attached");
+        } else {
+            tracing::warn!(coordinator, %error, "not attached; trying again in {wait:?}");
+        }
+        tokio::time::sleep(wait).await;
+    }
+}
+
+async fn attach(
+    life: &Arc<Life>,
+    coordinator: &str,
+    tls: Option<&TlsPem>,
+    backoff: &mut Backoff,
+) -> Result<std::convert::Infallible, AttachError> {
+    let channel = endpoint(coordinator, tls)
+        .map_err(|error| AttachError::Unreachable(chain(&error)))?
+        .connect()
+        .await
+        .map_err(|error| AttachError::Unreachable(chain(&error)))?;
+    let (outbox, frames) = Outbox::open(life.hello());
+    // Whichever way this ends, the stream ends with it.
+    let _close = CloseOnDrop(outbox.clone());
+    let mut client = FleetClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let (mut stream, welcome) = timeout(WELCOME_TIMEOUT, async {
+        let mut stream = client.attach(frames).await.map_err(broke_off)?.into_inner();
+        match next(&mut stream).await? {
+            Frame::Welcome(welcome) => Ok((stream, welcome)),
+            Frame::Refusal(refusal) => Err(AttachError::Refused(refusal.reason)),
+            Frame::Commands(_) => Err(AttachError::NoWelcome),
+        }
+    })
+    .await
+    .map_err(|_| AttachError::NoAnswer)??;
+    tracing::info!(coordinator, epoch = %life.epoch, "attached");
+    backoff.reset();
+    serve(life, &mut stream, welcome, outbox).await
+}
+
+async fn serve(
+    life: &Arc<Life>,
+    stream: &mut Streaming<CoordinatorFrame>,
+    welcome: Welcome,
+    outbox: Outbox,
+) -> Result<std::convert::Infallible, AttachError> {
+    let jobs = Jobs::new(life.clone(), outbox.clone());
+    let every = Duration::from_millis(u64::from(welcome.report_interval_ms.max(10)));
+    let mut reports = interval(every);
+    reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            frame = next(stream) => match frame? {
+                Frame::Commands(Commands { cancel, start }) => {
+                    cancel.into_iter().for_each(|job| jobs.cancel(job));
+                    start.into_iter().for_each(|job| jobs.start(job));
+                }
+                Frame::Refusal(refusal) => return Err(AttachError::Refused(refusal.reason)),
+                Frame::Welcome(_) => {}
+            },
+            _ = reports.tick() => outbox.report(life.report()),
+        }
+    }
+}
+
+async fn next(stream: &mut Streaming<CoordinatorFrame>) -> Result<Frame, AttachError> {
+    loop {
+        match stream.message().await.map_err(broke_off)? {
+            Some(CoordinatorFrame { frame: Some(frame) }) => return Ok(frame),
+            // Of a newer coordinator, which knows that this worker may not know it.
+            Some(CoordinatorFrame { frame: None }) => {}
+            None => return Err(AttachError::Ended),
+        }
+    }
+}
+
+#[allow(clippy::needless_pass_by_value)] // The shape that `map_err` wants.
+fn broke_off(status: tonic::Status) -> AttachError {
+    AttachError::BrokeOff(format!("{}: {}", status.code(), status.message()))
+}
+
+struct CloseOnDrop(Outbox);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// The files of a [`TlsConfig`], read.
+#[derive(Clone)]
+pub(crate) struct TlsPem {
+    ca: Vec<u8>,
+    certificate: Vec<u8>,
+    private_key: Vec<u8>,
+}
+
+impl TlsPem {
+    pub(crate) fn read(config: &TlsConfig) -> Result<Self, (std::path::PathBuf, std::io::Error)> {
+        let read =
+            |path: &std::path::PathBuf| std::fs::read(path).map_err(|error| (path.clone(), error));
+        Ok(Self {
+            ca: read(&config.ca)?,
+            certificate: read(&config.certificate)?,
+            private_key: read(&config.private_key)?,
+        })
+    }
+}
+
+fn endpoint(coordinator: &str, tls: Option<&TlsPem>) -> Result<Endpoint, tonic::transport::Error> {
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let mut endpoint = Endpoint::from_shared(format!("{scheme}://{coordinator}"))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    if let Some(tls) = tls {
+        endpoint = endpoint.tls_config(
+            ClientTlsConfig::new()
+                .ca_certificate(Certificate::from_pem(&tls.ca))
+                .identity(Identity::from_pem(&tls.certificate, &tls.private_key)),
+        )?;
+    }
+    Ok(endpoint)
+}
+
+/// An error with its causes: tonic's own says only "transport error".
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Doubles from try to try. Half of each wait is drawn by lot, so that workers that lost their
+/// coordinator together do not come back together.
+#[derive(Debug)]
+struct Backoff {
+    current: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self { current: FIRST_BACKOFF }
+    }
+}
+
+impl Backoff {
+    fn next(&mut self) -> Duration {
+        let wait = self.current.mul_f64(0.5 + 0.5 * fastrand::f64());
+        self.current = (2 * self.current).min(LAST_BACKOFF);
+        wait
+    }
+
+    fn reset(&mut self) {
+        *self = Self::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_grow_to_their_limit_and_begin_anew() {
+        let mut backoff = Backoff::default();
+        let mut expected = FIRST_BACKOFF;
+        for _ in 0..12 {
+            let wait = backoff.next();
+            assert!(wait >= expected / 2 && wait <= expected, "{wait:?} of {expected:?}");
+            expected = (2 * expected).min(LAST_BACKOFF);
+        }
+        assert_eq!(expected, LAST_BACKOFF);
+        backoff.reset();
+        assert!(backoff.next() <= FIRST_BACKOFF);
+    }
+}

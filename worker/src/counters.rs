@@ -1,0 +1,57 @@
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+/// What this worker has done since it started, over all lives of its engine.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    /// KV blocks that arrived from other workers and whose checksum was right.
+    pub(crate) handoff_blocks_received: Count,
+    /// Their bytes.
+    pub(crate) handoff_bytes_received: Count,
+    /// KV blocks of prompts whose KV was taken over that need not be sent: this engine had them.
+    pub(crate) handoff_blocks_reused: Count,
+    /// Handoffs to this worker that failed.
+    pub(crate) handoffs_failed: Count,
+    /// Decode jobs whose engine answered without waiting for its handoff.
+    pub(crate) handoffs_bypassed: Count,
+    /// Jobs under way, of all coordinators.
+    pub(crate) jobs_running: Gauge,
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub(crate) struct Count(AtomicU64);
+
+impl Count {
+    pub(crate) fn add(&self, more: u64) {
+        self.0.fetch_add(more, Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// How many there are of something now.
+#[derive(Debug, Default)]
+pub(crate) struct Gauge(AtomicU32);
+
+impl Gauge {
+    /// Counts one more until what it returns is dropped.
+    pub(crate) fn one(&self) -> One<'_> {
+        self.0.fetch_add(1, Relaxed);
+        One(self)
+    }
+
+    pub(crate) fn get(&self) -> u32 {
+        self.0.load(Relaxed)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct One<'a>(&'a Gauge);
+
+impl Drop for One<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Relaxed);
+    }
+}

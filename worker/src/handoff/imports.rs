@@ -1,0 +1,422 @@
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use baton_arena::{Arena, ReservedSlot, Slot, SlotPool, SlotView};
+use baton_engine::{BlockInSlot, ToEngine};
+use baton_transfer::{BlockSink, PeerAddress, Pulled, Subscription, TransferError};
+use baton_types::{Compatibility, Epoch, Fault, FaultKind, HandoffKey, Origin, PromptDigest};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Notify, watch},
+    task::AbortHandle,
+    time::{Instant, timeout},
+};
+
+use super::{Name, PortError, Transfer, fault, to_engine::Queue};
+use crate::counters::Counters;
+
+/// Who computes the prompt.
+#[derive(Clone, Debug)]
+pub(crate) struct Producer {
+    pub(crate) address: PeerAddress,
+    pub(crate) epoch: Epoch,
+}
+
+/// How far a handoff is, as its decode job sees it.
+#[derive(Clone, Debug)]
+pub(crate) enum Progress {
+    Waiting,
+    /// The engine held the whole prompt already.
+    NotNeeded,
+    Complete(Received),
+    Failed(Fault),
+}
+
+/// What was taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Received {
+    pub(crate) blocks: u32,
+    pub(crate) bytes: u64,
+    /// From the subscription to the last block's verification.
+    pub(crate) duration: Duration,
+    pub(crate) blocks_reused: u32,
+    pub(crate) transport: &'static str,
+    /// Prompt tokens that the producer had in its cache.
+    pub(crate) cached_tokens: u32,
+}
+
+/// What the engine subscribes for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Prompt {
+    pub(super) prompt_tokens: u32,
+    pub(super) prompt_digest: PromptDigest,
+    pub(super) first_block: u32,
+}
+
+/// The consuming side: blocks from the channel into the engine's import slots.
+#[derive(Debug)]
+pub(super) struct Imports {
+    arena: Arena,
+    pool: SlotPool,
+    block_bytes: u64,
+    compatibility: [u8; 32],
+    epoch: Epoch,
+    transfer: Transfer,
+    queue: Queue,
+    counters: Arc<Counters>,
+    consumers: Mutex<HashMap<Name, Consumer>>,
+}
+
+#[derive(Debug)]
+struct Consumer {
+    producer: Producer,
+    progress: watch::Sender<Progress>,
+    /// Runs from the subscription on.
+    pull: Option<AbortHandle>,
+    /// Slots that the engine may be reading.
+    lent: HashMap<Slot, ReservedSlot>,
+    /// The engine gave slots back.
+    given_back: Arc<Notify>,
+    /// When the job ended, where slots are still lent.
+    left: Option<Instant>,
+}
+
+impl Drop for Consumer {
+    fn drop(&mut self) {
+        if let Some(pull) = &self.pull {
+            pull.abort();
+        }
+    }
+}
+
+impl Imports {
+    pub(super) fn new(
+        arena: Arena,
+        compatibility: Compatibility,
+        epoch: Epoch,
+        transfer: Transfer,
+        queue: Queue,
+        counters: Arc<Counters>,
+    ) -> Arc<Self> {
+        let layout = arena.layout();
+        Arc::new(Self {
+            pool: SlotPool::new((layout.export_slots..layout.total_slots()).map(Slot)),
+            arena,
+            block_bytes: compatibility.block_bytes,
+            compatibility: compatibility.digest(),
+            epoch,
+            transfer,
+            queue,
+            counters,
+            consumers: Mutex::default(),
+        })
+    }
+
+    pub(super) fn expect(
+        self: &Arc<Self>,
+        name: Name,
+        producer: Producer,
+    ) -> Result<Consuming, Fault> {
+        let (sender, progress) = watch::channel(Progress::Waiting);
+        match self.consumers.lock().entry(name) {
+            Entry::Occupied(_) => {
+                let reason = "this handoff is under way here already";
+                Err(Fault::new(Origin::Handoff, FaultKind::Failed, reason))
+            }
+            Entry::Vacant(vacant) => {
+                vacant.insert(Consumer {
+                    producer,
+                    progress: sender,
+                    pull: None,
+                    lent: HashMap::new(),
+                    given_back: Arc::default(),
+                    left: None,
+                });
+                Ok(Consuming { name, imports: self.clone(), progress })
+            }
+        }
+    }
+
+    pub(super) fn subscribe(self: &Arc<Self>, name: Name, prompt: Prompt) {
+        let mut consumers = self.consumers.lock();
+        let refused = match consumers.get_mut(&name) {
+            None => "no job of this worker expects this handoff",
+            Some(consumer) if consumer.left.is_some() => "its job has ended",
+            Some(consumer) if consumer.pull.is_some() => "it was subscribed to before",
+            Some(consumer) => {
+                let subscription = Subscription {
+                    handoff: HandoffKey {
+                        epoch: consumer.producer.epoch,
+                        id: name.0,
+                        generation: name.1,
+                    },
+                    consumer_epoch: self.epoch,
+                    compatibility: self.compatibility,
+                    first_block: prompt.first_block,
+                    prompt_tokens: prompt.prompt_tokens,
+                    prompt_digest: prompt.prompt_digest,
+                };
+                let peer = consumer.producer.address.clone();
+                let pull = self.clone().pull(name, peer, subscription);
+                consumer.pull = Some(tokio::spawn(pull).abort_handle());
+                return;
+            }
+        };
+        drop(consumers);
+        self.fail_in_engine(name, refused.to_owned());
+    }
+
+    async fn pull(self: Arc<Self>, name: Name, peer: PeerAddress, subscription: Subscription) {
+        let started = Instant::now();
+        let first_block = subscription.first_block;
+        let mut sink = Sink { imports: &self, name, placed: None, verified: started };
+        let pulled = self.transfer.channel.pull(&peer, subscription, &mut sink).await;
+        let duration = sink.verified - started;
+        let loaded = match pulled {
+            Ok(pulled) => self.all_loaded(name).await.map(|()| pulled),
+            Err(error) => Err(fault::of_transfer(&error)),
+        };
+        match loaded {
+            Ok(pulled) => self.complete(name, pulled, first_block, duration),
+            Err(fault) => self.fail(name, fault),
+        }
+    }
+
+    /// Waits until the engine has copied every block.
+    async fn all_loaded(&self, name: Name) -> Result<(), Fault> {
+        loop {
+            let given_back = match self.consumers.lock().get(&name) {
+                Some(consumer) if consumer.lent.is_empty() => return Ok(()),
+                Some(consumer) => consumer.given_back.clone(),
+                None => return Ok(()), // Its job has gone; nobody asks any more.
+            };
+            if timeout(self.transfer.stall_timeout, given_back.notified()).await.is_err() {
+                let reason = format!(
+                    "the engine loaded no block for {} s",
+                    self.transfer.stall_timeout.as_secs_f32()
+                );
+                return Err(Fault::new(Origin::Engine, FaultKind::TimedOut, reason));
+            }
+        }
+    }
+
+    fn complete(&self, name: Name, pulled: Pulled, first_block: u32, duration: Duration) {
+        let consumers = self.consumers.lock();
+        let Some(consumer) = consumers.get(&name) else { return };
+        // The job knows before the engine does, and so before there is a token.
+        consumer.progress.send_replace(Progress::Complete(Received {
+            blocks: pulled.blocks,
+            bytes: pulled.bytes,
+            duration,
+            blocks_reused: first_block,
+            transport: self.transfer.channel.transport(),
+            cached_tokens: pulled.seal.cached_tokens,
+        }));
+        self.counters.handoff_blocks_reused.add(u64::from(first_block));
+        self.queue.send(ToEngine::Complete { handoff: name.0, generation: name.1 });
+    }
+
+    fn fail(&self, name: Name, fault: Fault) {
+        tracing::warn!(handoff = %name.0, generation = %name.1, %fault, "a handoff failed");
+        self.counters.handoffs_failed.add(1);
+        let reason = fault.to_string();
+        if let Some(consumer) = self.consumers.lock().get(&name) {
+            consumer.progress.send_replace(Progress::Failed(fault));
+        }
+        self.fail_in_engine(name, reason);
+    }
+
+    fn fail_in_engine(&self, name: Name, reason: String) {
+        self.queue.send(ToEngine::Failed { handoff: name.0, generation: name.1, reason });
+    }
+
+    pub(super) fn not_needed(&self, name: Name) {
+        if let Some(consumer) = self.consumers.lock().get(&name) {
+            consumer.progress.send_replace(Progress::NotNeeded);
+        }
+    }
+
+    pub(super) fn loaded(&self, name: Name, slots: &[Slot]) -> Result<(), PortError> {
+        let mut consumers = self.consumers.lock();
+        // Its slots were taken back some time after its job had ended.
+        let Some(consumer) = consumers.get_mut(&name) else { return Ok(()) };
+        for slot in slots {
+            consumer.lent.remove(slot).ok_or(PortError::NotLent(*slot))?;
+        }
+        consumer.given_back.notify_one();
+        if consumer.left.is_some() && consumer.lent.is_empty() {
+            consumers.remove(&name);
+        }
+        Ok(())
+    }
+
+    /// The engine's request is gone. Answers whether the handoff was one of ours.
+    pub(super) fn aborted(&self, name: Name) -> bool {
+        self.give_up(name, Fault::new(Origin::Engine, FaultKind::Failed, "the engine gave it up"))
+    }
+
+    /// The engine said something about the handoff that cannot be.
+    pub(super) fn broken(&self, name: Name, error: &PortError) {
+        let fault = Fault::new(Origin::Engine, FaultKind::Failed, error.to_string());
+        if self.give_up(name, fault) {
+            self.fail_in_engine(name, error.to_string());
+        }
+    }
+
+    fn give_up(&self, name: Name, fault: Fault) -> bool {
+        let mut consumers = self.consumers.lock();
+        let Some(consumer) = consumers.get_mut(&name) else { return false };
+        if let Some(pull) = &consumer.pull {
+            pull.abort();
+        }
+        consumer.lent.clear();
+        if !matches!(*consumer.progress.borrow(), Progress::Complete(_) | Progress::Failed(_)) {
+            consumer.progress.send_replace(Progress::Failed(fault));
+        }
+        if consumer.left.is_some() {
+            consumers.remove(&name);
+        }
+        true
+    }
+
+    /// Takes back the slots of jobs that ended, from an engine that does not give them back. Should it
+    /// read one after all, what it reads belongs to a request that failed.
+    pub(super) fn sweep(&self) {
+        self.consumers.lock().retain(|name, consumer| {
+            let keep =
+                consumer.left.is_none_or(|left| left.elapsed() < self.transfer.stall_timeout);
+            if !keep {
+                let slots = consumer.lent.len();
+                tracing::warn!(handoff = %name.0, slots, "took back slots that the engine kept");
+            }
+            keep
+        });
+    }
+
+    /// Fails every handoff that is not complete.
+    pub(super) fn engine_gone(&self) {
+        for (_, consumer) in self.consumers.lock().drain() {
+            if !matches!(*consumer.progress.borrow(), Progress::Complete(_)) {
+                let reason = "the engine's KV side went away";
+                consumer.progress.send_replace(Progress::Failed(Fault::new(
+                    Origin::Engine,
+                    FaultKind::Unavailable,
+                    reason,
+                )));
+            }
+        }
+    }
+
+    pub(super) fn open(&self) -> usize {
+        self.consumers.lock().len()
+    }
+
+    pub(super) fn slots_used(&self) -> usize {
+        self.pool.used()
+    }
+}
+
+struct Sink<'a> {
+    imports: &'a Imports,
+    name: Name,
+    placed: Option<ReservedSlot>,
+    /// When the last block was.
+    verified: Instant,
+}
+
+#[async_trait]
+impl BlockSink for Sink<'_> {
+    fn max_block_bytes(&self) -> u32 {
+        u32::try_from(self.imports.block_bytes).unwrap_or(u32::MAX)
+    }
+
+    async fn place(&mut self, index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError> {
+        let Imports { arena, pool, block_bytes, .. } = self.imports;
+        let came: u64 = bytes.iter().map(|piece| piece.len() as u64).sum();
+        if came != *block_bytes {
+            let reason = format!("block {index} has {came} bytes, {block_bytes} make a block");
+            return Err(TransferError::Protocol(reason));
+        }
+        let no_room = |error: &dyn std::error::Error| TransferError::NoRoom(error.to_string());
+        let reserved = pool.reserve().await.map_err(|e| no_room(&e))?;
+        let mut offset = 0;
+        for piece in bytes {
+            arena.write(reserved.slot(), offset, piece).map_err(|e| no_room(&e))?;
+            offset += piece.len() as u64;
+        }
+        let view = arena.view(reserved.slot(), *block_bytes).map_err(|e| no_room(&e))?;
+        self.placed = Some(reserved);
+        Ok(view)
+    }
+
+    async fn verified(&mut self, index: u32) -> Result<(), TransferError> {
+        let reserved = self.placed.take().ok_or_else(|| {
+            TransferError::Protocol(format!("block {index} was verified before it was placed"))
+        })?;
+        self.verified = Instant::now();
+        let slot = reserved.slot();
+        let mut consumers = self.imports.consumers.lock();
+        match consumers.get_mut(&self.name) {
+            Some(consumer) if consumer.left.is_none() => consumer.lent.insert(slot, reserved),
+            _ => return Err(TransferError::Cancelled),
+        };
+        drop(consumers);
+        self.imports.counters.handoff_blocks_received.add(1);
+        self.imports.counters.handoff_bytes_received.add(self.imports.block_bytes);
+        let (handoff, generation) = self.name;
+        let blocks = vec![BlockInSlot { index, slot }];
+        self.imports.queue.send(ToEngine::Load { handoff, generation, blocks });
+        Ok(())
+    }
+}
+
+/// A handoff that this worker's engine consumes. Dropping it before its end tells both sides that it
+/// is void.
+#[derive(Debug)]
+pub(crate) struct Consuming {
+    name: Name,
+    imports: Arc<Imports>,
+    progress: watch::Receiver<Progress>,
+}
+
+impl Consuming {
+    pub(crate) fn progress(&self) -> Progress {
+        self.progress.borrow().clone()
+    }
+
+    /// Waits until the handoff has failed; for ever where it does not.
+    pub(crate) async fn failed(&self) -> Fault {
+        let mut progress = self.progress.clone();
+        let failed = progress.wait_for(|progress| matches!(progress, Progress::Failed(_))).await;
+        match failed.as_deref() {
+            Ok(Progress::Failed(fault)) => fault.clone(),
+            _ => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Consuming {
+    fn drop(&mut self) {
+        let mut consumers = self.imports.consumers.lock();
+        let Some(consumer) = consumers.get_mut(&self.name) else { return };
+        let subscribed = consumer.pull.is_some();
+        let is_over =
+            matches!(*consumer.progress.borrow(), Progress::Complete(_) | Progress::Failed(_));
+        if let Some(pull) = &consumer.pull {
+            pull.abort();
+        }
+        if consumer.lent.is_empty() {
+            consumers.remove(&self.name);
+        } else {
+            consumer.left = Some(Instant::now());
+        }
+        drop(consumers);
+        if subscribed && !is_over {
+            self.imports.fail_in_engine(self.name, "its request was cancelled".to_owned());
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! What each leg of a split request asks of its engine: the client's own JSON, of which only those
+//! members change that must. The others stay byte for byte, in their order.
+
+use std::{borrow::Cow, fmt};
+
+use baton_types::{Generation, HandoffId};
+use bytes::Bytes;
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
+
+const KV_PARAMETERS: &str = "kv_transfer_params";
+
+/// Of no use to a leg whose single token nobody sees, or refused together with `"stream": false`.
+const NOT_FOR_PREFILL: [&str; 6] =
+    ["stream_options", "min_tokens", "n", "logprobs", "top_logprobs", KV_PARAMETERS];
+
+/// Asks vLLM's own connectors to keep the prompt's KV for a decode elsewhere, and to say where it is.
+const ENGINE_PREFILL: &str = r#"{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,"remote_host":null,"remote_port":null}"#;
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BodyError {
+    // serde_json's own words can quote the body, which is the client's business alone.
+    #[error("the request's body is not a JSON object: line {line}, column {column}")]
+    NotAnObject { line: usize, column: usize },
+}
+
+/// One part in a fenced handoff.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Part {
+    Produce,
+    Consume,
+}
+
+/// What the engine is to be told about the handoff.
+#[derive(Clone, Debug)]
+pub(crate) enum KvParameters {
+    Fenced {
+        part: Part,
+        id: HandoffId,
+        generation: Generation,
+    },
+    /// The engines' own, on their prefill side.
+    EngineProduce,
+    /// What the engine on the prefill side answered: JSON.
+    EngineConsume(Bytes),
+}
+
+impl KvParameters {
+    fn append_to(&self, json: &mut Vec<u8>) {
+        match self {
+            Self::Fenced { part, id, generation } => {
+                let role = match part {
+                    Part::Produce => "produce",
+                    Part::Consume => "consume",
+                };
+                let parameters = format!(
+                    r#"{{"baton":{{"role":"{role}","handoff":"{id}","generation":{generation}}}}}"#
+                );
+                json.extend_from_slice(parameters.as_bytes());
+            }
+            Self::EngineProduce => json.extend_from_slice(ENGINE_PREFILL.as_bytes()),
+            Self::EngineConsume(parameters) => json.extend_from_slice(parameters),
+        }
+    }
+}
+
+/// The body that computes the prompt and one token, which is thrown away.
+pub(crate) fn prefill_body(body: &[u8], kv: &KvParameters) -> Result<Bytes, BodyError> {
+    let members = Members::of(body)?;
+    let mut rewritten = Object::with_capacity(body.len() + 192);
+    for (name, key, value) in &members.0 {
+        match name.as_ref() {
+            "max_tokens" | "stream" => {}
+            "max_completion_tokens" => rewritten.member(key.get(), b"1"),
+            dropped if NOT_FOR_PREFILL.contains(&dropped) => {}
+            _ => rewritten.member(key.get(), value.get().as_bytes()),
+        }
+    }
+    rewritten.member(r#""max_tokens""#, b"1");
+    rewritten.member(r#""stream""#, b"false");
+    Ok(rewritten.finish(kv))
+}
+
+/// The client's body, and where the prompt's KV comes from.
+pub(crate) fn decode_body(body: &[u8], kv: &KvParameters) -> Result<Bytes, BodyError> {
+    let members = Members::of(body)?;
+    let mut rewritten = Object::with_capacity(body.len() + 192);
+    for (name, key, value) in &members.0 {
+        if name != KV_PARAMETERS {
+            rewritten.member(key.get(), value.get().as_bytes());
+        }
+    }
+    Ok(rewritten.finish(kv))
+}
+
+struct Object(Vec<u8>);
+
+impl Object {
+    fn with_capacity(bytes: usize) -> Self {
+        let mut json = Vec::with_capacity(bytes);
+        json.push(b'{');
+        Self(json)
+    }
+
+    fn member(&mut self, key: &str, value: &[u8]) {
+        self.key(key);
+        self.0.extend_from_slice(value);
+    }
+
+    fn key(&mut self, key: &str) {
+        if self.0.len() > 1 {
+            self.0.push(b',');
+        }
+        self.0.extend_from_slice(key.as_bytes());
+        self.0.push(b':');
+    }
+
+    fn finish(mut self, kv: &KvParameters) -> Bytes {
+        self.key(r#""kv_transfer_params""#);
+        kv.append_to(&mut self.0);
+        self.0.push(b'}');
+        self.0.into()
+    }
+}
+
+/// The members of an object in their order: the name, and the bytes of key and value as they came.
+struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue, &'a RawValue)>);
+
+impl<'a> Members<'a> {
+    fn of(body: &'a [u8]) -> Result<Self, BodyError> {
+        serde_json::from_slice(body)
+            .map_err(|error| BodyError::NotAnObject { line: error.line(), column: error.column() })
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InOrder;
+
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = Members<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
+                let mut members = Vec::new();
+                while let Some((key, value)) = map.next_entry::<&RawValue, &RawValue>()? {
+                    members.push((name(key).map_err(M::Error::custom)?, key, value));
+                }
+                Ok(Members(members))
+            }
+        }
+
+        deserializer.deserialize_map(InOrder)
+    }
+}
+
+/// What a key's bytes spell: any of its characters may be escaped.
+fn name(key: &RawValue) -> serde_json::Result<Cow<'_, str>> {
+    let quoted = key.get();
+    match quoted.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
+        Some(plain) if !plain.contains('\\') => Ok(Cow::Borrowed(plain)),
+        _ => serde_json::from_str(quoted).map(Cow::Owned),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    fn fenced(part: Part) -> KvParameters {
+        KvParameters::Fenced { part, id: HandoffId::from_u128(7), generation: Generation(2) }
+    }
+
+    fn text(bytes: &Bytes) -> &str {
+        std::str::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn decode_changes_nothing_but_where_the_kv_comes_from() {
+        let body = "{ \"z\" : 1.50, \"messages\":[{\"content\":\"a\\u00e9 \\\"} \"} ] ,\n \"n\":2,\
+            \"stream_options\":{\"include_usage\":true},\"kv_transfer_params\":{\"x\":1}}";
+        let decode = decode_body(body.as_bytes(), &fenced(Part::Consume)).unwrap();
+        assert_eq!(
+            text(&decode),
+            "{\"z\":1.50,\"messages\":[{\"content\":\"a\\u00e9 \\\"} \"} ],\"n\":2,\
+             \"stream_options\":{\"include_usage\":true},\"kv_transfer_params\":{\"baton\":\
+             {\"role\":\"consume\",\"handoff\":\"00000000000000000000000000000007\",\"generation\":2}}}"
+        );
+    }
+
+    #[test]
+    fn prefill_asks_for_one_token_without_a_stream() {
+        let body = r#"{"model":"m","stream":true,"stream_options":{},"max_tokens":50,"min_tokens":3,
+            "n":2,"logprobs":true,"top_logprobs":3,"tools":[1, 2],"max_completion_tokens":9}"#;
+        let prefill = prefill_body(body.as_bytes(), &fenced(Part::Produce)).unwrap();
+        assert_eq!(
+            text(&prefill),
+            "{\"model\":\"m\",\"tools\":[1, 2],\"max_completion_tokens\":1,\"max_tokens\":1,\
+             \"stream\":false,\"kv_transfer_params\":{\"baton\":{\"role\":\"produce\",\
+             \"handoff\":\"00000000000000000000000000000007\",\"generation\":2}}}"
+        );
+    }
+
+    #[test]
+    fn a_name_counts_however_it_is_written_and_however_often() {
+        let body =
+            r#"{"max_tok\u0065ns":5,"max_tokens":6,"kv_transfer\u005fparams":1,"caf\u00e9":2}"#;
+        let prefill = prefill_body(body.as_bytes(), &KvParameters::EngineProduce).unwrap();
+        let json: Value = serde_json::from_slice(&prefill).unwrap();
+        assert_eq!(json["max_tokens"], 1);
+        assert_eq!(json["kv_transfer_params"]["do_remote_decode"], true);
+        assert!(text(&prefill).starts_with(r#"{"caf\u00e9":2,"max_tokens":1"#));
+        assert_eq!(text(&prefill).matches("max_tok").count(), 1);
+    }
+
+    #[test]
+    fn the_engines_own_parameters_are_given_as_they_came() {
+        let answered = Bytes::from_static(b"{\"remote_host\": \"h\"}");
+        let kv = KvParameters::EngineConsume(answered);
+        let decode = decode_body(b"{}", &kv).unwrap();
+        assert_eq!(text(&decode), "{\"kv_transfer_params\":{\"remote_host\": \"h\"}}");
+    }
+
+    #[test]
+    fn what_is_no_object_is_refused_without_quoting_it() {
+        for body in
+            ["", "[1]", "\"secret\"", "{\"a\":1} x", "{\"secret\"", "nul", "{\"a\":}", "{1:2}"]
+        {
+            let error = decode_body(body.as_bytes(), &fenced(Part::Consume)).unwrap_err();
+            assert!(!error.to_string().contains("secret"), "{error}");
+        }
+        assert!(prefill_body(b"\xff\xfe", &fenced(Part::Produce)).is_err());
+    }
+}

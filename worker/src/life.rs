@@ -1,0 +1,133 @@
+use std::sync::Arc;
+
+use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
+use baton_proto::{Hello, Peer, Report};
+use baton_transfer::Ledger;
+use baton_types::Fault;
+use baton_types::{Compatibility, Epoch, FaultKind, Origin, Role};
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use crate::{counters::Counters, handoff::Handoffs};
+
+/// One life of the engine: what every job of it needs, and what coordinators are told of it.
+pub(crate) struct Life {
+    pub(crate) engine: Arc<dyn Engine>,
+    pub(crate) epoch: Epoch,
+    pub(crate) kv: KvSide,
+    pub(crate) identity: Identity,
+    pub(crate) description: EngineDescription,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) load: Mutex<EngineLoad>,
+}
+
+/// How this engine's KV can get to others.
+pub(crate) enum KvSide {
+    None,
+    /// By the engines themselves.
+    Engine,
+    Fenced {
+        handoffs: Handoffs,
+        ledger: Ledger,
+        compatibility: Compatibility,
+        /// Where other workers find this one: `host:port`.
+        address: String,
+        certificate_fingerprint: [u8; 32],
+    },
+}
+
+/// Who this worker is.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    pub(crate) name: String,
+    pub(crate) role: Role,
+}
+
+impl std::fmt::Debug for Life {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Life")
+            .field("epoch", &self.epoch)
+            .field("description", &self.description)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Life {
+    /// The handoffs, where Baton does them.
+    pub(crate) fn handoffs(&self) -> Result<&Handoffs, Fault> {
+        match &self.kv {
+            KvSide::Fenced { handoffs, .. } => Ok(handoffs),
+            KvSide::None | KvSide::Engine => Err(Fault::new(
+                Origin::Worker,
+                FaultKind::Refused,
+                "this worker's engine takes part in no fenced handoff",
+            )),
+        }
+    }
+
+    pub(crate) fn hello(&self) -> Hello {
+        let mut hello = Hello {
+            protocol_version: baton_proto::PROTOCOL_VERSION,
+            worker_name: self.identity.name.clone(),
+            epoch: epoch_bytes(self.epoch),
+            role: baton_proto::Role::from(self.identity.role).into(),
+            models: self.description.models.clone(),
+            max_model_tokens: self.description.max_model_tokens,
+            engine: self.description.engine.clone(),
+            ..Hello::default()
+        };
+        match &self.kv {
+            KvSide::None => hello.set_handoff_mode(baton_proto::HandoffMode::None),
+            KvSide::Engine => hello.set_handoff_mode(baton_proto::HandoffMode::Engine),
+            KvSide::Fenced { compatibility, address, certificate_fingerprint, .. } => {
+                hello.set_handoff_mode(baton_proto::HandoffMode::Fenced);
+                hello.compatibility = Some(compatibility.into());
+                hello.peer = Some(Peer {
+                    worker_name: self.identity.name.clone(),
+                    epoch: epoch_bytes(self.epoch),
+                    address: address.clone(),
+                    certificate_fingerprint: Bytes::copy_from_slice(certificate_fingerprint),
+                });
+            }
+        }
+        hello
+    }
+
+    pub(crate) fn report(&self) -> Report {
+        let load = *self.load.lock();
+        let mut report = Report {
+            jobs_running: self.counters.jobs_running.get(),
+            handoff_blocks_received: self.counters.handoff_blocks_received.get(),
+            handoff_bytes_received: self.counters.handoff_bytes_received.get(),
+            handoff_blocks_reused: self.counters.handoff_blocks_reused.get(),
+            engine_requests_running: load.requests_running,
+            engine_requests_waiting: load.requests_waiting,
+            engine_kv_used_ratio: load.kv_used_ratio,
+            ..Report::default()
+        };
+        if let KvSide::Fenced { handoffs, ledger, .. } = &self.kv {
+            let sent = ledger.counters();
+            report.handoff_blocks_sent = sent.blocks_sent;
+            report.handoff_bytes_sent = sent.bytes_sent;
+            report.handoffs_open = u32::try_from(handoffs.open()).unwrap_or(u32::MAX);
+            (report.arena_slots_used, report.arena_slots) = handoffs.slots();
+        }
+        report
+    }
+}
+
+fn epoch_bytes(epoch: Epoch) -> Bytes {
+    Bytes::copy_from_slice(epoch.as_bytes())
+}
+
+/// Which leg's failure an engine's error is.
+pub(crate) fn engine_fault(error: &EngineError) -> Fault {
+    let kind = match error {
+        EngineError::NotStarted(_)
+        | EngineError::Unreachable { .. }
+        | EngineError::Ended(_)
+        | EngineError::BrokeOff(_) => FaultKind::Unavailable,
+        EngineError::Unexpected { .. } => FaultKind::Failed,
+    };
+    Fault::new(Origin::Engine, kind, error.to_string())
+}

@@ -1,0 +1,301 @@
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use baton_config::{EngineConfig, WorkerConfig};
+use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
+use baton_transfer::{BindError, Ledger, QuicChannel, QuicConfig};
+use baton_types::Epoch;
+use futures::future::join_all;
+use tokio::{sync::mpsc, time::MissedTickBehavior};
+
+use crate::{
+    attach::{self, TlsPem},
+    counters::Counters,
+    handoff::{Handoffs, PortLoop, Transfer},
+    life::{Identity, KvSide, Life},
+};
+
+/// A handoff lives this many stall timeouts without anything moving: its consumer's engine may let it
+/// queue for a while before it subscribes.
+const LEASE_STALLS: u32 = 3;
+const EXPIRE_INTERVAL: Duration = Duration::from_millis(500);
+/// The engine is asked for its load this often, for all coordinators together.
+const LOAD_INTERVAL: Duration = Duration::from_secs(1);
+/// An engine whose connector has not come by then is worth a word in the log.
+const CONNECTOR_PATIENCE: Duration = Duration::from_secs(10);
+const FIRST_RESTART_DELAY: Duration = Duration::from_millis(500);
+const LAST_RESTART_DELAY: Duration = Duration::from_secs(30);
+
+/// Why a worker does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// Only of the first start: an engine that served once is started again.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Transfer(#[from] BindError),
+    #[error("cannot read {path}: {source}", path = path.display())]
+    Tls { path: PathBuf, source: std::io::Error },
+}
+
+/// Runs one worker until `shutdown` is ready: its engine, its handoffs, and its streams to the
+/// coordinators. To be run on a current-thread runtime.
+///
+/// An engine that ends is started again, after a wait that grows, with a new epoch. On shutdown the
+/// streams are closed first, which cancels their jobs; then the engine is stopped.
+pub async fn run(
+    config: WorkerConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), WorkerError> {
+    let worker = Worker::new(config)?;
+    let mut shutdown = std::pin::pin!(shutdown);
+    let mut delay = FIRST_RESTART_DELAY;
+    let mut has_served = false;
+    loop {
+        let engine = match start_engine(&worker.config) {
+            Ok(engine) => engine,
+            Err(error) if !has_served => return Err(error.into()),
+            Err(error) => {
+                tracing::error!(%error, "the engine does not start; trying again in {delay:?}");
+                tokio::select! {
+                    () = &mut shutdown => return Ok(()),
+                    () = tokio::time::sleep(delay) => {}
+                }
+                delay = (2 * delay).min(LAST_RESTART_DELAY);
+                continue;
+            }
+        };
+        let served = tokio::select! {
+            served = worker.serve(&engine) => Some(served),
+            () = &mut shutdown => None,
+        };
+        engine.stop().await;
+        match served {
+            None => {
+                worker.close().await;
+                return Ok(());
+            }
+            Some(Ended { error, was_ready }) => {
+                if !was_ready && !has_served {
+                    worker.close().await;
+                    return Err(error.into());
+                }
+                if was_ready {
+                    has_served = true;
+                    delay = FIRST_RESTART_DELAY;
+                }
+                tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
+                drop(engine);
+                tokio::select! {
+                    () = &mut shutdown => {
+                        worker.close().await;
+                        return Ok(());
+                    }
+                    () = tokio::time::sleep(delay) => {}
+                }
+                delay = (2 * delay).min(LAST_RESTART_DELAY);
+            }
+        }
+    }
+}
+
+fn start_engine(config: &WorkerConfig) -> Result<Arc<dyn Engine>, EngineError> {
+    Ok(match &config.engine {
+        EngineConfig::Sim(sim) => Arc::new(SimEngine::start(sim, &config.arena, &config.name)?),
+        EngineConfig::Vllm(vllm) => Arc::new(VllmEngine::start(vllm, &config.arena, &config.name)?),
+    })
+}
+
+/// What outlives the engine.
+struct Worker {
+    config: WorkerConfig,
+    tls: Option<TlsPem>,
+    counters: Arc<Counters>,
+    /// Absent where Baton does no handoffs.
+    transfer: Option<WorkerTransfer>,
+}
+
+struct WorkerTransfer {
+    transfer: Transfer,
+    channel: Arc<QuicChannel>,
+    /// `host:port` that other workers are told.
+    address: String,
+    expiring: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for WorkerTransfer {
+    fn drop(&mut self) {
+        self.expiring.abort();
+    }
+}
+
+struct Ended {
+    error: EngineError,
+    was_ready: bool,
+}
+
+impl Worker {
+    fn new(config: WorkerConfig) -> Result<Self, WorkerError> {
+        let tls = config.tls.as_ref().map(TlsPem::read).transpose();
+        let tls = tls.map_err(|(path, source)| WorkerError::Tls { path, source })?;
+        let transfer = if is_fenced(&config) { Some(WorkerTransfer::bind(&config)?) } else { None };
+        Ok(Self { config, tls, counters: Arc::default(), transfer })
+    }
+
+    /// Serves with one engine until it ends.
+    async fn serve(&self, engine: &Arc<dyn Engine>) -> Ended {
+        let description = match engine.ready().await {
+            Ok(description) => description,
+            Err(error) => return Ended { error, was_ready: false },
+        };
+        tracing::info!(
+            engine = description.engine,
+            model = description.models.first().map(String::as_str).unwrap_or_default(),
+            max_model_tokens = description.max_model_tokens,
+            "the engine serves"
+        );
+        let mut ports = engine.kv_ports();
+        let lives = async {
+            loop {
+                let (life, port_loop) = self.next_life(engine, &description, &mut ports).await;
+                self.live(Arc::new(life), port_loop).await;
+            }
+        };
+        tokio::select! {
+            error = engine.ended() => Ended { error, was_ready: true },
+            () = lives => Ended {
+                error: EngineError::Ended("it has no further life".to_owned()),
+                was_ready: true,
+            },
+        }
+    }
+
+    /// Waits for the engine's KV side where it has one.
+    async fn next_life(
+        &self,
+        engine: &Arc<dyn Engine>,
+        description: &EngineDescription,
+        ports: &mut Option<mpsc::Receiver<KvPort>>,
+    ) -> (Life, Option<PortLoop>) {
+        let epoch = Epoch::random();
+        let mut kv = if engine_hands_over(&self.config) { KvSide::Engine } else { KvSide::None };
+        let mut port_loop = None;
+        if let (Some(transfer), Some(ports)) = (&self.transfer, ports) {
+            let port = next_port(ports).await;
+            let compatibility = port.compatibility.clone();
+            let (handoffs, carrying) =
+                Handoffs::of_port(port, epoch, transfer.transfer.clone(), self.counters.clone());
+            port_loop = Some(carrying);
+            kv = KvSide::Fenced {
+                handoffs,
+                ledger: transfer.transfer.ledger.clone(),
+                compatibility,
+                address: transfer.address.clone(),
+                certificate_fingerprint: transfer.channel.certificate_fingerprint(),
+            };
+        }
+        let life = Life {
+            engine: engine.clone(),
+            epoch,
+            kv,
+            identity: Identity { name: self.config.name.clone(), role: self.config.role },
+            description: description.clone(),
+            counters: self.counters.clone(),
+            load: parking_lot::Mutex::default(),
+        };
+        (life, port_loop)
+    }
+
+    /// Attached to every coordinator until the engine's KV side goes.
+    async fn live(&self, life: Arc<Life>, port_loop: Option<PortLoop>) {
+        let attached = join_all(self.config.coordinators.iter().map(|coordinator| {
+            attach::keep_attached(life.clone(), coordinator, self.tls.as_ref())
+        }));
+        let port_gone = async {
+            match port_loop {
+                Some(port_loop) => port_loop.run().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            // Both for ever.
+            _ = attached => {}
+            () = watch_load(&life) => {}
+            () = port_gone => tracing::warn!(epoch = %life.epoch, "the engine's KV side is gone"),
+        }
+    }
+
+    async fn close(&self) {
+        if let Some(transfer) = &self.transfer {
+            transfer.channel.close().await;
+        }
+    }
+}
+
+impl WorkerTransfer {
+    fn bind(config: &WorkerConfig) -> Result<Self, BindError> {
+        let stall_timeout = config.transfer.stall_timeout;
+        // The first port brings the first epoch; until then nothing is there to be pulled.
+        let ledger = Ledger::new(Epoch::random(), [0; 32], LEASE_STALLS * stall_timeout);
+        let channel = QuicChannel::bind(
+            QuicConfig {
+                listen: config.transfer.listen,
+                max_mtu_bytes: config.transfer.max_mtu_bytes,
+                stall_timeout,
+            },
+            Arc::new(ledger.clone()),
+        )?;
+        let address =
+            config.transfer.advertise.clone().unwrap_or(channel.local_address().to_string());
+        let expiring = tokio::spawn(expire(ledger.clone()));
+        let transfer = Transfer { ledger, channel: channel.clone(), stall_timeout };
+        Ok(Self { transfer, channel, address, expiring })
+    }
+}
+
+fn is_fenced(config: &WorkerConfig) -> bool {
+    match &config.engine {
+        EngineConfig::Sim(_) => true,
+        EngineConfig::Vllm(vllm) => vllm.connector_socket.is_some(),
+    }
+}
+
+fn engine_hands_over(config: &WorkerConfig) -> bool {
+    matches!(&config.engine, EngineConfig::Vllm(vllm) if vllm.engine_handoff)
+}
+
+/// The engine's next KV side. Never returns where none will come: then the engine has ended, which is
+/// told elsewhere.
+async fn next_port(ports: &mut mpsc::Receiver<KvPort>) -> KvPort {
+    loop {
+        match tokio::time::timeout(CONNECTOR_PATIENCE, ports.recv()).await {
+            Ok(Some(port)) => return port,
+            Ok(None) => std::future::pending().await,
+            Err(_) => tracing::warn!(
+                "the engine serves, but its connector has not come to the socket: not attached"
+            ),
+        }
+    }
+}
+
+async fn watch_load(life: &Life) {
+    let mut interval = tokio::time::interval(LOAD_INTERVAL);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        match life.engine.load().await {
+            Ok(load) => *life.load.lock() = load,
+            Err(error) => tracing::debug!(%error, "the engine does not tell its load"),
+        }
+    }
+}
+
+async fn expire(ledger: Ledger) {
+    let mut interval = tokio::time::interval(EXPIRE_INTERVAL);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        for (handoff, generation) in ledger.expire(std::time::Instant::now()) {
+            tracing::warn!(%handoff, %generation, "nobody took a handoff over: its lease ran out");
+        }
+    }
+}
