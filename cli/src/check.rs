@@ -45,7 +45,9 @@ fn describe(cluster: &ClusterConfig) -> Vec<String> {
         String::new(),
     ];
     let width = cluster.workers.iter().map(|worker| worker.name.len()).max().unwrap_or(0).max(12);
-    lines.push(faint(&format!("{:width$}  {:7}  {:21}  engine", "worker", "role", "transfer")).to_string());
+    lines.push(
+        faint(&format!("{:width$}  {:7}  {:21}  engine", "worker", "role", "transfer")).to_string(),
+    );
     for worker in &cluster.workers {
         let transfer = worker.transfer.advertise.clone();
         lines.push(format!(
@@ -59,7 +61,8 @@ fn describe(cluster: &ClusterConfig) -> Vec<String> {
     lines.push(String::new());
     for role in Role::ALL {
         if !cluster.workers.iter().any(|worker| worker.role == role) {
-            let note = format!("no {role} worker in this file: /ready answers 503 until one attaches");
+            let note =
+                format!("no {role} worker in this file: /ready answers 503 until one attaches");
             lines.push(pending(&note).to_string());
         }
     }

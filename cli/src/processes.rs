@@ -12,6 +12,8 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
+use crate::terminal;
+
 /// What ends a process beside SIGINT and SIGTERM.
 #[derive(Clone, Copy, clap::Args)]
 pub(crate) struct StopWith {
@@ -36,8 +38,7 @@ pub(crate) fn worker(
     stop_with: StopWith,
 ) -> anyhow::Result<ExitCode> {
     let cluster = ClusterConfig::read(config)?;
-    let worker =
-        cluster.worker(name, role).with_context(|| config.display().to_string())?.clone();
+    let worker = cluster.worker(name, role).with_context(|| config.display().to_string())?.clone();
     log_to_stderr();
     runtime()?.block_on(async {
         baton_worker::run(worker, stop(stop_with)?).await?;
@@ -55,7 +56,11 @@ fn runtime() -> anyhow::Result<Runtime> {
 
 fn log_to_stderr() {
     let filter = EnvFilter::try_from_env("BATON_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal::stderr_has_colour())
+        .init();
 }
 
 /// Done when this process shall stop.

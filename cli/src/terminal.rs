@@ -16,8 +16,7 @@ impl Terminal {
     pub(crate) fn stdout() -> Self {
         let term = Term::stdout();
         let is_live = term.is_term() && std::env::var_os("TERM").is_none_or(|t| t != "dumb");
-        let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        console::set_colors_enabled(is_live && !no_colour);
+        console::set_colors_enabled(is_live && colour_is_welcome());
         Self { term, is_live, drawn: Vec::new() }
     }
 
@@ -30,7 +29,7 @@ impl Terminal {
     pub(crate) fn say(&mut self, text: &str) {
         let drawn = std::mem::take(&mut self.drawn);
         self.erase(drawn.len());
-        self.write(text.lines());
+        self.write(text.split('\n'));
         self.redraw(drawn);
     }
 
@@ -68,6 +67,15 @@ impl Terminal {
         let _ = term.write_all(text.as_bytes());
         let _ = term.flush();
     }
+}
+
+/// <https://no-color.org>
+fn colour_is_welcome() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+pub(crate) fn stderr_has_colour() -> bool {
+    Term::stderr().is_term() && colour_is_welcome()
 }
 
 /// Says why the program fails.

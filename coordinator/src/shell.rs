@@ -268,7 +268,10 @@ impl Shell {
             return;
         }
         if let Some(fault) = event.fault.take() {
-            return self.leg_failed(state, job, leg, fault);
+            let fault = Fault::try_from(fault).unwrap_or_else(|error| {
+                Fault::new(Origin::Worker, FaultKind::Failed, format!("unreadable fault: {error}"))
+            });
+            return self.tell_core(state, Event::LegFailed { job, fault }, None);
         }
         if leg == Leg::Prefill && (event.status == 0 || event.status < 400) {
             if event.end {
@@ -303,15 +306,6 @@ impl Shell {
         if event.end {
             self.tell_core(state, Event::Ended { job }, None);
         }
-    }
-
-    fn leg_failed(&self, state: &mut State, job: JobId, leg: Leg, fault: wire::Fault) {
-        let fault = Fault::try_from(fault).unwrap_or_else(|error| {
-            Fault::new(Origin::Worker, FaultKind::Failed, format!("unreadable fault: {error}"))
-        });
-        warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message, "leg failed");
-        self.metrics.leg_failed(leg, &fault);
-        self.tell_core(state, Event::LegFailed { job, fault }, None);
     }
 
     fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
@@ -362,6 +356,11 @@ impl Shell {
                     let outcome = client.outcome();
                     self.metrics.request_ended(client.path(), outcome, client.arrived.elapsed());
                     client.answer.complete();
+                }
+                Action::Blame { leg, fault } => {
+                    warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message,
+                        "leg failed");
+                    self.metrics.leg_failed(leg, &fault);
                 }
                 Action::Disconnect { worker } => {
                     if let Some(attached) = state.links.remove(&worker) {

@@ -1,5 +1,7 @@
 //! What a worker drives, behind one narrow trait: a real vLLM, or the embedded engine.
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod contract;
 mod kv_port;
 pub mod sim;

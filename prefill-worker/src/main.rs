@@ -1,1 +1,46 @@
-fn main() {}
+use std::path::PathBuf;
+
+use anyhow::Context;
+use baton_config::ClusterConfig;
+use baton_types::Role;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Drives the engine beside it as a worker of the prefill pool.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The cluster's baton.toml.
+    #[arg(long)]
+    config: PathBuf,
+    /// Which of the file's prefill workers this is.
+    #[arg(long)]
+    name: String,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("BATON_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let cluster = ClusterConfig::read(&arguments.config)?;
+    let worker = cluster.worker(&arguments.name, Role::Prefill)?.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+        let shutdown = async move {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+        };
+        Ok(baton_worker::run(worker, shutdown).await?)
+    })
+}

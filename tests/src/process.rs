@@ -61,6 +61,9 @@ impl Process {
 
     /// Asks it to stop, as an operator would, and waits until it has.
     pub(crate) fn terminate(&mut self) -> Result<()> {
+        if self.child.try_wait()?.is_some() {
+            return Ok(());
+        }
         let id = self.child.id().to_string();
         let status = Command::new("kill").args(["-TERM", &id]).status()?;
         ensure!(status.success(), "cannot signal {}", self.name);

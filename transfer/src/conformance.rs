@@ -11,7 +11,7 @@ pub mod giving_up;
 pub mod refusals;
 mod world;
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
@@ -36,9 +36,21 @@ pub struct Node {
     pub address: PeerAddress,
 }
 
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
 pub struct Detour {
     pub address: PeerAddress,
     pub cut: Box<dyn FnOnce() + Send>,
+}
+
+impl fmt::Debug for Detour {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Detour").field("address", &self.address).finish_non_exhaustive()
+    }
 }
 
 /// Makes a test of each scenario, given an expression for the [`Transport`].

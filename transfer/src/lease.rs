@@ -383,11 +383,11 @@ mod tests {
                 prop_assert_eq!(acked, matches!(last_word, Some(Exported::Sealed(_))));
             }
             let from = first.unwrap_or(0);
-            prop_assert!(taken.iter().copied().eq(from..from + taken.len() as u32));
+            prop_assert!(taken.iter().copied().eq(from..from + u32::try_from(taken.len()).unwrap()));
             match last_word {
                 Some(Exported::Sealed(seal)) => {
                     prop_assert_eq!(seal.prompt_blocks, pushed);
-                    prop_assert_eq!(taken.len() as u32, pushed - from);
+                    prop_assert_eq!(taken.len(), (pushed - from) as usize);
                 }
                 Some(Exported::Refused(refusal)) => prop_assert_eq!(refusal, Refusal::WrongPrompt),
                 other => prop_assert!(other.is_none()),

@@ -135,6 +135,7 @@ impl Ledger {
 
     /// Adds the next block of a prompt, counted from 0. Takes its CRC-64/NVME here: from now on its
     /// bytes must not change until `bytes` is dropped, which also tells that they are needed no more.
+    #[allow(clippy::needless_pass_by_value)] // The caller's hold on the block ends here.
     pub fn push(
         &self,
         id: HandoffId,

@@ -23,7 +23,7 @@ use crate::channel::{
 const MAX_CONNECTIONS: usize = 4096;
 
 /// How a worker takes part in handoffs over QUIC.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuicConfig {
     /// Where other workers connect (UDP); port 0 takes any.
     pub listen: SocketAddr,

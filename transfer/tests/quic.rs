@@ -1,4 +1,5 @@
 //! The QUIC channel passes what every channel must.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // These are tests.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -45,7 +46,7 @@ impl Transport for Quic {
 
     /// One stream's window at the receiver, and what the sender holds unacknowledged.
     fn max_in_flight_bytes(&self) -> u64 {
-        48 << 20
+        36 << 20
     }
 }
 

@@ -196,7 +196,7 @@ fn handoff_failed(reason: &str) -> Fault {
 
 fn handoff_mode(life: &Life) -> HandoffMode {
     match &life.kv {
-        KvSide::Fenced { .. } => HandoffMode::Fenced,
+        KvSide::Fenced(_) => HandoffMode::Fenced,
         KvSide::Engine => HandoffMode::Engine,
         KvSide::None => HandoffMode::None,
     }

@@ -3,8 +3,7 @@ use std::sync::Arc;
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
 use baton_proto::{Hello, Peer, Report};
 use baton_transfer::Ledger;
-use baton_types::Fault;
-use baton_types::{Compatibility, Epoch, FaultKind, Origin, Role};
+use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin, Role};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
@@ -26,14 +25,17 @@ pub(crate) enum KvSide {
     None,
     /// By the engines themselves.
     Engine,
-    Fenced {
-        handoffs: Handoffs,
-        ledger: Ledger,
-        compatibility: Compatibility,
-        /// Where other workers find this one: `host:port`.
-        address: String,
-        certificate_fingerprint: [u8; 32],
-    },
+    /// By Baton.
+    Fenced(Box<Fenced>),
+}
+
+pub(crate) struct Fenced {
+    pub(crate) handoffs: Handoffs,
+    pub(crate) ledger: Ledger,
+    pub(crate) compatibility: Compatibility,
+    /// Where other workers find this one: `host:port`.
+    pub(crate) address: String,
+    pub(crate) certificate_fingerprint: [u8; 32],
 }
 
 /// Who this worker is.
@@ -56,7 +58,7 @@ impl Life {
     /// The handoffs, where Baton does them.
     pub(crate) fn handoffs(&self) -> Result<&Handoffs, Fault> {
         match &self.kv {
-            KvSide::Fenced { handoffs, .. } => Ok(handoffs),
+            KvSide::Fenced(fenced) => Ok(&fenced.handoffs),
             KvSide::None | KvSide::Engine => Err(Fault::new(
                 Origin::Worker,
                 FaultKind::Refused,
@@ -79,14 +81,16 @@ impl Life {
         match &self.kv {
             KvSide::None => hello.set_handoff_mode(baton_proto::HandoffMode::None),
             KvSide::Engine => hello.set_handoff_mode(baton_proto::HandoffMode::Engine),
-            KvSide::Fenced { compatibility, address, certificate_fingerprint, .. } => {
+            KvSide::Fenced(fenced) => {
                 hello.set_handoff_mode(baton_proto::HandoffMode::Fenced);
-                hello.compatibility = Some(compatibility.into());
+                hello.compatibility = Some((&fenced.compatibility).into());
                 hello.peer = Some(Peer {
                     worker_name: self.identity.name.clone(),
                     epoch: epoch_bytes(self.epoch),
-                    address: address.clone(),
-                    certificate_fingerprint: Bytes::copy_from_slice(certificate_fingerprint),
+                    address: fenced.address.clone(),
+                    certificate_fingerprint: Bytes::copy_from_slice(
+                        &fenced.certificate_fingerprint,
+                    ),
                 });
             }
         }
@@ -105,7 +109,8 @@ impl Life {
             engine_kv_used_ratio: load.kv_used_ratio,
             ..Report::default()
         };
-        if let KvSide::Fenced { handoffs, ledger, .. } = &self.kv {
+        if let KvSide::Fenced(fenced) = &self.kv {
+            let Fenced { handoffs, ledger, .. } = &**fenced;
             let sent = ledger.counters();
             report.handoff_blocks_sent = sent.blocks_sent;
             report.handoff_bytes_sent = sent.bytes_sent;

@@ -11,7 +11,7 @@ use crate::{
     attach::{self, TlsPem},
     counters::Counters,
     handoff::{Handoffs, PortLoop, Transfer},
-    life::{Identity, KvSide, Life},
+    life::{Fenced, Identity, KvSide, Life},
 };
 
 /// A handoff lives this many stall timeouts without anything moving: its consumer's engine may let it
@@ -100,7 +100,11 @@ pub async fn run(
 
 fn start_engine(config: &WorkerConfig) -> Result<Arc<dyn Engine>, EngineError> {
     Ok(match &config.engine {
-        EngineConfig::Sim(sim) => Arc::new(SimEngine::start(sim, &config.arena, &config.name)?),
+        EngineConfig::Sim(sim) => {
+            let engine = SimEngine::start(sim, &config.arena, &config.name)
+                .map_err(|error| EngineError::NotStarted(error.to_string()))?;
+            Arc::new(engine)
+        }
         EngineConfig::Vllm(vllm) => Arc::new(VllmEngine::start(vllm, &config.arena, &config.name)?),
     })
 }
@@ -185,13 +189,13 @@ impl Worker {
             let (handoffs, carrying) =
                 Handoffs::of_port(port, epoch, transfer.transfer.clone(), self.counters.clone());
             port_loop = Some(carrying);
-            kv = KvSide::Fenced {
+            kv = KvSide::Fenced(Box::new(Fenced {
                 handoffs,
                 ledger: transfer.transfer.ledger.clone(),
                 compatibility,
                 address: transfer.address.clone(),
                 certificate_fingerprint: transfer.channel.certificate_fingerprint(),
-            };
+            }));
         }
         let life = Life {
             engine: engine.clone(),

@@ -89,9 +89,8 @@ pub(super) fn plan(
 }
 
 fn worker_names(options: &UpOptions) -> Vec<(String, Role)> {
-    let pool = |role: Role, count: u16| {
-        (0..count).map(move |index| (format!("{role}-{index}"), role))
-    };
+    let pool =
+        |role: Role, count: u16| (0..count).map(move |index| (format!("{role}-{index}"), role));
     pool(Role::Prefill, options.prefill).chain(pool(Role::Decode, options.decode)).collect()
 }
 
@@ -107,9 +106,8 @@ fn sim(options: &UpOptions) -> SimConfig {
 /// Containers often have 64 MiB of `/dev/shm`: then a slower place is better than none.
 fn arena_directory(needed_bytes: u64, otherwise: &Path) -> std::path::PathBuf {
     let shm = ArenaConfig::default().directory;
-    let available = rustix::fs::statvfs(&shm)
-        .map(|shm| shm.f_bavail.saturating_mul(shm.f_frsize))
-        .unwrap_or(0);
+    let available =
+        rustix::fs::statvfs(&shm).map(|shm| shm.f_bavail.saturating_mul(shm.f_frsize)).unwrap_or(0);
     if available >= needed_bytes { shm } else { otherwise.to_owned() }
 }
 

@@ -44,13 +44,10 @@ enum Machine {
 impl Machine {
     fn here() -> Self {
         let listed = Command::new("nvidia-smi").arg("-L").stdin(Stdio::null()).output();
-        let gpus = listed
-            .ok()
-            .filter(|listed| listed.status.success())
-            .map_or(0, |listed| {
-                let text = String::from_utf8_lossy(&listed.stdout).into_owned();
-                text.lines().filter(|line| line.starts_with("GPU ")).count()
-            });
+        let gpus = listed.ok().filter(|listed| listed.status.success()).map_or(0, |listed| {
+            let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+            text.lines().filter(|line| line.starts_with("GPU ")).count()
+        });
         match gpus {
             0 => Self::Cpu { cores: thread::available_parallelism().map_or(1, usize::from) },
             gpus => Self::Gpus(gpus),
@@ -70,7 +67,12 @@ impl VllmPlan {
              a GPU)",
         )?;
         let program = venv.join("bin/vllm");
-        anyhow::ensure!(program.is_file(), "no vLLM in {}: {} is missing", venv.display(), program.display());
+        anyhow::ensure!(
+            program.is_file(),
+            "no vLLM in {}: {} is missing",
+            venv.display(),
+            program.display()
+        );
         let model = chosen(options.model.as_deref(), "BATON_MODEL")
             .context("--engine vllm needs a model: give --model DIR, or set BATON_MODEL")?;
         let model = fs::canonicalize(&model)
@@ -89,7 +91,7 @@ impl VllmPlan {
             Some(path) => path.into(),
             None => connector::write_to(directory)?,
         };
-        Ok(Self {
+        Self {
             program,
             arguments: arguments(options, &model_name, machine, workers),
             model,
@@ -99,7 +101,7 @@ impl VllmPlan {
             machine,
             workers,
         }
-        .checked()?)
+        .checked()
     }
 
     fn checked(self) -> anyhow::Result<Self> {

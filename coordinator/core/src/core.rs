@@ -296,6 +296,7 @@ impl Core {
     fn leg_failed(&mut self, id: JobId, fault: Fault, actions: &mut Vec<Action>) {
         let Some(Job { request: key, worker, leg, .. }) = self.close(id) else { return };
         let Some(request) = self.requests.get_mut(key.0) else { return };
+        actions.push(Action::Blame { leg, fault: fault.clone() });
 
         if request.phase == Phase::Relaying {
             if request.answering.is_some() {

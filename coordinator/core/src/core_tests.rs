@@ -176,7 +176,8 @@ fn a_leg_that_fails_is_tried_once_more_elsewhere_under_a_new_fence() {
     let (request, actions) = f.arrive(shape());
     let first = started(&actions);
     let actions = f.handle(failed(first[0].1, Origin::Engine));
-    assert_eq!(actions[0], Action::Cancel { worker: first[1].0, job: first[1].1 });
+    assert!(matches!(actions[0], Action::Blame { leg: Leg::Prefill, .. }));
+    assert_eq!(actions[1], Action::Cancel { worker: first[1].0, job: first[1].1 });
     let second = started(&actions);
     assert_eq!(second[0].0, keys[1], "not the worker that failed");
     let Some(HandoffPlan::Fenced { generation, .. }) = second[0].3 else { panic!() };
@@ -228,7 +229,9 @@ fn a_worker_that_goes_fails_its_legs_and_an_answer_that_has_begun_breaks_off() {
     assert_ne!(begun_legs[1].0, waiting_legs[1].0);
 
     let actions = f.handle(Event::WorkerLost { worker: keys[1] });
-    assert!(matches!(&actions[..], [Action::BreakOff { request, .. }] if *request == begun));
+    assert!(
+        matches!(&actions[..], [Action::Blame { .. }, Action::BreakOff { request, .. }] if *request == begun)
+    );
     let actions = f.handle(Event::WorkerLost { worker: keys[2] });
     let again = started(&actions);
     let [(on, job, Leg::Aggregated, None)] = again[..] else { panic!("{actions:?}") };
@@ -379,6 +382,7 @@ proptest! {
                     | Action::Reject { request, .. } => {
                         prop_assert!(open.remove(&request), "a request ends once");
                     }
+                    Action::Blame { .. } => {}
                     Action::Disconnect { worker } => workers.retain(|key| *key != worker),
                 }
             }

@@ -58,6 +58,8 @@ pub enum Action {
     BreakOff { request: RequestKey, fault: Fault },
     /// The answer is complete.
     Finish { request: RequestKey },
+    /// A leg failed: for the record.
+    Blame { leg: Leg, fault: Fault },
     /// A worker of this name attached anew: end the stream of its former self.
     Disconnect { worker: WorkerKey },
 }

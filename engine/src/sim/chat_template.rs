@@ -127,7 +127,8 @@ mod tests {
 
     #[test]
     fn pictures_are_refused() {
-        let picture = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]);
+        let picture =
+            json!([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]);
         assert!(rendered(picture, None).unwrap_err().to_string().contains("image_url"));
     }
 }

@@ -48,7 +48,10 @@ pub(super) struct ChoiceEvent {
 
 #[derive(Debug)]
 pub(super) enum ChoiceProgress {
-    Token { drawn: Drawn, finish: Option<Finish> },
+    Token {
+        drawn: Drawn,
+        finish: Option<Finish>,
+    },
     /// Nothing more will come.
     Failed(String),
 }

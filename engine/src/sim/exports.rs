@@ -5,12 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use baton_arena::{Arena, Slot};
 use baton_types::PromptDigest;
 
-use super::{
-    block_pool::BlockId,
-    handoff::HandoffName,
-    kv_store::KvStore,
-    scheduler::Scheduler,
-};
+use super::{block_pool::BlockId, handoff::HandoffName, kv_store::KvStore, scheduler::Scheduler};
 use crate::kv_port::{BlockInSlot, FromEngine};
 
 /// Every handoff that is not sealed, in the order of coming. Blocks are held from their computation
@@ -106,7 +101,9 @@ impl Exports {
         };
         while export.collected_blocks < ready {
             let index = export.collected_blocks;
-            let Some(block) = scheduler.blocks(sequence).get(index as usize).copied() else { break };
+            let Some(block) = scheduler.blocks(sequence).get(index as usize).copied() else {
+                break;
+            };
             scheduler.retain(block);
             let tokens = (export.prompt_tokens - index * block_size).min(block_size);
             export.held.push_back(HeldBlock { index, block, tokens });
@@ -229,9 +226,8 @@ impl Exports {
 fn copy_out(arena: &Arena, store: &KvStore, held: HeldBlock, slot: Slot) {
     let valid = store.entries(held.block, held.tokens as usize);
     let tail = vec![0; store.block_bytes() - valid.len()];
-    let written = arena
-        .write(slot, 0, valid)
-        .and_then(|()| arena.write(slot, valid.len() as u64, &tail));
+    let written =
+        arena.write(slot, 0, valid).and_then(|()| arena.write(slot, valid.len() as u64, &tail));
     if let Err(error) = written {
         // The arena was made for blocks of this size: a block that is not there fails its checks.
         tracing::error!(%error, "cannot export a block");

@@ -70,8 +70,8 @@ impl KvStore {
 
     fn entry(&self, blocks: &[BlockId], position: usize) -> Option<std::ops::Range<usize>> {
         let block = blocks.get(position / self.block_tokens)?;
-        let start = block.0 as usize * self.block_bytes()
-            + position % self.block_tokens * self.entry_bytes;
+        let start =
+            block.0 as usize * self.block_bytes() + position % self.block_tokens * self.entry_bytes;
         Some(start..start + self.entry_bytes)
     }
 }

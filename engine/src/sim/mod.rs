@@ -29,19 +29,19 @@ use baton_types::Compatibility;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-pub use self::{
-    block_pool::{BlockHash, BlockId},
-    profile::{Profile, ProfileError},
-    scheduler::{
-        Admission, NeverFits, NewSequence, Scheduler, SchedulerLimits, SequenceId, Step, Work,
-    },
-};
 use self::{
     api::Api,
     core::Core,
     kv_store::KvStore,
     stepper::{Gauges, Stepper},
     tokenizer::Tokenizer,
+};
+pub use self::{
+    block_pool::{BlockHash, BlockId},
+    profile::{Profile, ProfileError},
+    scheduler::{
+        Admission, NeverFits, NewSequence, Scheduler, SchedulerLimits, SequenceId, Step, Work,
+    },
 };
 use crate::{
     contract::{Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest},
@@ -90,7 +90,8 @@ impl SimEngine {
         worker_name: &str,
     ) -> Result<Self, StartError> {
         check(config)?;
-        let profile = config.profile.as_deref().map_or_else(|| Ok(Profile::demo()), Profile::read)?;
+        let profile =
+            config.profile.as_deref().map_or_else(|| Ok(Profile::demo()), Profile::read)?;
         let layout = arena_layout(config, arena)?;
         let arena = Arena::create(&arena_path(arena, worker_name), layout)?;
 

@@ -27,7 +27,9 @@ pub(super) struct Drawn {
 pub(super) enum Finish {
     Length,
     /// The end mark, or the stop token that was asked for.
-    Stop { token: Option<u32> },
+    Stop {
+        token: Option<u32>,
+    },
 }
 
 impl Sampling {

@@ -94,7 +94,11 @@ fn the_last_to_come_gives_way_and_is_computed_again() {
     let again = scheduler.plan_step();
     assert_eq!(again.admitted[0].sequence, last);
     let work = again.work[0];
-    assert_eq!((work.first_token + work.tokens, work.samples), (9, true), "two were sampled before");
+    assert_eq!(
+        (work.first_token + work.tokens, work.samples),
+        (9, true),
+        "two were sampled before"
+    );
 }
 
 #[test]

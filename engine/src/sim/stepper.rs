@@ -5,7 +5,10 @@ use std::{
 };
 
 use tokio::{
-    sync::mpsc::{self, UnboundedReceiver, error::{TryRecvError, TrySendError}},
+    sync::mpsc::{
+        self, UnboundedReceiver,
+        error::{TryRecvError, TrySendError},
+    },
     time::Instant,
 };
 
@@ -52,7 +55,9 @@ enum Heard {
     Command(Option<Command>),
     Message(Option<ToEngine>),
     /// For what waits in the outbox.
-    Room { is_there: bool },
+    Room {
+        is_there: bool,
+    },
 }
 
 impl Stepper {

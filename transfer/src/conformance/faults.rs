@@ -78,7 +78,7 @@ impl ExportStream for ScriptStream {
     }
 
     async fn revoked(&mut self) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     fn sent(&mut self, _bytes: u64) {}

@@ -11,6 +11,8 @@ use crate::{
     lease::{Ending, HandoffError},
 };
 
+type Change = fn(&mut Subscription);
+
 async fn pair(transport: &dyn Transport) -> (Producer, Consumer) {
     let producer = Producer::start(transport, Staging::new(8, 4096)).await;
     let consumer = Consumer::start(transport, Staging::new(8, 4096)).await;
@@ -28,7 +30,7 @@ pub async fn each_fence_refuses_in_its_own_name(transport: &dyn Transport) {
     let mut right = producer.subscription(id, 0);
     right.handoff.generation = generation;
 
-    let changes: [(Refusal, fn(&mut Subscription)); 9] = [
+    let changes: [(Refusal, Change); 9] = [
         (Refusal::WrongEpoch, |s| s.handoff.epoch = Epoch::from_u128(1)),
         (Refusal::WrongGeneration, |s| s.handoff.generation = Generation(2)),
         (Refusal::WrongGeneration, |s| s.handoff.generation = Generation(4)),

@@ -21,8 +21,9 @@ const KEEP_ALIVE: Duration = Duration::from_millis(400);
 const STREAM_WINDOW_BYTES: u32 = 32 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 128 << 20;
 
-/// Not yet acknowledged bytes of one connection, which keep their blocks' slots.
-const SEND_WINDOW_BYTES: u64 = 16 << 20;
+/// Not yet acknowledged bytes of one connection, which keep their blocks' slots. What the peer's
+/// socket can hold: more only makes it drop datagrams when its process is late.
+const SEND_WINDOW_BYTES: u64 = 4 << 20;
 
 /// Handoffs from one peer at a time; further ones wait.
 const CONCURRENT_HANDOFFS: u32 = 1024;
@@ -53,11 +54,8 @@ pub(super) fn transport(max_mtu_bytes: u16, keep_alive: bool) -> Arc<TransportCo
         .keep_alive_interval(keep_alive.then_some(KEEP_ALIVE))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
-        .send_window(std::env::var("SW").ok().and_then(|v| v.parse().ok()).unwrap_or(SEND_WINDOW_BYTES))
+        .send_window(SEND_WINDOW_BYTES)
         .mtu_discovery_config(Some(mtu));
-    if std::env::var("CC").as_deref() == Ok("bbr") {
-        config.congestion_controller_factory(Arc::new(quinn::congestion::BbrConfig::default()));
-    }
     Arc::new(config)
 }
 

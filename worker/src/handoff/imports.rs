@@ -96,7 +96,7 @@ impl Drop for Consumer {
 impl Imports {
     pub(super) fn new(
         arena: Arena,
-        compatibility: Compatibility,
+        compatibility: &Compatibility,
         epoch: Epoch,
         transfer: Transfer,
         queue: Queue,
@@ -391,10 +391,17 @@ impl Consuming {
     /// Waits until the handoff has failed; for ever where it does not.
     pub(crate) async fn failed(&self) -> Fault {
         let mut progress = self.progress.clone();
-        let failed = progress.wait_for(|progress| matches!(progress, Progress::Failed(_))).await;
-        match failed.as_deref() {
-            Ok(Progress::Failed(fault)) => fault.clone(),
-            _ => std::future::pending().await,
+        let fault = progress
+            .wait_for(|progress| matches!(progress, Progress::Failed(_)))
+            .await
+            .ok()
+            .and_then(|progress| match &*progress {
+                Progress::Failed(fault) => Some(fault.clone()),
+                _ => None,
+            });
+        match fault {
+            Some(fault) => fault,
+            None => std::future::pending().await,
         }
     }
 }

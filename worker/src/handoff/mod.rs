@@ -95,7 +95,7 @@ impl Handoffs {
                 transfer.clone(),
                 queue.clone(),
             )),
-            imports: Imports::new(arena, compatibility, epoch, transfer, queue.clone(), counters),
+            imports: Imports::new(arena, &compatibility, epoch, transfer, queue.clone(), counters),
         };
         let port_loop = PortLoop { handoffs: handoffs.clone(), from_engine, to_engine, queue };
         (handoffs, port_loop)

@@ -117,7 +117,8 @@ fn submissions(
             let salt = salt_of_request.map_or(0, |salt| mix(salt, 1)) ^ u64::from(index);
             // Further choices of one prompt have no handoff of their own.
             let handoff = asked.handoff.filter(|_| index == 0).map(|(name, part)| {
-                let prompt_digest: PromptDigest = prompt_digest(prompt, asked.cache_salt.as_deref());
+                let prompt_digest: PromptDigest =
+                    prompt_digest(prompt, asked.cache_salt.as_deref());
                 Handoff { name, part, prompt_digest }
             });
             submissions.push(Submission {

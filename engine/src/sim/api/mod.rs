@@ -83,7 +83,10 @@ impl Api {
     async fn route(&self, request: &EngineRequest) -> Result<Answer, NoAnswer> {
         let path = request.path.split('?').next().unwrap_or_default();
         let is_post = match path {
-            "/v1/chat/completions" | "/v1/completions" | "/v1/embeddings" | "/tokenize"
+            "/v1/chat/completions"
+            | "/v1/completions"
+            | "/v1/embeddings"
+            | "/tokenize"
             | "/detokenize" => true,
             "/health" | "/version" | "/v1/models" => false,
             _ => return Err(ApiError::not_found("Not Found").into()),

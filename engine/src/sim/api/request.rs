@@ -95,7 +95,8 @@ impl GenerationRequest {
         let max_tokens = max_tokens(surface, fields, longest, most_output, max_model_tokens)?;
         let min_tokens = fields.optional("min_tokens")?.unwrap_or(0);
         if min_tokens > max_tokens {
-            let message = format!("min_tokens must be at most max_tokens={max_tokens}, got {min_tokens}.");
+            let message =
+                format!("min_tokens must be at most max_tokens={max_tokens}, got {min_tokens}.");
             return Err(ApiError::bad_field("min_tokens", message));
         }
         let handoff = handoff(fields)?;
@@ -187,15 +188,16 @@ pub(super) fn token_ids(value: Value, field: &str) -> Result<Vec<u32>, ApiError>
     })?;
     let vocabulary = Tokenizer::shared().vocabulary_size();
     match ids.iter().find(|id| **id >= vocabulary) {
-        Some(id) => {
-            Err(ApiError::bad_field(field, format!("Token id {id} is out of vocabulary")))
-        }
+        Some(id) => Err(ApiError::bad_field(field, format!("Token id {id} is out of vocabulary"))),
         None => Ok(ids),
     }
 }
 
 /// Tokens that an answer to a prompt of this length may have.
-pub(super) fn room_for_output(prompt_tokens: usize, max_model_tokens: u32) -> Result<u32, ApiError> {
+pub(super) fn room_for_output(
+    prompt_tokens: usize,
+    max_model_tokens: u32,
+) -> Result<u32, ApiError> {
     let prompt = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
     match max_model_tokens.checked_sub(prompt) {
         Some(room) if room > 0 => Ok(room),
@@ -223,9 +225,7 @@ fn max_tokens(
     };
     let older: Option<u32> = fields.optional("max_tokens")?;
     match newer.or(older) {
-        Some(0) => {
-            Err(ApiError::bad_field("max_tokens", "max_tokens must be at least 1, got 0."))
-        }
+        Some(0) => Err(ApiError::bad_field("max_tokens", "max_tokens must be at least 1, got 0.")),
         Some(asked) if asked > most_output => Err(ApiError::bad_field(
             "max_tokens",
             format!(
@@ -292,7 +292,9 @@ fn logprobs(surface: Surface, fields: &mut Fields) -> Result<Option<u32>, ApiErr
     match asked {
         Some(asked) if asked > MOST_LOGPROBS => Err(ApiError::bad_field(
             "logprobs",
-            format!("Requested sample logprobs of {asked}, which is greater than max allowed: {MOST_LOGPROBS}"),
+            format!(
+                "Requested sample logprobs of {asked}, which is greater than max allowed: {MOST_LOGPROBS}"
+            ),
         )),
         asked => Ok(asked),
     }

@@ -7,11 +7,11 @@ use bytes::Bytes;
 use futures::{Stream, stream};
 
 use super::{
+    AnswerHead,
     choice::{Choice, Delta, StopStrings, TokenLogprobs},
     generation::Generation,
     request::{GenerationRequest, Surface},
     whole::{Usage, chat_logprobs, completion_logprobs},
-    AnswerHead,
 };
 use crate::{
     contract::EngineError,

@@ -1,0 +1,339 @@
+"""The worker's half over a real socket and arena, with a cache of a few small blocks."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from agent import Agent
+from baton_connector import link as link_module
+from baton_connector.arena import ArenaError
+from baton_connector.layout import PagedCache
+from baton_connector.link import Link, Refused
+from baton_connector.plan import Export, ExportEnd, Seal, StepPlan, Subscribe
+from baton_connector.worker_side import WorkerSide
+from fakes import KEY, OTHER_KEY
+
+BLOCKS = 16
+SEAL = Seal(prompt_tokens=7, prompt_digest="ab" * 32, cached_tokens=0)
+NAME = (str(KEY.handoff), KEY.generation)
+OTHER_NAME = (str(OTHER_KEY.handoff), OTHER_KEY.generation)
+PATIENCE_SECONDS = 30.0
+
+
+class Fixture:
+    """A worker's half that is stepped by hand."""
+
+    def __init__(self, **agent) -> None:
+        self.agent = Agent(**agent)
+        generator = torch.Generator().manual_seed(0)
+        self.layers = {
+            f"l{i}": torch.rand((BLOCKS, 2, 4, 8), generator=generator) for i in range(3)
+        }
+        self.cache = PagedCache(self.layers, BLOCKS)
+        self.link = Link(self.agent.path, hello(self.cache), self.cache.block_bytes)
+        self.link.start()
+        self.worker = WorkerSide(self.cache, self.link)
+        self.seq = 0
+        self.sent: list[str] = []
+        self.received: list[str] = []
+        self.failed: list[str] = []
+
+    def close(self) -> None:
+        self.worker.stop()
+        self.agent.close()
+
+    def step(self, **plan) -> None:
+        self.seq += 1
+        made = StepPlan(seq=self.seq, **plan)
+        self.worker.before_forward(made)
+        self.worker.after_forward(made)
+        results = self.worker.results()
+        self.sent += results.finished_sending
+        self.received += results.finished_recving
+        self.failed += results.failed_recving
+
+    def step_until(self, ready, what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not ready():
+            assert time.monotonic() < deadline, f"{what} did not come: {self.agent.messages}"
+            self.step()
+            time.sleep(0.001)
+
+    def block(self, block_id: int) -> bytes:
+        slot = torch.zeros(self.cache.block_bytes, dtype=torch.uint8)
+        self.cache.copy_out(block_id, slot)
+        return bytes(slot.tolist())
+
+    def tell(self, kind: str, name=NAME, **fields) -> None:
+        self.agent.send({"type": kind, "handoff": name[0], "generation": name[1], **fields})
+
+    def told(self, kind: str, name=NAME):
+        self.agent.wait(lambda: self.agent.seen(kind, name), kind)
+        return self.agent.seen(kind, name)
+
+
+def hello(cache: PagedCache) -> dict:
+    return {"compatibility": {"block_bytes": cache.block_bytes, "block_size_tokens": 4}}
+
+
+@pytest.fixture
+def fixture() -> Iterator[Fixture]:
+    fixture = Fixture(export_slots=8, import_slots=4)
+    yield fixture
+    fixture.close()
+
+
+def export(blocks, *, seal=None, last_chance=False, req_id="r", key=KEY) -> Export:
+    return Export(req_id, key, blocks, seal, last_chance)
+
+
+def subscribe(block_ids, *, first_block=0, req_id="r", key=KEY) -> Subscribe:
+    return Subscribe(req_id, key, first_block, block_ids, 7, "ab" * 32)
+
+
+# Producing
+
+
+def test_blocks_are_exported_as_planned_and_sealed(fixture: Fixture) -> None:
+    fixture.step(exports=[export([(0, 5)])])
+    fixture.step(exports=[export([(1, 2)], seal=SEAL, last_chance=True)])
+    (sealed,) = fixture.told("sealed")
+    assert (sealed["prompt_tokens"], sealed["prompt_digest"]) == (7, "ab" * 32)
+    blocks = fixture.agent.handoff(NAME).blocks
+    size = fixture.cache.block_bytes
+    assert {i: b[:size] for i, b in blocks.items()} == {0: fixture.block(5), 1: fixture.block(2)}
+    assert fixture.worker.report().seq == 2
+
+
+def test_without_slots_blocks_wait_in_order_and_the_request_is_held(fixture: Fixture) -> None:
+    fixture.agent.handoff(NAME).kept = True
+    fixture.step(exports=[export([(i, i) for i in range(9)], seal=SEAL)])
+    fixture.told("exported")
+    assert sorted(fixture.agent.handoff(NAME).blocks) == list(range(6))
+    assert fixture.worker.report().free_slots == 0
+    fixture.step(export_ends=[ExportEnd("r", KEY, aborted=False, held=True)])
+    assert fixture.sent == [] and not fixture.agent.seen("sealed")
+    fixture.agent.release_all()
+    fixture.step_until(lambda: fixture.sent, "the release of the held blocks")
+    fixture.told("sealed")
+    assert sorted(fixture.agent.handoff(NAME).blocks) == list(range(9))
+    for _ in range(3):
+        fixture.step()
+    assert fixture.sent == ["r"], "once"
+    fixture.agent.release_all()
+    fixture.step_until(lambda: fixture.worker.report().free_slots == 6, "the slots")
+
+
+@pytest.mark.parametrize("by", ["cancel", "detach", "abort"])
+def test_held_blocks_are_given_up(fixture: Fixture, by: str) -> None:
+    fixture.agent.handoff(NAME).kept = True
+    fixture.step(exports=[export([(i, i) for i in range(9)], seal=SEAL)])
+    if by == "abort":
+        fixture.step(export_ends=[ExportEnd("r", KEY, aborted=True, held=False)])
+        assert len(fixture.told("aborted")) == 1
+        fixture.agent.release_all()
+        fixture.step()
+        assert fixture.sent == []
+        return
+    fixture.step(export_ends=[ExportEnd("r", KEY, aborted=False, held=True)])
+    if by == "cancel":
+        fixture.tell("cancel")
+    else:
+        fixture.agent.disconnect()
+    fixture.step_until(lambda: fixture.sent == ["r"], "the release of the held blocks")
+    assert not fixture.agent.seen("sealed") and not fixture.agent.seen("aborted")
+
+
+def test_withdrawn_blocks_are_not_read_and_come_from_their_new_place(fixture: Fixture) -> None:
+    fixture.agent.handoff(NAME).kept = True
+    fixture.step(exports=[export([(i, i) for i in range(9)], seal=SEAL)])
+    fixture.told("exported")
+    fixture.step(withdrawn=["r"])
+    fixture.agent.release_all()
+    fixture.step()
+    fixture.step_until(lambda: fixture.worker.report().free_slots == 6, "the slots")
+    assert not fixture.agent.seen("sealed")
+    moved = [(i, BLOCKS - 1 - i) for i in range(9)]
+    fixture.step(exports=[export(moved, seal=SEAL, last_chance=True)])
+    fixture.told("sealed")
+    blocks = fixture.agent.handoff(NAME).blocks
+    size = fixture.cache.block_bytes
+    assert [blocks[i][:size] for i in range(9)] == [
+        fixture.block(i if i < 6 else BLOCKS - 1 - i) for i in range(9)
+    ]
+
+
+def test_what_cannot_be_exported_at_its_last_chance_is_void(fixture: Fixture) -> None:
+    fixture.agent.handoff(NAME).kept = True
+    fixture.step(exports=[export([(i, i) for i in range(9)], seal=SEAL, last_chance=True)])
+    fixture.told("aborted")
+    fixture.agent.release_all()
+    fixture.step(export_ends=[ExportEnd("r", KEY, aborted=False, held=False)])
+    fixture.step()
+    assert not fixture.agent.seen("sealed") and len(fixture.agent.seen("aborted")) == 1
+
+
+def test_a_cancel_may_come_before_the_first_block(fixture: Fixture) -> None:
+    fixture.tell("cancel")
+    fixture.tell("cancel", OTHER_NAME)
+    fixture.step_until(lambda: KEY in fixture.worker._exports._cancelled, "the cancel")
+    fixture.step(exports=[export([(0, 0)], seal=SEAL, last_chance=True)])
+    fixture.step(export_ends=[ExportEnd("q", OTHER_KEY, aborted=True, held=False)])
+    fixture.step(exports=[export([(0, 0)], req_id="z", key=KEY._replace(generation=9))])
+    fixture.agent.wait(lambda: fixture.agent.seen("exported"), "another's block")
+    assert [m["generation"] for m in fixture.agent.messages] == [9]
+
+
+# Consuming
+
+
+def start_load(fixture: Fixture, block_ids: list[int], **fields) -> None:
+    fixture.agent.handoff(NAME).withheld = True
+    fixture.step(subscribes=[subscribe(block_ids, **fields)])
+    fixture.told("subscribe")
+
+
+def give(fixture: Fixture, index: int, slot: int, data: bytes) -> None:
+    fixture.agent.write_import(slot, data)
+    fixture.tell("load", blocks=[{"index": index, "slot": slot}])
+
+
+def test_blocks_are_loaded_to_where_they_belong(fixture: Fixture) -> None:
+    start_load(fixture, [4, 9], first_block=3)
+    subscribed = fixture.agent.seen("subscribe")[0]
+    assert (subscribed["first_block"], subscribed["prompt_tokens"]) == (3, 7)
+    old = fixture.block(3)
+    size = fixture.cache.block_bytes
+    give(fixture, 4, 10, b"\x01" * size)
+    give(fixture, 3, 11, b"\x02" * size)
+    fixture.step_until(lambda: len(fixture.agent.seen("loaded")) == 2, "the slots")
+    assert [m["slots"] for m in fixture.agent.seen("loaded")] == [[10], [11]]
+    assert fixture.received == []
+    fixture.tell("complete")
+    fixture.step_until(lambda: fixture.received, "the end of the load")
+    assert (fixture.received, fixture.failed) == (["r"], [])
+    assert fixture.block(4) == b"\x02" * size and fixture.block(9) == b"\x01" * size
+    assert fixture.block(3) == old
+    fixture.step(load_ends=["r"])
+    assert not fixture.agent.seen("aborted") and fixture.received == ["r"]
+
+
+@pytest.mark.parametrize("why", ["failed", "incomplete", "foreign block", "bad slot", "detach"])
+def test_a_load_that_cannot_be_right_fails_once(fixture: Fixture, why: str) -> None:
+    start_load(fixture, [4, 9])
+    if why == "failed":
+        fixture.tell("failed", reason="the prefill died")
+    elif why == "incomplete":
+        give(fixture, 0, 10, b"x")
+        fixture.tell("complete")
+    elif why == "foreign block":
+        give(fixture, 2, 10, b"x")
+    elif why == "bad slot":
+        fixture.tell("load", blocks=[{"index": 0, "slot": 3}])
+    else:
+        fixture.agent.disconnect()
+    fixture.step_until(lambda: fixture.received, "the end of the load")
+    if why != "detach":
+        fixture.tell("complete")
+    for _ in range(5):
+        fixture.step()
+        time.sleep(0.002)
+    assert fixture.received == fixture.failed == ["r"]
+
+
+def test_an_aborted_load_touches_no_block_and_gives_its_slots_back(fixture: Fixture) -> None:
+    start_load(fixture, [4, 9])
+    old = fixture.block(4)
+    fixture.agent.write_import(10, b"x" * fixture.cache.block_bytes)
+    fixture.tell("load", blocks=[{"index": 0, "slot": 10}])
+    inbox = fixture.link.inbox
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while inbox.empty():
+        assert time.monotonic() < deadline
+    # The block is here already when the abort comes: they meet in one step.
+    fixture.step(load_ends=["r"])
+    assert fixture.received == ["r"] and fixture.failed == []
+    assert fixture.block(4) == old
+    assert fixture.told("loaded")[0]["slots"] == [10]
+    assert len(fixture.told("aborted")) == 1
+    fixture.tell("complete")
+    fixture.step(load_ends=["r", "unknown"])
+    assert fixture.received == ["r"] and len(fixture.agent.seen("aborted")) == 1
+
+
+def test_a_consumer_without_a_handoff_or_a_worker_fails_at_once(fixture: Fixture) -> None:
+    fixture.step(subscribes=[subscribe([1], key=None)])
+    assert fixture.received == fixture.failed == ["r"]
+    fixture.agent.close()
+    fixture.step_until(lambda: fixture.worker._connection is None, "the end of the link")
+    fixture.step(subscribes=[subscribe([1], req_id="q")])
+    assert fixture.received == fixture.failed == ["r", "q"]
+
+
+def test_notices_pass_as_they_are(fixture: Fixture) -> None:
+    fixture.step(notices=[("not_needed", KEY), ("aborted", OTHER_KEY)])
+    assert fixture.told("not_needed") == [{"type": "not_needed", "handoff": NAME[0], "generation": 0}]
+    fixture.told("aborted", OTHER_NAME)
+
+
+# The link
+
+
+def test_after_a_break_a_new_arena_is_used(fixture: Fixture) -> None:
+    fixture.agent.handoff(NAME).kept = True
+    fixture.step(exports=[export([(0, 0)])])
+    fixture.told("exported")
+    fixture.agent.disconnect()
+    fixture.agent.wait(lambda: fixture.agent.attachments == 2, "the second attachment")
+    fixture.step_until(lambda: fixture.worker.report().free_slots == 6, "the new arena")
+    fixture.step(exports=[export([(1, 1)], seal=SEAL, last_chance=True)])
+    fixture.step(exports=[export([(0, 3)], req_id="q", key=OTHER_KEY)])
+    fixture.told("exported", OTHER_NAME)
+    assert list(fixture.agent.handoff(NAME).blocks) == [0], "its first block is gone for good"
+    fixture.step(export_ends=[ExportEnd("r", KEY, aborted=False, held=False)])
+    fixture.told("aborted")
+    assert not fixture.agent.seen("sealed")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "unheard of"},
+        {"type": "load", "handoff": "x", "generation": 0, "blocks": []},
+        {"type": "load", "handoff": NAME[0], "generation": 0, "blocks": [7]},
+        {"type": "release"},
+        {"type": "release", "slots": 7},
+    ],
+)
+def test_nonsense_ends_the_connection_and_not_the_engine(fixture: Fixture, message) -> None:
+    fixture.step()
+    fixture.agent.send(message)
+    fixture.step_until(lambda: fixture.agent.attachments == 2, "the second attachment")
+
+
+def test_an_engine_that_is_refused_does_not_start() -> None:
+    with pytest.raises(Refused, match="another model"):
+        Fixture(refuse="it has another model")
+
+
+def test_an_arena_with_slots_too_small_is_refused() -> None:
+    agent = Agent()
+    small = {"compatibility": {"block_bytes": 4096, "block_size_tokens": 4}}
+    with pytest.raises(ArenaError, match="cannot hold"):
+        Link(agent.path, small, block_bytes=4097).start()
+    agent.close()
+
+
+def test_the_worker_may_start_later(tmp_path, monkeypatch) -> None:
+    path = str(tmp_path / "kv.sock")
+    late = Link(path, {"compatibility": {"block_bytes": 64, "block_size_tokens": 4}}, 64)
+    monkeypatch.setattr(link_module.time, "sleep", lambda _: agents or agents.append(Agent(path=path)))
+    agents: list[Agent] = []
+    late.start()
+    late.stop()
+    agents[0].close()
+
+    monkeypatch.setattr(link_module, "FIRST_ATTACH_SECONDS", 0.0)
+    with pytest.raises(TimeoutError, match="no worker"):
+        Link(str(tmp_path / "none.sock"), {}, 64).start()

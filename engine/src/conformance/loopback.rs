@@ -1,0 +1,370 @@
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
+
+use baton_arena::{ReservedSlot, Slot, SlotPool};
+use baton_types::{Generation, HandoffId, PromptDigest};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinHandle,
+};
+
+use crate::kv_port::{BlockInSlot, FromEngine, KvPort, ToEngine};
+
+type Key = (HandoffId, Generation);
+
+/// How a handoff is carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Interference {
+    #[default]
+    None,
+    /// One bit of a block is another at the consumer.
+    Flip { block: u32, byte: u64 },
+    /// A block is said to have come, and did not.
+    Skip { block: u32 },
+    /// In a block's place comes what the last handoff had there.
+    Stale { block: u32 },
+    /// Nothing is carried from this block on.
+    HoldFrom { block: u32 },
+    /// Everything is carried, but nobody says that it is complete.
+    HoldSeal,
+    /// The consumer is told that its KV will not come.
+    Fail,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Completed,
+    NotNeeded,
+    Aborted,
+    Failed,
+}
+
+/// What became of a handoff.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Passed {
+    pub ending: Ending,
+    pub first_block: u32,
+    /// Blocks that were carried.
+    pub blocks: u32,
+    /// Of the seal; 0 where there was none.
+    pub prompt_tokens: u32,
+    pub cached_tokens: u32,
+}
+
+/// Slots that an engine has not given back, or that were not given back to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outstanding {
+    pub export_slots: usize,
+    pub import_slots: usize,
+}
+
+/// Plays the workers of a producer and a consumer, and the network between them.
+#[derive(Debug)]
+pub struct Loopback {
+    shared: Arc<Shared>,
+    block_size_tokens: u32,
+    carrier: JoinHandle<()>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    interferences: HashMap<HandoffId, Interference>,
+    passed: HashMap<HandoffId, Passed>,
+    subscribed: Vec<HandoffId>,
+    held: Vec<HandoffId>,
+    outstanding: Outstanding,
+}
+
+impl Loopback {
+    /// With each port comes the channel that it came by: it is kept open.
+    pub(super) fn start(
+        producer: (KvPort, mpsc::Receiver<KvPort>),
+        consumer: (KvPort, mpsc::Receiver<KvPort>),
+    ) -> Self {
+        let shared = Arc::new(Shared::default());
+        let layout = consumer.0.arena.layout();
+        let block_size_tokens = producer.0.compatibility.block_size_tokens;
+        let carrier = Carrier {
+            imports: SlotPool::new((layout.export_slots..layout.total_slots()).map(Slot)),
+            producer: producer.0,
+            consumer: consumer.0,
+            _attaching: [producer.1, consumer.1],
+            loading: HashMap::new(),
+            passings: HashMap::new(),
+            last_blocks: HashMap::new(),
+            shared: shared.clone(),
+        };
+        Self { shared, block_size_tokens, carrier: tokio::spawn(carrier.run()) }
+    }
+
+    pub fn block_size_tokens(&self) -> u32 {
+        self.block_size_tokens
+    }
+
+    /// Decides how a handoff will be carried that has not begun.
+    pub fn interfere(&self, handoff: HandoffId, interference: Interference) {
+        self.shared.state.lock().interferences.insert(handoff, interference);
+    }
+
+    /// Waits for a handoff's end.
+    pub async fn passed(&self, handoff: HandoffId) -> Passed {
+        self.wait_for(|state| state.passed.get(&handoff).copied()).await
+    }
+
+    /// Waits until a handoff's consumer has asked for it.
+    pub async fn is_subscribed(&self, handoff: HandoffId) {
+        self.wait_for(|state| state.subscribed.contains(&handoff).then_some(())).await;
+    }
+
+    /// Waits until a handoff is carried as far as it shall be.
+    pub async fn is_held(&self, handoff: HandoffId) {
+        self.wait_for(|state| state.held.contains(&handoff).then_some(())).await;
+    }
+
+    pub fn outstanding(&self) -> Outstanding {
+        self.shared.state.lock().outstanding
+    }
+
+    async fn wait_for<T>(&self, look: impl Fn(&State) -> Option<T>) -> T {
+        loop {
+            let changed = self.shared.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if let Some(found) = look(&self.shared.state.lock()) {
+                return found;
+            }
+            changed.await;
+        }
+    }
+}
+
+impl Drop for Loopback {
+    fn drop(&mut self) {
+        self.carrier.abort();
+    }
+}
+
+struct Carrier {
+    producer: KvPort,
+    consumer: KvPort,
+    _attaching: [mpsc::Receiver<KvPort>; 2],
+    imports: SlotPool,
+    /// Slots that the consumer copies from.
+    loading: HashMap<Slot, ReservedSlot>,
+    /// Ended ones stay, so that what comes late is known to be late.
+    passings: HashMap<Key, Passing>,
+    /// The block of each index that was carried last.
+    last_blocks: HashMap<u32, Vec<u8>>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Passing {
+    exported: VecDeque<BlockInSlot>,
+    subscription: Option<(u32, u32, PromptDigest)>,
+    seal: Option<(u32, PromptDigest, u32)>,
+    carried: u32,
+    loads_on_their_way: usize,
+    is_ended: bool,
+}
+
+impl Carrier {
+    async fn run(mut self) {
+        loop {
+            let (from_producer, message) = tokio::select! {
+                Some(message) = self.producer.from_engine.recv() => (true, message),
+                Some(message) = self.consumer.from_engine.recv() => (false, message),
+                else => return,
+            };
+            match message {
+                FromEngine::Exported { handoff, generation, blocks } => {
+                    assert!(from_producer, "a consumer does not export");
+                    self.shared.state.lock().outstanding.export_slots += blocks.len();
+                    let passing = self.passings.entry((handoff, generation)).or_default();
+                    passing.exported.extend(blocks);
+                }
+                FromEngine::Sealed {
+                    handoff,
+                    generation,
+                    prompt_tokens,
+                    prompt_digest,
+                    cached_tokens,
+                } => {
+                    let passing = self.passings.entry((handoff, generation)).or_default();
+                    passing.seal = Some((prompt_tokens, prompt_digest, cached_tokens));
+                }
+                FromEngine::Subscribe {
+                    handoff,
+                    generation,
+                    prompt_tokens,
+                    prompt_digest,
+                    first_block,
+                } => {
+                    self.shared.state.lock().subscribed.push(handoff);
+                    let passing = self.passings.entry((handoff, generation)).or_default();
+                    passing.subscription = Some((first_block, prompt_tokens, prompt_digest));
+                    if self.interference(handoff) == Interference::Fail {
+                        let reason = "as was intended".to_owned();
+                        self.tell_consumer(ToEngine::Failed { handoff, generation, reason }).await;
+                        self.end((handoff, generation), Ending::Failed).await;
+                    }
+                }
+                FromEngine::NotNeeded { handoff, generation } => {
+                    self.end((handoff, generation), Ending::NotNeeded).await;
+                }
+                FromEngine::Loaded { handoff, generation, slots } => {
+                    for slot in &slots {
+                        assert!(self.loading.remove(slot).is_some(), "it was being loaded");
+                    }
+                    self.shared.state.lock().outstanding.import_slots -= slots.len();
+                    let passing = self.passings.entry((handoff, generation)).or_default();
+                    passing.loads_on_their_way -= slots.len();
+                }
+                FromEngine::Aborted { handoff, generation } => {
+                    if from_producer {
+                        let reason = "the producer gave up".to_owned();
+                        self.tell_consumer(ToEngine::Failed { handoff, generation, reason }).await;
+                    }
+                    self.end((handoff, generation), Ending::Aborted).await;
+                }
+            }
+            // Any message may have made room, or brought what somebody waits for.
+            let keys: Vec<_> = self.passings.keys().copied().collect();
+            for key in keys {
+                self.carry(key).await;
+            }
+            self.shared.changed.notify_waiters();
+        }
+    }
+
+    fn interference(&self, handoff: HandoffId) -> Interference {
+        self.shared.state.lock().interferences.get(&handoff).copied().unwrap_or_default()
+    }
+
+    async fn carry(&mut self, key: Key) {
+        let interference = self.interference(key.0);
+        while let Some((block, first_block)) = self.passings.get(&key).and_then(|passing| {
+            let first_block = passing.subscription.map(|(first_block, ..)| first_block);
+            let first_block = if passing.is_ended { Some(u32::MAX) } else { first_block };
+            Some((*passing.exported.front()?, first_block?))
+        }) {
+            if block.index >= first_block {
+                if matches!(interference, Interference::HoldFrom { block: from } if block.index >= from)
+                {
+                    self.hold(key.0);
+                    return;
+                }
+                let Some(import) = self.imports.try_reserve() else { return };
+                self.carry_block(key, block, import, interference).await;
+            }
+            self.passings.entry(key).or_default().exported.pop_front();
+            self.release(vec![block.slot]).await;
+        }
+        self.complete(key, interference).await;
+    }
+
+    async fn carry_block(
+        &mut self,
+        key: Key,
+        block: BlockInSlot,
+        import: ReservedSlot,
+        interference: Interference,
+    ) {
+        let bytes = self.producer.compatibility.block_bytes;
+        let view =
+            self.producer.arena.view(block.slot, bytes).expect("an export slot of the arena");
+        let mut copy = view.as_ref().to_vec();
+        let sent = copy.clone();
+        match interference {
+            Interference::Skip { block: skipped } if skipped == block.index => {
+                self.passings.entry(key).or_default().carried += 1;
+                return;
+            }
+            Interference::Flip { block: flipped, byte } if flipped == block.index => {
+                copy[usize::try_from(byte).expect("a byte of a block")] ^= 1;
+            }
+            Interference::Stale { block: stale } if stale == block.index => {
+                copy.clone_from(self.last_blocks.get(&block.index).expect("an earlier handoff"));
+            }
+            _ => {}
+        }
+        self.last_blocks.insert(block.index, sent);
+        self.consumer.arena.write(import.slot(), 0, &copy).expect("an import slot of the arena");
+        let block = BlockInSlot { index: block.index, slot: import.slot() };
+        self.loading.insert(import.slot(), import);
+        self.shared.state.lock().outstanding.import_slots += 1;
+        let passing = self.passings.entry(key).or_default();
+        passing.carried += 1;
+        passing.loads_on_their_way += 1;
+        let (handoff, generation) = key;
+        self.tell_consumer(ToEngine::Load { handoff, generation, blocks: vec![block] }).await;
+    }
+
+    async fn complete(&mut self, key: Key, interference: Interference) {
+        let Some(passing) = self.passings.get(&key) else { return };
+        let (Some((_, tokens, digest)), Some((sealed_tokens, sealed_digest, _))) =
+            (passing.subscription, passing.seal)
+        else {
+            return;
+        };
+        if passing.is_ended || passing.loads_on_their_way > 0 || !passing.exported.is_empty() {
+            return;
+        }
+        assert_eq!((tokens, digest), (sealed_tokens, sealed_digest), "both know the same prompt");
+        if interference == Interference::HoldSeal {
+            self.hold(key.0);
+            return;
+        }
+        let (handoff, generation) = key;
+        self.tell_consumer(ToEngine::Complete { handoff, generation }).await;
+        self.end(key, Ending::Completed).await;
+    }
+
+    fn hold(&self, handoff: HandoffId) {
+        self.shared.state.lock().held.push(handoff);
+    }
+
+    /// The first ending counts. A producer whose work nobody wants any more is told.
+    async fn end(&mut self, key: Key, ending: Ending) {
+        let passing = self.passings.entry(key).or_default();
+        if passing.is_ended {
+            return;
+        }
+        passing.is_ended = true;
+        let (prompt_tokens, _, cached_tokens) =
+            passing.seal.unwrap_or((0, PromptDigest([0; 32]), 0));
+        let first_block = passing.subscription.map_or(0, |(first_block, ..)| first_block);
+        let blocks = passing.carried;
+        let passed = Passed { ending, first_block, blocks, prompt_tokens, cached_tokens };
+        let slots: Vec<_> = passing.exported.drain(..).map(|block| block.slot).collect();
+        self.release(slots).await;
+        let (handoff, generation) = key;
+        if ending != Ending::Completed {
+            let cancel = ToEngine::Cancel { handoff, generation };
+            self.producer.to_engine.send(cancel).await.expect("the producer lives");
+        }
+        self.shared.state.lock().passed.insert(handoff, passed);
+    }
+
+    async fn release(&mut self, slots: Vec<Slot>) {
+        if slots.is_empty() {
+            return;
+        }
+        self.shared.state.lock().outstanding.export_slots -= slots.len();
+        let release = ToEngine::Release { slots };
+        self.producer.to_engine.send(release).await.expect("the producer lives");
+    }
+
+    async fn tell_consumer(&mut self, message: ToEngine) {
+        self.consumer.to_engine.send(message).await.expect("the consumer lives");
+    }
+}

@@ -1,0 +1,103 @@
+//! The embedded engine against the suite that every engine must pass.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // What the tests share fails them.
+
+use std::sync::Arc;
+
+use baton_config::{ArenaConfig, SimConfig};
+use baton_engine::{
+    SimEngine,
+    conformance::{
+        Pair, a_failed_handoff_is_a_500, a_wrong_block_changes_the_answer,
+        an_abort_at_any_stage_frees_everything, edge_prompts, everything_is_free,
+        handed_over_equals_aggregated, prompts_with_shared_prefixes,
+        second_turn_brings_only_what_is_new, several_choices_share_one_handoff,
+    },
+};
+
+const BLOCK_TOKENS: u32 = 8;
+const STEP_TOKENS: u32 = 64;
+const SLOT_BYTES: u64 = 8 * 64;
+
+struct Engines {
+    pair: Pair,
+    producer: Arc<SimEngine>,
+    _directory: tempfile::TempDir,
+}
+
+/// Small enough that blocks, slots, seats and steps all run short at times.
+async fn engines(export_slots: u64, import_slots: u64) -> Engines {
+    let directory = tempfile::tempdir().unwrap();
+    let config = SimConfig {
+        max_model_tokens: 512,
+        block_size_tokens: BLOCK_TOKENS,
+        kv_bytes_per_token: 64,
+        kv_blocks: 128,
+        max_seqs: 6,
+        max_step_tokens: STEP_TOKENS,
+        time_scale: 0.0,
+        ..SimConfig::default()
+    };
+    let arena = ArenaConfig {
+        directory: directory.path().to_owned(),
+        export_bytes: export_slots * SLOT_BYTES,
+        import_bytes: import_slots * SLOT_BYTES,
+    };
+    let start = |name| Arc::new(SimEngine::start(&config, &arena, name).unwrap());
+    let producer = start("producer");
+    let vocabulary = 256..SimEngine::vocabulary_size() - 1;
+    let (consumer, reference) = (start("consumer"), start("reference"));
+    let pair = Pair::attach(producer.clone(), consumer, reference, vocabulary).await;
+    Engines { pair, producer, _directory: directory }
+}
+
+#[tokio::test]
+async fn answers_are_equal_at_every_edge() {
+    let Engines { pair, .. } = &engines(16, 16).await;
+    let prompts = edge_prompts(&pair.vocabulary, BLOCK_TOKENS, STEP_TOKENS);
+    handed_over_equals_aggregated(pair, prompts, 1).await;
+}
+
+#[tokio::test]
+async fn hundreds_of_answers_with_shared_prefixes_are_equal() {
+    let Engines { pair, producer, .. } = &engines(12, 5).await;
+    let prompts = prompts_with_shared_prefixes(&pair.vocabulary, 300, 200);
+    handed_over_equals_aggregated(pair, prompts, 9).await;
+    let usage = producer.usage();
+    assert_eq!((usage.blocks_used, usage.export_slots_used), (0, 0));
+}
+
+#[tokio::test]
+async fn one_slot_on_each_side_is_enough() {
+    let Engines { pair, .. } = &engines(1, 1).await;
+    let prompts = prompts_with_shared_prefixes(&pair.vocabulary, 30, 200);
+    handed_over_equals_aggregated(pair, prompts, 1).await;
+}
+
+#[tokio::test]
+async fn a_second_turn_brings_less() {
+    second_turn_brings_only_what_is_new(&engines(16, 16).await.pair).await;
+}
+
+#[tokio::test]
+async fn choices_share_a_handoff() {
+    several_choices_share_one_handoff(&engines(16, 16).await.pair).await;
+}
+
+#[tokio::test]
+async fn aborts_free_everything() {
+    let Engines { pair, producer, .. } = &engines(4, 4).await;
+    an_abort_at_any_stage_frees_everything(pair).await;
+    everything_is_free(pair).await;
+    let usage = producer.usage();
+    assert_eq!((usage.blocks_used, usage.export_slots_used), (0, 0));
+}
+
+#[tokio::test]
+async fn wrong_blocks_are_seen() {
+    a_wrong_block_changes_the_answer(&engines(16, 16).await.pair).await;
+}
+
+#[tokio::test]
+async fn failures_are_told() {
+    a_failed_handoff_is_a_500(&engines(16, 16).await.pair).await;
+}
