@@ -111,13 +111,12 @@ impl ClusterBuilder {
                 workers.insert(format!("{role}-{index}"), role);
             }
         }
-        let mut engine_ports = BTreeMap::new();
+        let mut ports = BTreeMap::new();
         for name in workers.keys() {
-            engine_ports.insert(name.clone(), free_port()?);
+            ports.insert(name.clone(), [free_port()?, free_port()?]);
         }
         let config = directory.path().join("baton.toml");
-        let toml =
-            self.toml(directory.path(), [http_port, workers_port], &workers, &engine_ports)?;
+        let toml = self.toml(directory.path(), [http_port, workers_port], &workers, &ports)?;
         fs::write(&config, toml)?;
 
         let mut cluster = Cluster {
@@ -126,7 +125,7 @@ impl ClusterBuilder {
             http: reqwest::Client::builder().no_proxy().build()?,
             base: format!("http://127.0.0.1:{http_port}"),
             workers_port,
-            engine_ports,
+            ports,
             workers: workers
                 .iter()
                 .map(|(name, role)| (name.clone(), (*role).to_owned()))
@@ -152,7 +151,7 @@ impl ClusterBuilder {
         directory: &Path,
         [http_port, workers_port]: [u16; 2],
         workers: &BTreeMap<String, &str>,
-        engine_ports: &BTreeMap<String, u16>,
+        ports: &BTreeMap<String, [u16; 2]>,
     ) -> Result<String> {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
@@ -164,7 +163,9 @@ impl ClusterBuilder {
             writeln!(toml, "[engine]\nkind = \"sim\"\n{engine}")?;
         }
         for (index, (name, role)) in workers.iter().enumerate() {
+            let [transfer_port, engine_port] = ports[name];
             writeln!(toml, "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"")?;
+            writeln!(toml, "[worker.transfer]\nlisten = \"127.0.0.1:{transfer_port}\"")?;
             if let Engine::Vllm { installation, arguments } = &self.engine {
                 let socket = directory.join(format!("{name}.sock"));
                 let program = installation.environment.join("bin/vllm");
@@ -199,7 +200,7 @@ impl ClusterBuilder {
                      connector_socket = {socket:?}\n\
                      environment = {{ HF_HUB_OFFLINE = \"1\", VLLM_NO_USAGE_STATS = \"1\", \
                      VLLM_SERVER_DEV_MODE = \"1\", VLLM_CPU_OMP_THREADS_BIND = \"{}\" }}",
-                    engine_ports[name],
+                    engine_port,
                     index % cores,
                 )?;
             }
@@ -227,7 +228,8 @@ pub struct Cluster {
     pub http: reqwest::Client,
     base: String,
     workers_port: u16,
-    engine_ports: BTreeMap<String, u16>,
+    /// Of each worker: its transfer channel's, and its engine's.
+    ports: BTreeMap<String, [u16; 2]>,
     config: PathBuf,
     workers: BTreeMap<String, String>,
     // Workers end before the coordinator, and all of them before their directory.
@@ -247,7 +249,12 @@ impl Cluster {
 
     /// Where a worker's vLLM serves.
     pub fn engine_port(&self, worker: &str) -> u16 {
-        self.engine_ports[worker]
+        self.ports[worker][1]
+    }
+
+    /// Where a worker's transfer channel listens (UDP).
+    pub fn transfer_port(&self, worker: &str) -> u16 {
+        self.ports[worker][0]
     }
 
     /// Where workers connect.

@@ -99,25 +99,12 @@ async fn strangers_at_the_inner_doors() {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     for name in ["prefill-0", "decode-0"] {
         for length in [1, 100, 1200, 1400] {
-            let address = transfer_address(&cluster, name);
-            socket.send_to(&noise[..length], &address).await.unwrap();
+            let address = ("127.0.0.1", cluster.transfer_port(name));
+            socket.send_to(&noise[..length], address).await.unwrap();
         }
     }
     served(&cluster).await;
     for process in ["coordinator", "prefill-0", "decode-0"] {
         assert!(!cluster.log(process).contains("panicked"), "{}", cluster.log(process));
     }
-}
-
-/// Where a worker's transfer channel listens, by its own log.
-fn transfer_address(cluster: &Cluster, name: &str) -> String {
-    let log = cluster.log(name);
-    let line =
-        log.lines().find(|line| line.contains("transfer=")).expect("the worker names its channel");
-    let address = line.split("transfer=").nth(1).unwrap();
-    address
-        .split(|c: char| c.is_whitespace() || c == '"')
-        .find(|part| !part.is_empty())
-        .unwrap()
-        .to_owned()
 }
