@@ -1,7 +1,7 @@
 """The staging arena: a file of equal slots that the worker process maps too.
 
-Slots ``0 .. export_slots`` are filled here, the ones after them by the worker. A slot has one writer
-at a time and passes to the other process by a message, never by what lies in it.
+Slots ``0 .. export_slots`` are filled here, the ones after them by the worker. A slot has one
+writer at a time and passes to the other process by a message, never by what lies in it.
 """
 
 import mmap
@@ -50,9 +50,7 @@ class Arena:
 
     def pin(self) -> None:
         """Registers the memory with CUDA, so that copies to and from the device need no staging."""
-        error = torch.cuda.cudart().cudaHostRegister(
-            self._slots.data_ptr(), self._slots.numel(), 0
-        )
+        error = torch.cuda.cudart().cudaHostRegister(self._slots.data_ptr(), self._slots.numel(), 0)
         if int(error) != 0:
             raise ArenaError(f"cudaHostRegister failed with error {int(error)}")
         self._pinned = True
@@ -67,8 +65,8 @@ class ExportSlots:
     """The export slots and which handoff has each.
 
     A quarter of them is kept for handoffs that have none. Otherwise a handoff whose consumer waits
-    in its engine's queue could hold all slots, while the consumer ahead of it in that queue waits for
-    blocks of this same producer: neither would ever move.
+    in its engine's queue could hold all slots, while the consumer ahead of it in that queue waits
+    for blocks of this same producer: neither would ever move.
     """
 
     def __init__(self, count: int) -> None:

@@ -68,7 +68,9 @@ def socket_template(config: "VllmConfig") -> str:
     assert config.kv_transfer_config is not None
     socket = config.kv_transfer_config.get_from_extra_config("socket", None)
     if not isinstance(socket, str) or not socket:
-        raise Unsupported('kv_connector_extra_config needs "socket", the path of the worker\'s socket')
+        raise Unsupported(
+            'kv_connector_extra_config needs "socket", the path of the worker\'s socket'
+        )
     return socket
 
 

@@ -1,8 +1,8 @@
 """The producing half in a worker process: blocks on their way from the paged cache into the arena.
 
 Blocks are copied right after the forward that completed them, so vLLM may free them at once. Only
-where export slots ran out do they wait here, and then vLLM holds them: see ``Export.last_chance`` and
-``ExportEnd.held``.
+where export slots ran out do they wait here, and then vLLM holds them: see ``Export.last_chance``
+and ``ExportEnd.held``.
 """
 
 from collections import deque

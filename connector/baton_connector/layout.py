@@ -7,7 +7,7 @@ head come before its V rows), so pages are only ever copied whole, between engin
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -17,9 +17,7 @@ class LayoutError(Exception):
 
 
 class PagedCache:
-    def __init__(
-        self, layers: dict[str, torch.Tensor], num_blocks: int, backend: str = ""
-    ) -> None:
+    def __init__(self, layers: dict[str, torch.Tensor], num_blocks: int, backend: str = "") -> None:
         """``layers``: each layer's view, blocks first. Layers that share memory count once."""
         if not layers:
             raise LayoutError("the engine has no KV cache")
@@ -59,9 +57,7 @@ def _pages(layer: torch.Tensor, num_blocks: int) -> torch.Tensor:
         expected *= size
     if layer.stride(0) < expected:
         raise LayoutError("the pages of a layer's KV cache overlap")
-    flat = layer.as_strided(
-        (num_blocks, expected), (layer.stride(0), 1), layer.storage_offset()
-    )
+    flat = layer.as_strided((num_blocks, expected), (layer.stride(0), 1), layer.storage_offset())
     return flat.view(torch.uint8)
 
 
@@ -89,8 +85,8 @@ Ticket = Callable[[], bool]
 
 
 class Copier:
-    """Orders copies against the model. On a CPU they simply happen when they are made; on a GPU they
-    run on a stream of their own, after the work that the model has been given so far, and
+    """Orders copies against the model. On a CPU they simply happen when they are made; on a GPU
+    they run on a stream of their own, after the work that the model has been given so far, and
     :meth:`fence` keeps the model's next work behind them."""
 
     def __init__(self, device: torch.device) -> None:
@@ -103,7 +99,7 @@ class Copier:
         with torch.cuda.stream(self._stream):
             yield
 
-    def batch(self):  # noqa: ANN201 - a context manager
+    def batch(self) -> AbstractContextManager[None]:
         """Within it, copies are made."""
         return nullcontext() if self._stream is None else self._on_own_stream()
 

@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +88,8 @@ class Link:
         self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def start(self) -> None:
-        """Attaches for the first time, then keeps attached in the background. Raises where the worker
-        refuses, offers no usable arena or does not listen within a minute."""
+        """Attaches for the first time, then keeps attached in the background. Raises where the
+        worker refuses, offers no usable arena or does not listen within a minute."""
         deadline = time.monotonic() + FIRST_ATTACH_SECONDS
         for delay in _backoff():
             try:
@@ -186,7 +187,8 @@ class Link:
             connection.close()
 
 
-def _backoff():  # noqa: ANN202 - an endless iterator of seconds
+def _backoff() -> Iterator[float]:
+    """Seconds to wait, without end."""
     delay, longest = _BACKOFF_SECONDS
     while True:
         yield delay

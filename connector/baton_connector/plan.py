@@ -33,8 +33,8 @@ class Export:
     seal: Seal | None
     """With the last of them."""
     last_chance: bool
-    """The scheduler counts on free slots for them, and will not hold the request's blocks any longer
-    than to the end of this step."""
+    """The scheduler counts on free slots for them, and will hold the request's blocks no longer than
+    to the end of this step."""
 
 
 @dataclass(slots=True)

@@ -1,9 +1,9 @@
 """The half of the connector in the scheduler's process: which request has which part in a handoff,
 and which of its blocks are complete when.
 
-Order of vLLM's calls for one request: ``on_new_request``; ``get_num_new_matched_tokens`` whenever it
-is considered for admission; ``update_state_after_alloc`` once it has blocks (for a consumer a second
-time when its KV has come); ``build_connector_meta`` at the end of each ``schedule()``; at last
+Order of vLLM's calls for one request: ``on_new_request``; ``get_num_new_matched_tokens`` whenever
+it is considered for admission; ``update_state_after_alloc`` once it has blocks (for a consumer a
+second time when its KV has come); ``build_connector_meta`` at the end of each ``schedule()``; at last
 ``request_finished``.
 """
 
@@ -163,8 +163,10 @@ class SchedulerSide:
             self._plan.notices.append(("not_needed", consumer.key))
 
     def _owned_claim(self, req_id: str, consumer: _Consumer) -> _Claim | None:
+        """The claim, if the request has it and nothing has come of it yet."""
         claim = self._claims.get(consumer.key) if consumer.key else None
-        return claim if claim is not None and claim.owner == req_id and claim.loaded is None else None
+        owned = claim is not None and claim.owner == req_id and claim.loaded is None
+        return claim if owned else None
 
     def build_plan(self, output: "SchedulerOutput") -> StepPlan:
         plan, self._plan = self._plan, StepPlan()

@@ -2,8 +2,8 @@
 
 vLLM's calls in each step, empty ones too: ``handle_preemptions`` before the forward; after it
 ``wait_for_save``, ``get_transfer_results`` and ``build_connector_worker_meta`` (with speculative
-decoding ``wait_for_save`` comes last). All run on the model's thread; the link's thread only fills an
-inbox.
+decoding ``wait_for_save`` comes last). All run on the model's thread; the link's thread only fills
+an inbox.
 """
 
 from collections import deque

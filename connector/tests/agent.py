@@ -1,14 +1,14 @@
 """A worker in pure Python: owns the socket and the arena, and carries blocks from exports to loads.
 
-It plays both ends of the transfer at once, so one engine can produce a handoff and later consume it.
+It plays both ends of the transfer at once: one engine can produce a handoff and later consume it.
 """
 
 import contextlib
+import mmap
 import os
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,7 @@ Key = tuple[str, int]
 
 
 class Agent:
-    """Listens from the start; ``serve`` in a thread per connection."""
+    """Listens from the start, and serves one connection after another."""
 
     def __init__(
         self,
@@ -55,7 +55,6 @@ class Agent:
         self.messages: list[dict[str, Any]] = []
         self.handoffs: dict[Key, Handoff] = {}
         self.attachments = 0
-        self.load_started: float | None = None
         self._changed = threading.Condition()
         self._connection: socket.socket | None = None
         self._free_import: list[int] = []
@@ -147,8 +146,6 @@ class Agent:
                     self._changed.notify_all()
 
     def _make_arena(self, block_bytes: int) -> dict[str, Any]:
-        import mmap
-
         self._slot_bytes = -(-block_bytes // 4096) * 4096
         total = self._slot_bytes * (self.export_slots + self.import_slots)
         path = os.path.join(self.directory, f"arena-{self.attachments}")
@@ -209,7 +206,6 @@ class Agent:
             handoff.sent_bytes += self.hello["compatibility"]["block_bytes"]
             load.append({"index": index, "slot": slot})
         if load:
-            self.load_started = self.load_started or time.monotonic()
             self.send({"type": "load", **name, "blocks": load})
         if handoff.sealed and not wanted and not self._outstanding(handoff):
             same = all(

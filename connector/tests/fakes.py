@@ -4,8 +4,9 @@ import uuid
 from types import SimpleNamespace
 from typing import Any
 
-from baton_connector.handoff import HandoffKey
 from vllm.v1.request import RequestStatus
+
+from baton_connector.handoff import HandoffKey
 
 KEY = HandoffKey(uuid.UUID(int=1), 0)
 OTHER_KEY = HandoffKey(uuid.UUID(int=2), 0)

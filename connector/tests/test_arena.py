@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from baton_connector.arena import Arena, ArenaError, ExportSlots
 from fakes import KEY, OTHER_KEY
+
+from baton_connector.arena import Arena, ArenaError, ExportSlots
 
 
 def file_of(path: Path, size: int) -> str:

@@ -1,6 +1,7 @@
 import socket
 
 import pytest
+
 from baton_connector import frames
 
 

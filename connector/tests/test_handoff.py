@@ -3,8 +3,9 @@ import uuid
 from types import SimpleNamespace
 
 import pytest
-from baton_connector.handoff import HandoffKey, RecentHandoffs, Role, prompt_digest, read_part
 from fakes import KEY, OTHER_KEY, request
+
+from baton_connector.handoff import HandoffKey, RecentHandoffs, Role, prompt_digest, read_part
 
 UUID = uuid.UUID("0123456789abcdef0123456789abcdef")
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from baton_connector.layout import LayoutError, PagedCache
 
 BLOCKS, HEADS, TOKENS, WIDTH = 4, 3, 5, 7
@@ -10,7 +11,9 @@ def interleaved(layers: int = 2) -> dict[str, torch.Tensor]:
     """As vLLM lays them out on a CPU: all layers in one storage, each contiguous in itself."""
     storage = torch.arange(layers * BLOCKS * PAGE, dtype=torch.float32)
     shape = (BLOCKS, HEADS, TOKENS, WIDTH)
-    return {f"l{i}": storage[i * BLOCKS * PAGE :][: BLOCKS * PAGE].view(shape) for i in range(layers)}
+    return {
+        f"l{i}": storage[i * BLOCKS * PAGE :][: BLOCKS * PAGE].view(shape) for i in range(layers)
+    }
 
 
 def pages_side_by_side() -> dict[str, torch.Tensor]:

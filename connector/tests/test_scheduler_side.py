@@ -1,11 +1,12 @@
 from types import SimpleNamespace
 
 import pytest
+from fakes import KEY, OTHER_KEY, request, step
+from vllm.v1.request import RequestStatus
+
 from baton_connector.handoff import prompt_digest
 from baton_connector.plan import WorkerReport
 from baton_connector.scheduler_side import SchedulerSide
-from fakes import KEY, OTHER_KEY, request, step
-from vllm.v1.request import RequestStatus
 
 BLOCK = 32
 MANY_SLOTS = 1000
@@ -118,9 +119,7 @@ def test_the_first_producer_is_held_until_a_report_has_come() -> None:
 
 
 @pytest.mark.parametrize("computed", [0, 40, 100])
-@pytest.mark.parametrize(
-    "status", [RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR]
-)
+@pytest.mark.parametrize("status", [RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR])
 def test_an_aborted_producer_holds_nothing(side: SchedulerSide, computed: int, status) -> None:
     producer = request(tokens=100)
     side.new_request(producer)

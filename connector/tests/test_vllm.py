@@ -167,7 +167,9 @@ def test_prefix_cached_blocks_are_exported_too(engine: Engine, agent: Agent) -> 
     produce(engine, agent, prompt, first)
     assert produce(engine, agent, prompt, second)["cached_tokens"] == 96
     exported = agent.handoff(second).blocks
-    assert {i: exported[i] for i in range(3)} == {i: agent.handoff(first).blocks[i] for i in range(3)}
+    assert {i: exported[i] for i in range(3)} == {
+        i: agent.handoff(first).blocks[i] for i in range(3)
+    }
 
 
 def test_a_second_turn_fetches_only_what_is_new(engine: Engine, agent: Agent) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from agent import Agent
+from fakes import KEY, OTHER_KEY
+
 from baton_connector import link as link_module
 from baton_connector.arena import ArenaError
 from baton_connector.layout import PagedCache
 from baton_connector.link import Link, Refused
 from baton_connector.plan import Export, ExportEnd, Seal, StepPlan, Subscribe
 from baton_connector.worker_side import WorkerSide
-from fakes import KEY, OTHER_KEY
 
 BLOCKS = 16
 SEAL = Seal(prompt_tokens=7, prompt_digest="ab" * 32, cached_tokens=0)
@@ -273,7 +274,8 @@ def test_a_consumer_without_a_handoff_or_a_worker_fails_at_once(fixture: Fixture
 
 def test_notices_pass_as_they_are(fixture: Fixture) -> None:
     fixture.step(notices=[("not_needed", KEY), ("aborted", OTHER_KEY)])
-    assert fixture.told("not_needed") == [{"type": "not_needed", "handoff": NAME[0], "generation": 0}]
+    notice = {"type": "not_needed", "handoff": NAME[0], "generation": 0}
+    assert fixture.told("not_needed") == [notice]
     fixture.told("aborted", OTHER_NAME)
 
 
@@ -328,8 +330,13 @@ def test_an_arena_with_slots_too_small_is_refused() -> None:
 def test_the_worker_may_start_later(tmp_path, monkeypatch) -> None:
     path = str(tmp_path / "kv.sock")
     late = Link(path, {"compatibility": {"block_bytes": 64, "block_size_tokens": 4}}, 64)
-    monkeypatch.setattr(link_module.time, "sleep", lambda _: agents or agents.append(Agent(path=path)))
     agents: list[Agent] = []
+
+    def start_worker(_seconds: float) -> None:
+        if not agents:
+            agents.append(Agent(path=path))
+
+    monkeypatch.setattr(link_module.time, "sleep", start_worker)
     late.start()
     late.stop()
     agents[0].close()

@@ -80,6 +80,22 @@ async fn two_engines_of_one_name_have_an_arena_each_and_leave_none_behind() {
 }
 
 #[tokio::test]
+async fn what_a_killed_engine_left_behind_is_removed_by_the_next_of_its_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let engine = SimEngine::start(&small(), &arena(&directory), "w").unwrap();
+    let entry = std::fs::read_dir(directory.path()).unwrap().next().unwrap().unwrap();
+    let name = entry.file_name().into_string().unwrap();
+    // No process has this number: it is beyond the largest that Linux gives.
+    let dead = name.replacen(&std::process::id().to_string(), "4194305", 1);
+    let dead = directory.path().join(dead);
+    std::fs::write(&dead, b"kv").unwrap();
+    let another = SimEngine::start(&small(), &arena(&directory), "w").unwrap();
+    assert!(!dead.exists());
+    assert!(entry.path().exists(), "its owner lives");
+    drop((engine, another));
+}
+
+#[tokio::test]
 async fn the_port_is_given_once_and_its_channel_stays_open() {
     let directory = tempfile::tempdir().unwrap();
     let engine = SimEngine::start(&small(), &arena(&directory), "w").unwrap();
@@ -130,18 +146,20 @@ async fn steps_take_the_profiles_time() {
     std::fs::write(&profile, text.to_string()).unwrap();
     let config = SimConfig { profile: Some(profile), time_scale: 0.5, ..small() };
     let engine = SimEngine::start(&config, &arena(&directory), "w").unwrap();
-    let began = tokio::time::Instant::now();
-    let body =
-        json!({"prompt": "one two three", "stream": true, "max_tokens": 5, "ignore_eos": true});
-    let mut answer = complete(&engine, body).await;
-    let mut times = Vec::new();
-    while let Some(chunk) = answer.body.next().await {
-        chunk.unwrap();
-        times.push(began.elapsed().as_millis());
-    }
-    assert_eq!(times.len(), 5);
-    for (time, expected) in times.iter().zip([500, 550, 600, 650, 700]) {
-        assert!(time.abs_diff(expected) <= 2, "{times:?}");
+    for prompt in ["one two three", "after a short while"] {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let began = tokio::time::Instant::now();
+        let body = json!({"prompt": prompt, "stream": true, "max_tokens": 5, "ignore_eos": true});
+        let mut answer = complete(&engine, body).await;
+        let mut times = Vec::new();
+        while let Some(chunk) = answer.body.next().await {
+            chunk.unwrap();
+            times.push(began.elapsed().as_millis());
+        }
+        assert_eq!(times.len(), 5);
+        for (time, expected) in times.iter().zip([500, 550, 600, 650, 700]) {
+            assert!(time.abs_diff(expected) <= 2, "{times:?}");
+        }
     }
 }
 

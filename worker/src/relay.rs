@@ -237,3 +237,6 @@ fn relayed_headers(headers: &HeaderMap) -> Vec<Header> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! From `baton up`'s options to the `baton.toml` that its processes read.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{io, net::SocketAddr, path::Path, time::Duration};
 
 use anyhow::Context as _;
 use baton_config::{
@@ -8,6 +8,7 @@ use baton_config::{
     SloConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
+use tempfile::TempDir;
 
 use super::{
     options::{EngineName, UpOptions},
@@ -22,13 +23,15 @@ pub(super) struct Plan {
     pub(super) model: String,
     /// A cluster that has not come up by then will not.
     pub(super) start_timeout: Duration,
+    /// Holds the arenas, those of workers that were killed too, and goes with the plan.
+    _arenas: TempDir,
 }
 
 const SIM_START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Room for the longest prompt of the embedded engine, of which a block has 16 KiB.
 const SIM_ARENA_BYTES: u64 = 64 << 20;
 
-/// `directory` is for the cluster's files: sockets, the connector, arenas where `/dev/shm` is small.
+/// `directory` is for the cluster's files: sockets and the connector.
 pub(super) fn plan(
     options: &UpOptions,
     clients: SocketAddr,
@@ -47,8 +50,10 @@ pub(super) fn plan(
         Some(_) => ArenaConfig::default().export_bytes,
         None => SIM_ARENA_BYTES,
     };
+    let arenas = arena_directory(2 * arena_bytes * names.len() as u64)
+        .context("cannot make a directory for the arenas")?;
     let arena = ArenaConfig {
-        directory: arena_directory(2 * arena_bytes * names.len() as u64, directory),
+        directory: arenas.path().to_owned(),
         export_bytes: arena_bytes,
         import_bytes: arena_bytes,
     };
@@ -85,7 +90,7 @@ pub(super) fn plan(
         Some(vllm) => (vllm.model_name().to_owned(), vllm.start_timeout()),
         None => (SimConfig::default().model, SIM_START_TIMEOUT),
     };
-    Ok(Plan { cluster, model, start_timeout })
+    Ok(Plan { cluster, model, start_timeout, _arenas: arenas })
 }
 
 fn worker_names(options: &UpOptions) -> Vec<(String, Role)> {
@@ -103,12 +108,14 @@ fn sim(options: &UpOptions) -> SimConfig {
     }
 }
 
-/// Containers often have 64 MiB of `/dev/shm`: then a slower place is better than none.
-fn arena_directory(needed_bytes: u64, otherwise: &Path) -> std::path::PathBuf {
+/// In `/dev/shm`. Containers often have 64 MiB of it: then a slower place is better than none.
+fn arena_directory(needed_bytes: u64) -> io::Result<TempDir> {
     let shm = ArenaConfig::default().directory;
     let available =
         rustix::fs::statvfs(&shm).map(|shm| shm.f_bavail.saturating_mul(shm.f_frsize)).unwrap_or(0);
-    if available >= needed_bytes { shm } else { otherwise.to_owned() }
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("baton-");
+    if available >= needed_bytes { builder.tempdir_in(shm) } else { builder.tempdir() }
 }
 
 #[cfg(test)]
@@ -155,6 +162,7 @@ mod tests {
 
     #[test]
     fn an_arena_that_does_not_fit_goes_elsewhere() {
-        assert_eq!(arena_directory(u64::MAX, Path::new("/elsewhere")), Path::new("/elsewhere"));
+        let elsewhere = arena_directory(u64::MAX).unwrap();
+        assert!(!elsewhere.path().starts_with("/dev/shm"), "{}", elsewhere.path().display());
     }
 }

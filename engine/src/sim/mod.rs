@@ -17,10 +17,7 @@ mod scheduler;
 mod stepper;
 mod tokenizer;
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, atomic::Ordering::Relaxed},
-};
+use std::sync::{Arc, atomic::Ordering::Relaxed};
 
 use async_trait::async_trait;
 use baton_arena::{Arena, ArenaError, ArenaLayout};
@@ -46,6 +43,7 @@ pub use self::{
 use crate::{
     contract::{Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest},
     kv_port::KvPort,
+    vllm::arena_files,
 };
 
 /// Messages that may wait on either side of the port.
@@ -93,7 +91,8 @@ impl SimEngine {
         let profile =
             config.profile.as_deref().map_or_else(|| Ok(Profile::demo()), Profile::read)?;
         let layout = arena_layout(config, arena)?;
-        let arena = Arena::create(&arena_path(arena, worker_name), layout)?;
+        arena_files::remove_stale(arena, worker_name);
+        let arena = Arena::create(&arena_files::fresh_path(arena, worker_name), layout)?;
 
         let limits = SchedulerLimits {
             block_size_tokens: config.block_size_tokens,
@@ -235,16 +234,6 @@ fn arena_layout(config: &SimConfig, arena: &ArenaConfig) -> Result<ArenaLayout, 
         export_slots: slots("export_bytes", arena.export_bytes)?,
         import_slots: slots("import_bytes", arena.import_bytes)?,
     })
-}
-
-/// A name that no other engine has, and that says to a person whose it is.
-fn arena_path(arena: &ArenaConfig, worker_name: &str) -> PathBuf {
-    let name: String = worker_name
-        .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' })
-        .take(64)
-        .collect();
-    arena.directory.join(format!("baton-{name}-{}.arena", uuid::Uuid::new_v4().simple()))
 }
 
 fn compatibility(config: &SimConfig, layout: ArenaLayout) -> Compatibility {

@@ -75,6 +75,8 @@ impl Stepper {
                 if step.preempted.is_empty() && !self.hear().await {
                     return;
                 }
+                // Idle time is no lag to be made up for.
+                step_end = Instant::now();
                 continue;
             }
             let seconds = self.profile.step_seconds(&step) * self.time_scale;

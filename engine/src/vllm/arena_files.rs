@@ -46,13 +46,13 @@ pub(super) fn layout(config: &ArenaConfig, block_bytes: u64) -> Result<ArenaLayo
 }
 
 /// A name that no other arena has, and that shows whose it is.
-pub(super) fn fresh_path(config: &ArenaConfig, worker_name: &str) -> PathBuf {
+pub(crate) fn fresh_path(config: &ArenaConfig, worker_name: &str) -> PathBuf {
     let name = format!("{}{}-{}", prefix(worker_name), process::id(), Epoch::random());
     config.directory.join(name)
 }
 
 /// Removes what workers of this name left behind when they were killed.
-pub(super) fn remove_stale(config: &ArenaConfig, worker_name: &str) {
+pub(crate) fn remove_stale(config: &ArenaConfig, worker_name: &str) {
     let prefix = prefix(worker_name);
     let Ok(entries) = fs::read_dir(&config.directory) else { return };
     for entry in entries.flatten() {

@@ -1,7 +1,7 @@
 //! A vLLM server beside the worker: its process, its HTTP API over loopback, and the socket at which
 //! our connector inside it hands KV blocks over.
 
-mod arena_files;
+pub(crate) mod arena_files;
 mod connector;
 mod frames;
 mod http;

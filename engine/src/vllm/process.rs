@@ -91,9 +91,13 @@ impl EngineProcess {
     }
 
     pub(super) async fn stop(&self) {
+        self.stop_within(STOP_TIMEOUT).await;
+    }
+
+    async fn stop_within(&self, patience: Duration) {
         signal(self.group, &self.ended, Signal::TERM);
-        if timeout(STOP_TIMEOUT, self.ended()).await.is_err() {
-            tracing::warn!("the engine did not stop in {} s: killed", STOP_TIMEOUT.as_secs());
+        if timeout(patience, self.ended()).await.is_err() {
+            tracing::warn!("the engine did not stop in {patience:?}: killed");
             signal(self.group, &self.ended, Signal::KILL);
             self.ended().await;
         }

@@ -101,7 +101,7 @@ impl Attached {
     }
 
     pub async fn report(&mut self, what: impl FnMut(&Report) -> bool) -> Report {
-        timeout(self.reports.wait_for(what)).await.unwrap().clone()
+        *timeout(self.reports.wait_for(what)).await.unwrap()
     }
 }
 

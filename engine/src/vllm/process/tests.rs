@@ -68,7 +68,7 @@ async fn a_process_that_will_not_stop_is_killed() {
     let script = format!("trap '' TERM; : > {}; while :; do sleep 1; done", ready.display());
     let process = shell(&script, &BTreeMap::new()).unwrap();
     until(|| ready.exists()).await;
-    timeout(PATIENCE, process.stop()).await.unwrap();
+    timeout(PATIENCE, process.stop_within(Duration::from_millis(200))).await.unwrap();
     let ended = process.ended().await.to_string();
     assert!(ended.contains("SIGKILL"), "{ended}");
 }
