@@ -3,7 +3,7 @@
 Why an abort cannot make a copy land in blocks that are another request's by then:
 
 - A request that waits for KV keeps its blocks, aborted or not, until this half reports it as
-  received (vLLM: ``WAITING_FOR_REMOTE_KVS`` and ``delay_free_blocks``). It is reported exactly once.
+  received (vLLM: ``WAITING_FOR_REMOTE_KVS``, ``delay_free_blocks``). It is reported exactly once.
 - Copies are made only for a load that is ``live``, on the model's thread; the abort, which comes
   with a step's plan on that same thread, ends the load before any later copy could begin.
 - It is reported only when none of its copies is on its way (``in_flight``; on a CPU none ever is

@@ -33,7 +33,7 @@ class Export:
     seal: Seal | None
     """With the last of them."""
     last_chance: bool
-    """The scheduler counts on free slots for them, and will hold the request's blocks no longer than
+    """The scheduler counts on free slots for them, and holds the request's blocks no longer than
     to the end of this step."""
 
 

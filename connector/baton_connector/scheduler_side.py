@@ -3,8 +3,8 @@ and which of its blocks are complete when.
 
 Order of vLLM's calls for one request: ``on_new_request``; ``get_num_new_matched_tokens`` whenever
 it is considered for admission; ``update_state_after_alloc`` once it has blocks (for a consumer a
-second time when its KV has come); ``build_connector_meta`` at the end of each ``schedule()``; at last
-``request_finished``.
+second time when its KV has come); ``build_connector_meta`` at the end of each ``schedule()``; at
+last ``request_finished``.
 """
 
 from collections import OrderedDict, deque

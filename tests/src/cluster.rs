@@ -54,7 +54,10 @@ impl ClusterBuilder {
             decode: 1,
             engine,
             coordinator_toml: String::new(),
-            arena_toml: String::new(),
+            // Beside the configuration, so that a killed worker's goes with it; smaller than some
+            // prompts, so that handoffs have to wait for room.
+            arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
+                .into(),
             ready: true,
         }
     }
@@ -87,12 +90,6 @@ impl ClusterBuilder {
     /// Keys of `[coordinator.limits]`.
     pub fn limits(mut self, keys: &str) -> Self {
         self.coordinator_toml = keys.to_owned();
-        self
-    }
-
-    /// Keys of `[arena]`.
-    pub fn arena(mut self, keys: &str) -> Self {
-        self.arena_toml = keys.to_owned();
         self
     }
 

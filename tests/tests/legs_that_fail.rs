@@ -96,7 +96,7 @@ async fn a_coordinator_that_comes_back_finds_its_workers() {
 
 #[tokio::test]
 async fn a_worker_that_is_told_to_stop_leaves_nothing() {
-    let mut cluster = ClusterBuilder::sim().arena("directory = \".\"").start().await.unwrap();
+    let mut cluster = ClusterBuilder::sim().start().await.unwrap();
     let arenas = |cluster: &baton_tests::Cluster| {
         std::fs::read_dir(cluster.directory())
             .unwrap()

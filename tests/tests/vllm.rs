@@ -56,18 +56,34 @@ fn prompt(seed: usize, length: usize) -> Vec<u32> {
 }
 
 fn request(prompt: &[u32], max_tokens: u32) -> Value {
-    json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true})
+    json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true, "logprobs": 1})
 }
 
-/// Two answers to a prompt, of which vLLM counts none for two: the request is not split.
-async fn aggregated(cluster: &Cluster, prompt: &[u32], max_tokens: u32) -> String {
+/// Asking for the prompt's log probabilities keeps a request on one worker, and keeps vLLM from its
+/// prefix cache: nothing that a handoff left there takes part in the reference.
+async fn aggregated(cluster: &Cluster, prompt: &[u32], max_tokens: u32) -> Value {
     let mut body = request(prompt, max_tokens);
-    body["n"] = 2.into();
-    // Nothing that a handoff left in the prefix cache takes part in the reference.
-    body["cache_salt"] = "reference".into();
+    body["prompt_logprobs"] = 0.into();
     let answer = cluster.post("/v1/completions", &body).await;
-    assert_eq!(answer.path(), "aggregated");
-    answer.generated()
+    assert_eq!((answer.status, answer.path()), (200, "aggregated"), "{}", answer.text);
+    answer.json()
+}
+
+/// The tokens are the same, and so are their probabilities: a small model can stammer the right tokens
+/// from wrong KV.
+fn assert_same(split: &Value, whole: &Value, what: &str) {
+    let choice = |answer: &Value| answer["choices"][0].clone();
+    assert_eq!(choice(split)["text"], choice(whole)["text"], "{what}");
+    let of = |answer: &Value| {
+        let logprobs = choice(answer)["logprobs"].clone();
+        let values: Vec<f64> = serde_json::from_value(logprobs["token_logprobs"].clone()).unwrap();
+        (logprobs["tokens"].clone(), values)
+    };
+    let ((split_tokens, split), (whole_tokens, whole)) = (of(split), of(whole));
+    assert_eq!(split_tokens, whole_tokens, "{what}");
+    for (a, b) in split.iter().zip(&whole) {
+        assert!((a - b).abs() < 1e-3, "{what}: {split:?} {whole:?}");
+    }
 }
 
 /// vLLM's own counters of one worker.
@@ -77,6 +93,15 @@ async fn vllm_metrics(cluster: &Cluster, worker: &str) -> Metrics {
     Metrics::parse(&cluster.http.get(url).send().await.unwrap().text().await.unwrap())
 }
 
+/// vLLM brings its gauges up to date when a token comes out.
+async fn refresh_vllm_metrics(cluster: &Cluster, worker: &str) {
+    let url = format!("http://127.0.0.1:{}/v1/completions", cluster.engine_port(worker));
+    let body = json!({"prompt": "x", "max_tokens": 1});
+    let answer = cluster.http.post(url).json(&body).send().await.unwrap();
+    assert!(answer.status().is_success());
+    answer.bytes().await.unwrap();
+}
+
 async fn split_equals_aggregated(cluster: &Cluster) {
     for length in [7, 31, 32, 33, 64, 65, 100, 511, 513, 1500] {
         let tokens = prompt(length, length);
@@ -84,7 +109,7 @@ async fn split_equals_aggregated(cluster: &Cluster) {
         let before = (cluster.metrics().await, vllm_metrics(cluster, "decode-0").await);
         let answer = cluster.post("/v1/completions", &request(&tokens, 16)).await;
         assert_eq!(answer.path(), "disaggregated", "{:?}", answer.headers);
-        assert_eq!(answer.generated(), expected, "prompt of {length} tokens");
+        assert_same(&answer.json(), &expected, &format!("prompt of {length} tokens"));
 
         // The KV crossed: decode's vLLM took the prompt from outside and computed one token of it.
         let after = (cluster.metrics().await, vllm_metrics(cluster, "decode-0").await);
@@ -115,7 +140,7 @@ async fn second_turn(cluster: &Cluster) {
     let second: Vec<u32> = first.iter().copied().chain(prompt(777, 64)).collect();
     let expected = aggregated(cluster, &second, 8).await;
     let answer = cluster.post("/v1/completions", &request(&second, 8)).await;
-    assert_eq!(answer.generated(), expected);
+    assert_same(&answer.json(), &expected, "second turn");
     let after = cluster.metrics().await;
     let grown = |name| after.sum(name, &[]) - before.sum(name, &[]);
     assert_eq!(grown("baton_handoff_blocks_total"), 2.0, "two new blocks");
@@ -144,7 +169,7 @@ async fn usage(cluster: &Cluster) {
 async fn not_split(cluster: &Cluster) {
     let cases = [
         (json!({"max_tokens": 1}), "one_token"),
-        (json!({"n": 2}), "n"),
+        (json!({"n": 2, "temperature": 1}), "n"),
         (json!({"prompt_logprobs": 1}), "prompt_logprobs"),
         (json!({"echo": true}), "echo"),
     ];
@@ -194,6 +219,7 @@ async fn clients_that_go_away(cluster: &Cluster) {
         .await;
         cluster.eventually_idle().await;
         for worker in ["prefill-0", "decode-0"] {
+            refresh_vllm_metrics(cluster, worker).await;
             let used = vllm_metrics(cluster, worker).await.sum("vllm:kv_cache_usage_perc", &[]);
             assert_eq!(used, 0.0, "blocks are left in {worker} after {moment} ms");
         }

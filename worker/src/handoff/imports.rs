@@ -273,11 +273,11 @@ impl Imports {
         if let Some(pull) = &consumer.pull {
             pull.abort();
         }
-        consumer.lent.clear();
+        // Slots stay lent: the engine gives back each that it was told of, wanted or not.
         if !matches!(*consumer.progress.borrow(), Progress::Complete(_) | Progress::Failed(_)) {
             consumer.progress.send_replace(Progress::Failed(fault));
         }
-        if consumer.left.is_some() {
+        if consumer.left.is_some() && consumer.lent.is_empty() {
             consumers.remove(&name);
         }
         true

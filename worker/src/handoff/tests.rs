@@ -348,6 +348,27 @@ async fn an_engine_that_loads_nothing_fails_its_handoff() {
 }
 
 #[tokio::test]
+async fn slots_of_an_aborted_request_come_back_from_the_engine() {
+    let never = Pull::Blocks { count: 2, block_bytes: BLOCK_BYTES, then: Ok(()) };
+    let mut fixture = Fixture::new([never]);
+    let name = name();
+    let (handoff, generation) = name;
+    let consuming = fixture.consume(name);
+    fixture.subscribe(name, 0).await;
+    let mut slots = Vec::new();
+    while slots.len() < 2 {
+        let ToEngine::Load { blocks, .. } = fixture.hear().await else { panic!("a load is due") };
+        slots.extend(blocks.into_iter().map(|block| block.slot));
+    }
+    fixture.tell(FromEngine::Aborted { handoff, generation }).await;
+    timeout(consuming.failed()).await;
+    assert_eq!(fixture.handoffs.slots().0, 2);
+    drop(consuming);
+    fixture.tell(FromEngine::Loaded { handoff, generation, slots }).await;
+    fixture.until_idle().await;
+}
+
+#[tokio::test]
 async fn a_prompt_that_the_engine_holds_needs_no_pull() {
     let fixture = Fixture::new([]);
     let name = name();

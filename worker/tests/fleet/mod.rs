@@ -79,6 +79,12 @@ impl Attached {
         self.commands = None;
     }
 
+    /// Waits until the worker has closed the stream.
+    pub async fn closed(&self) {
+        let mut reports = self.reports.clone();
+        while reports.changed().await.is_ok() {}
+    }
+
     pub async fn event(&mut self) -> Event {
         timeout(self.events.recv()).await.expect("the stream is open")
     }
@@ -128,11 +134,22 @@ impl Drop for Fleet {
 
 pub struct Worker {
     pub attached: Attached,
-    running: JoinHandle<Result<(), baton_worker::WorkerError>>,
-    stop: Arc<tokio::sync::Notify>,
+    running: Running,
 }
 
 impl Worker {
+    pub async fn stop(self) {
+        self.running.stop().await;
+    }
+}
+
+/// A worker that may not have attached yet.
+pub struct Running {
+    pub running: JoinHandle<Result<(), baton_worker::WorkerError>>,
+    stop: Arc<tokio::sync::Notify>,
+}
+
+impl Running {
     pub async fn stop(self) {
         self.stop.notify_one();
         timeout(self.running).await.unwrap().unwrap();
@@ -152,12 +169,18 @@ impl Fleet {
     }
 
     pub async fn worker(&mut self, name: &str, role: Role, sim: SimConfig) -> Worker {
+        let running = self.spawn(name, role, EngineConfig::Sim(sim));
+        let attached = self.next_attached().await;
+        Worker { attached, running }
+    }
+
+    pub fn spawn(&mut self, name: &str, role: Role, engine: EngineConfig) -> Running {
         let config = WorkerConfig {
             name: name.into(),
             role,
             coordinators: vec![self.address.to_string()],
             tls: None,
-            engine: EngineConfig::Sim(sim),
+            engine,
             arena: ArenaConfig {
                 directory: self.dir.path().into(),
                 export_bytes: 1 << 20,
@@ -172,8 +195,7 @@ impl Fleet {
         let stopped = stop.clone();
         let running =
             tokio::spawn(baton_worker::run(config, async move { stopped.notified().await }));
-        let attached = self.next_attached().await;
-        Worker { attached, running, stop }
+        Running { running, stop }
     }
 
     pub async fn next_attached(&mut self) -> Attached {
