@@ -59,13 +59,17 @@ fn request(prompt: &[u32], max_tokens: u32) -> Value {
     json!({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true, "logprobs": 1})
 }
 
-/// Asking for the prompt's log probabilities keeps a request on one worker, and keeps vLLM from its
-/// prefix cache: nothing that a handoff left there takes part in the reference.
+/// Asking for the prompt's log probabilities keeps a request on one worker, and keeps vLLM from reading
+/// its prefix cache. What the reference leaves there is cleared, so that a handoff has to bring it all.
 async fn aggregated(cluster: &Cluster, prompt: &[u32], max_tokens: u32) -> Value {
     let mut body = request(prompt, max_tokens);
     body["prompt_logprobs"] = 0.into();
     let answer = cluster.post("/v1/completions", &body).await;
     assert_eq!((answer.status, answer.path()), (200, "aggregated"), "{}", answer.text);
+    for worker in ["prefill-0", "decode-0"] {
+        let url = format!("http://127.0.0.1:{}/reset_prefix_cache", cluster.engine_port(worker));
+        assert!(cluster.http.post(url).send().await.unwrap().status().is_success());
+    }
     answer.json()
 }
 
@@ -135,10 +139,10 @@ async fn split_equals_aggregated(cluster: &Cluster) {
 
 async fn second_turn(cluster: &Cluster) {
     let first = prompt(4242, 320);
-    cluster.post("/v1/completions", &request(&first, 4)).await.generated();
-    let before = cluster.metrics().await;
     let second: Vec<u32> = first.iter().copied().chain(prompt(777, 64)).collect();
     let expected = aggregated(cluster, &second, 8).await;
+    cluster.post("/v1/completions", &request(&first, 4)).await.generated();
+    let before = cluster.metrics().await;
     let answer = cluster.post("/v1/completions", &request(&second, 8)).await;
     assert_same(&answer.json(), &expected, "second turn");
     let after = cluster.metrics().await;
