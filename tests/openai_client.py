@@ -1,4 +1,5 @@
-"""The official client against a running Baton: openai_client.py BASE_URL MODEL"""
+"""The official client against a running Baton, and beside it against one of its vLLMs, whose answers are
+what an aggregated vLLM says: openai_client.py BASE_URL VLLM_BASE_URL MODEL"""
 
 import json
 import sys
@@ -6,8 +7,9 @@ import sys
 import openai
 from openai import OpenAI
 
-base_url, model = sys.argv[1:]
+base_url, vllm_url, model = sys.argv[1:]
 client = OpenAI(base_url=base_url, api_key="unused", max_retries=0)
+vllm = OpenAI(base_url=vllm_url, api_key="unused", max_retries=0)
 messages = [{"role": "user", "content": "Name three colours of the rainbow."}]
 greedy = {"model": model, "temperature": 0, "seed": 1}
 checks = []
@@ -20,6 +22,22 @@ def check(function):
 
 def path(raw):
     return raw.headers["x-baton-path"]
+
+
+def same_as_vllm(**arguments):
+    """The split answer, after holding it against the aggregated one: text, tool calls, counts."""
+    raw = client.chat.completions.with_raw_response.create(**arguments)
+    assert path(raw) == "disaggregated", dict(raw.headers)
+    split, whole = raw.parse(), vllm.chat.completions.create(**arguments)
+    for a, b in zip(split.choices, whole.choices, strict=True):
+        assert (a.message.content, a.finish_reason) == (b.message.content, b.finish_reason), (a, b)
+        calls = [
+            [call.function.model_dump() for call in choice.message.tool_calls or []] for choice in (a, b)
+        ]
+        assert calls[0] == calls[1], calls
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(split.usage, count) == getattr(whole.usage, count), (split.usage, whole.usage)
+    return split
 
 
 @check
@@ -111,16 +129,10 @@ TOOL = {
 @check
 def tools():
     ask = [{"role": "user", "content": "What is the weather in Paris?"}]
-    choice = {"type": "function", "function": {"name": "get_weather"}}
-    raw = client.chat.completions.with_raw_response.create(
-        messages=ask, tools=[TOOL], tool_choice=choice, max_tokens=60, **greedy
-    )
-    call = raw.parse().choices[0].message.tool_calls[0]
-    assert path(raw) == "disaggregated"
-    assert call.function.name == "get_weather" and call.function.arguments.startswith("{")
-    auto = client.chat.completions.create(messages=ask, tools=[TOOL], max_tokens=20, **greedy)
-    without = client.chat.completions.create(messages=ask, max_tokens=20, **greedy)
-    assert auto.usage.prompt_tokens > without.usage.prompt_tokens, "tools are part of the prompt"
+    forced = {"type": "function", "function": {"name": "get_weather"}}
+    answer = same_as_vllm(model=model, messages=ask, tools=[TOOL], tool_choice=forced, max_tokens=60, temperature=0)
+    assert answer.choices[0].message.tool_calls[0].function.name == "get_weather"
+    same_as_vllm(messages=ask, tools=[TOOL], max_tokens=20, **greedy)
 
 
 @check
@@ -131,14 +143,13 @@ def json_schema():
         "required": ["colour"],
         "additionalProperties": False,
     }
-    raw = client.chat.completions.with_raw_response.create(
+    answer = same_as_vllm(
         messages=messages,
         max_tokens=40,
         response_format={"type": "json_schema", "json_schema": {"name": "c", "schema": schema}},
         **greedy,
     )
-    content = raw.parse().choices[0].message.content
-    assert path(raw) == "disaggregated"
+    content = answer.choices[0].message.content
     assert json.loads(content)["colour"] in ("red", "green"), content
 
 

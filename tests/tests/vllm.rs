@@ -232,8 +232,9 @@ async fn clients_that_go_away(cluster: &Cluster) {
 
 fn openai_client(cluster: &Cluster, environment: &std::path::Path) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/openai_client.py");
+    let vllm = format!("http://127.0.0.1:{}/v1", cluster.engine_port("prefill-0"));
     let output = Command::new(environment.join("bin/python"))
-        .args([script, &cluster.url("/v1"), "smollm2"])
+        .args([script, &cluster.url("/v1"), &vllm, "smollm2"])
         .output()
         .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -249,7 +250,7 @@ async fn engine_dies(cluster: &mut Cluster) {
     let reading = tokio::spawn(read_events(response));
     tokio::time::sleep(Duration::from_millis(1500)).await;
     let port = cluster.engine_port("decode-0").to_string();
-    let killed = Command::new("pkill").args(["-KILL", "-f", &format!("--port {port}")]).status();
+    let killed = Command::new("pkill").args(["-KILL", "-f", "--", &format!("--port {port}")]).status();
     assert!(killed.unwrap().success());
     let events = reading.await.unwrap().unwrap();
     let last: Value = serde_json::from_str(&events.last().unwrap().data).unwrap();
