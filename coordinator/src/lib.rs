@@ -32,6 +32,8 @@ use crate::{fleet::FleetService, shell::Shell};
 
 /// How long open answers may go on after the order to stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// A stranger who connects and says nothing holds no socket for longer.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
@@ -126,5 +128,5 @@ fn mutual_tls(tls: &TlsConfig) -> Result<ServerTlsConfig, CoordinatorError> {
     };
     let identity = Identity::from_pem(read(&tls.certificate)?, read(&tls.private_key)?);
     let ca = Certificate::from_pem(read(&tls.ca)?);
-    Ok(ServerTlsConfig::new().identity(identity).client_ca_root(ca))
+    Ok(ServerTlsConfig::new().identity(identity).client_ca_root(ca).timeout(HANDSHAKE_TIMEOUT))
 }

@@ -364,7 +364,9 @@ impl Shell {
                 }
                 Action::Disconnect { worker } => {
                     if let Some(attached) = state.links.remove(&worker) {
-                        attached.link.close();
+                        attached.link.dismiss(
+                            "another worker of the same name took this one's place".to_owned(),
+                        );
                     }
                 }
             }

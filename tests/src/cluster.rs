@@ -26,7 +26,35 @@ pub struct ClusterBuilder {
     engine: Engine,
     coordinator_toml: String,
     arena_toml: String,
+    tls: Option<TlsPem>,
     ready: bool,
+}
+
+/// One identity, and whom it trusts, as PEM texts.
+#[derive(Clone, Debug)]
+pub struct TlsPem {
+    pub ca: String,
+    pub certificate: String,
+    pub private_key: String,
+}
+
+impl TlsPem {
+    /// Writes the files below `directory` and answers the `[tls]` table that names them.
+    pub fn write_to(&self, directory: &Path) -> Result<String> {
+        fs::create_dir_all(directory)?;
+        let files = [
+            ("ca", "ca.pem", &self.ca),
+            ("certificate", "host.pem", &self.certificate),
+            ("private_key", "host.key", &self.private_key),
+        ];
+        let mut toml = "[tls]\n".to_owned();
+        for (key, file, text) in files {
+            let path = directory.join(file);
+            fs::write(&path, text)?;
+            writeln!(toml, "{key} = {path:?}")?;
+        }
+        Ok(toml)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -58,6 +86,7 @@ impl ClusterBuilder {
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
+            tls: None,
             ready: true,
         }
     }
@@ -90,6 +119,12 @@ impl ClusterBuilder {
     /// Keys of `[coordinator.limits]`.
     pub fn limits(mut self, keys: &str) -> Self {
         self.coordinator_toml = keys.to_owned();
+        self
+    }
+
+    /// Mutual TLS between coordinator and workers, who all show this one certificate.
+    pub fn tls(mut self, pem: TlsPem) -> Self {
+        self.tls = Some(pem);
         self
     }
 
@@ -156,6 +191,9 @@ impl ClusterBuilder {
              [coordinator.limits]\n{}\n\n[arena]\n{}\n\n",
             self.coordinator_toml, self.arena_toml
         );
+        if let Some(tls) = &self.tls {
+            writeln!(toml, "{}", tls.write_to(&directory.join("tls"))?)?;
+        }
         if let Engine::Sim { toml: engine } = &self.engine {
             writeln!(toml, "[engine]\nkind = \"sim\"\n{engine}")?;
         }
@@ -274,6 +312,37 @@ impl Cluster {
         let process = Process::start(name, &arguments, self.directory.path())?;
         self.processes.insert(name.to_owned(), process);
         Ok(())
+    }
+
+    /// The text of the file that all processes were started with.
+    pub fn config(&self) -> Result<String> {
+        Ok(fs::read_to_string(&self.config)?)
+    }
+
+    /// Starts one more process, called `process` here: the worker `name` of a file of its own.
+    pub fn start_worker_of(
+        &mut self,
+        toml: &str,
+        process: &str,
+        role: &str,
+        name: &str,
+    ) -> Result<()> {
+        let config = self.directory.path().join(format!("{process}.toml"));
+        fs::write(&config, toml)?;
+        let role = format!("{role}-worker");
+        let arguments = [role.as_str(), "--config", &config.to_string_lossy(), "--name", name];
+        let started = Process::start(process, &arguments, self.directory.path())?;
+        self.processes.insert(process.to_owned(), started);
+        Ok(())
+    }
+
+    /// Waits until a process says something in its log.
+    pub async fn wait_for_log(&self, process: &str, says: &str) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !self.log(process).contains(says) {
+            assert!(Instant::now() < deadline, "no {says:?} in:\n{}", self.log(process));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     pub fn kill(&mut self, name: &str) {

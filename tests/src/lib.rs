@@ -7,6 +7,6 @@ mod process;
 mod vllm;
 
 pub use answers::{Answer, StreamEvent, read_events, streamed_text};
-pub use cluster::{Cluster, ClusterBuilder};
+pub use cluster::{Cluster, ClusterBuilder, TlsPem};
 pub use metrics::Metrics;
 pub use vllm::{VllmInstallation, vllm_or_skip};

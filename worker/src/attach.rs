@@ -36,6 +36,10 @@ enum AttachError {
     NoAnswer,
     #[error("the stream broke off: {0}")]
     BrokeOff(String),
+    #[error("it hung up before it answered the hello ({reason}); {hint}")]
+    HungUp { reason: String, hint: &'static str },
+    #[error("{0}: this one keeps away until it is restarted")]
+    Displaced(String),
     #[error("the stream ended")]
     Ended,
 }
@@ -48,6 +52,11 @@ pub(crate) async fn keep_attached(life: Arc<Life>, coordinator: &str, tls: Optio
             Ok(never) => match never {},
             Err(error) => error,
         };
+        if matches!(error, AttachError::Displaced(_)) {
+            // Coming back would displace the other in its turn, and so on for ever.
+            tracing::error!(coordinator, %error, "not attached");
+            return std::future::pending().await;
+        }
         let wait = backoff.next();
         if matches!(error, AttachError::Refused(_)) {
             tracing::error!(coordinator, %error, "not attached");
@@ -74,8 +83,9 @@ async fn attach(
     let _close = CloseOnDrop(outbox.clone());
     let mut client = FleetClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let (mut stream, welcome) = timeout(WELCOME_TIMEOUT, async {
-        let mut stream = client.attach(frames).await.map_err(broke_off)?.into_inner();
-        match next(&mut stream).await? {
+        let hung_up = |status| hung_up(&status, tls.is_some());
+        let mut stream = client.attach(frames).await.map_err(hung_up)?.into_inner();
+        match next(&mut stream, hung_up).await? {
             Frame::Welcome(welcome) => Ok((stream, welcome)),
             Frame::Refusal(refusal) => Err(AttachError::Refused(refusal.reason)),
             Frame::Commands(_) => Err(AttachError::NoWelcome),
@@ -100,12 +110,12 @@ async fn serve(
     reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            frame = next(stream) => match frame? {
+            frame = next(stream, |status| AttachError::BrokeOff(told(&status))) => match frame? {
                 Frame::Commands(Commands { cancel, start }) => {
                     cancel.into_iter().for_each(|job| jobs.cancel(job));
                     start.into_iter().for_each(|job| jobs.start(job));
                 }
-                Frame::Refusal(refusal) => return Err(AttachError::Refused(refusal.reason)),
+                Frame::Refusal(refusal) => return Err(AttachError::Displaced(refusal.reason)),
                 Frame::Welcome(_) => {}
             },
             _ = reports.tick() => outbox.report(life.report()),
@@ -113,9 +123,12 @@ async fn serve(
     }
 }
 
-async fn next(stream: &mut Streaming<CoordinatorFrame>) -> Result<Frame, AttachError> {
+async fn next(
+    stream: &mut Streaming<CoordinatorFrame>,
+    broken: impl Fn(tonic::Status) -> AttachError,
+) -> Result<Frame, AttachError> {
     loop {
-        match stream.message().await.map_err(broke_off)? {
+        match stream.message().await.map_err(&broken)? {
             Some(CoordinatorFrame { frame: Some(frame) }) => return Ok(frame),
             // Of a newer coordinator, which knows that this worker may not know it.
             Some(CoordinatorFrame { frame: None }) => {}
@@ -124,9 +137,20 @@ async fn next(stream: &mut Streaming<CoordinatorFrame>) -> Result<Frame, AttachE
     }
 }
 
-#[allow(clippy::needless_pass_by_value)] // The shape that `map_err` wants.
-fn broke_off(status: tonic::Status) -> AttachError {
-    AttachError::BrokeOff(format!("{}: {}", status.code(), status.message()))
+/// In TLS 1.3 a client is done with its handshake before the server has looked at its certificate: a
+/// refusal of it comes only here.
+fn hung_up(status: &tonic::Status, with_tls: bool) -> AttachError {
+    let hint = if with_tls {
+        "its [tls] ca may not be the one that signed this worker's certificate"
+    } else {
+        "it may want TLS, and this worker's file has no [tls]"
+    };
+    AttachError::HungUp { reason: told(status), hint }
+}
+
+fn told(status: &tonic::Status) -> String {
+    let text = format!("{}: {}", status.code(), status.message());
+    std::error::Error::source(status).map_or(text.clone(), |cause| joined(text, cause))
 }
 
 struct CloseOnDrop(Outbox);
@@ -180,11 +204,18 @@ fn endpoint(coordinator: &str, tls: Option<&TlsPem>) -> Result<Endpoint, tonic::
 
 /// An error with its causes: tonic's own says only "transport error".
 fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
+    error.source().map_or(error.to_string(), |cause| joined(error.to_string(), cause))
+}
+
+/// Some causes only repeat what was said.
+fn joined(mut text: String, cause: &dyn std::error::Error) -> String {
+    let mut cause = Some(cause);
     while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
         cause = error.source();
     }
     text

@@ -51,6 +51,19 @@ impl Link {
         });
     }
 
+    /// Ends the stream of a worker whose place another took, and tells it so.
+    pub(crate) fn dismiss(&self, reason: String) {
+        self.change(|state| {
+            let refusal = wire::coordinator_frame::Frame::Refusal(wire::Refusal { reason });
+            *state = State {
+                first: Some(refusal),
+                closed: true,
+                waiting: state.waiting.take(),
+                ..State::default()
+            };
+        });
+    }
+
     /// Ends the stream once what waits has left.
     pub(crate) fn close(&self) {
         self.change(|state| state.closed = true);

@@ -17,7 +17,7 @@ pub mod worker_frame {
         Report(super::Report),
     }
 }
-/// First a Welcome or a Refusal, then Commands.
+/// First a Welcome or a Refusal, then Commands; last a Refusal, where another worker took the name.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CoordinatorFrame {
     #[prost(oneof = "coordinator_frame::Frame", tags = "1, 2, 3")]

@@ -124,13 +124,7 @@ pub async fn a_slow_consumer_bounds_what_is_under_way(transport: &dyn Transport)
     let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
     let watch = async {
         pace.reached(1).await;
-        let sent = || producer.ledger.counters().bytes_sent;
-        let mut last = 0;
-        // Until it does not grow any more, or all is sent.
-        while sent() > last {
-            last = sent();
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
+        let last = producer.sends_no_more().await;
         assert!(last <= bound + 2 * block, "{last} bytes are under way, {bound} are the most");
         assert_eq!(pace.verified(), 1);
 
@@ -149,14 +143,14 @@ pub async fn a_slow_consumer_bounds_what_is_under_way(transport: &dyn Transport)
 }
 
 pub async fn a_prefill_that_takes_long_is_waited_for(transport: &dyn Transport) {
-    let stall = Duration::from_secs(1);
+    let stall = Duration::from_secs(2);
     let producer = Producer::start_with(transport, Staging::new(2, 4096), stall, NEVER).await;
     let consumer = Consumer::start_with(transport, Staging::new(2, 4096), stall).await;
     let id = HandoffId::random();
     producer.expect(id, &consumer);
     let later = async {
         // Longer than what counts as a stall: the producer lives and says so.
-        tokio::time::sleep(3 * stall).await;
+        tokio::time::sleep(2 * stall).await;
         producer.export(id, &[100, 100]).await;
     };
     let (pulled, ()) = tokio::join!(consumer.pull(&producer, id, 0), later);

@@ -124,6 +124,8 @@ pub async fn a_producer_may_give_up_while_the_consumer_takes_nothing(transport: 
     let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
     let give_up = async {
         pace.reached(1).await;
+        let sent = producer.sends_no_more().await;
+        assert!(sent < u64::from(blocks) * block, "it is not held up: {sent} bytes are sent");
         producer.ledger.abort(id, FIRST);
         // What was under way is let go, too.
         producer.holds_nothing().await;

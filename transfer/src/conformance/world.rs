@@ -127,6 +127,17 @@ impl Producer {
         }
     }
 
+    /// Waits until what it sends does not grow any more. Answers the bytes.
+    pub(super) async fn sends_no_more(&self) -> u64 {
+        let sent = || self.ledger.counters().bytes_sent;
+        let mut last = 0;
+        while sent() > last {
+            last = sent();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        last
+    }
+
     /// No handoff is open and no export slot is in use, or soon so.
     pub(super) async fn holds_nothing(&self) {
         eventually("the producer holds nothing", || {

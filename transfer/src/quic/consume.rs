@@ -1,13 +1,12 @@
 //! The consumer's side of one handoff.
 
 use std::{
-    collections::VecDeque,
     future::{Future, pending},
     time::{Duration, Instant},
 };
 
-use bytes::{Buf, Bytes};
-use quinn::{Connection, ReadError, RecvStream, SendStream};
+use bytes::Bytes;
+use quinn::{Connection, RecvStream, SendStream};
 use tokio::time::{sleep, timeout};
 
 use super::{
@@ -22,9 +21,6 @@ use crate::{
 /// How often the producer is told that blocks are being placed.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Chunks taken from the connection in one go; each is one datagram's worth at most.
-const CHUNKS_AT_ONCE: usize = 64;
-
 /// Subscribes, places every block, verifies, acknowledges.
 pub(super) async fn pull(
     connection: Connection,
@@ -34,8 +30,7 @@ pub(super) async fn pull(
 ) -> Result<Pulled, TransferError> {
     let opened = timeout(stall, connection.open_bi()).await.map_err(|_| stalled(stall))?;
     let (send, recv) = opened.map_err(|error| lost(&error))?;
-    let mut producer =
-        Producer { connection, send, recv, chunks: VecDeque::new(), stall, is_over: false };
+    let mut producer = Producer { connection, send, recv, stall, is_over: false };
     let pulled = producer.take_over(subscription, sink).await;
     match &pulled {
         Ok(_) => producer.is_over = true,
@@ -49,8 +44,6 @@ struct Producer {
     connection: Connection,
     send: SendStream,
     recv: RecvStream,
-    /// Received, and not looked at yet.
-    chunks: VecDeque<Bytes>,
     stall: Duration,
     is_over: bool,
 }
@@ -166,34 +159,21 @@ impl Producer {
         Ok(ProducerFrame::decode(kind, &body)?)
     }
 
-    /// The next `len` bytes, in the pieces in which they came.
+    /// The next `len` bytes, in the pieces in which they came, and not a byte more: what is not taken
+    /// from the connection is what slows the producer down.
     async fn exactly(&mut self, len: usize) -> Result<Vec<Bytes>, TransferError> {
         let mut taken = Vec::new();
         let mut missing = len;
         while missing > 0 {
-            match self.chunks.front_mut() {
-                None => self.receive().await?,
-                Some(chunk) if chunk.remaining() > missing => {
-                    taken.push(chunk.split_to(missing));
-                    missing = 0;
-                }
-                Some(_) => {
-                    taken.extend(self.chunks.pop_front().inspect(|chunk| missing -= chunk.len()));
-                }
-            }
+            let chunk = timeout(self.stall, self.recv.read_chunk(missing, true))
+                .await
+                .map_err(|_| stalled(self.stall))?
+                .map_err(|error| read_failed(&error))?
+                .ok_or_else(ended_early)?;
+            missing -= chunk.bytes.len();
+            taken.push(chunk.bytes);
         }
         Ok(taken)
-    }
-
-    async fn receive(&mut self) -> Result<(), TransferError> {
-        let mut chunks = [const { Bytes::new() }; CHUNKS_AT_ONCE];
-        let received = timeout(self.stall, self.recv.read_chunks(&mut chunks))
-            .await
-            .map_err(|_| stalled(self.stall))?
-            .map_err(|error: ReadError| read_failed(&error))?
-            .ok_or_else(ended_early)?;
-        self.chunks.extend(chunks.into_iter().take(received));
-        Ok(())
     }
 
     /// Tells the producer something. That it listens no more is no error here: what it said last
