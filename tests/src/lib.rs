@@ -1,4 +1,6 @@
 //! A cluster of real processes on loopback, for the scenarios beside: `tests/*.rs`, one a file.
+// A scenario says what must hold by panicking, and what it skips on the terminal.
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 mod answers;
 mod cluster;

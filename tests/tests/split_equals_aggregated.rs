@@ -13,7 +13,8 @@ const KV_BYTES_PER_TOKEN: usize = 1024;
 
 fn prompt(seed: u32, length: usize) -> Vec<u32> {
     // Token ids below 256 are bytes, which every vocabulary has.
-    (0..length as u32)
+    (0u32..)
+        .take(length)
         .map(|i| seed.wrapping_mul(31).wrapping_add(i.wrapping_mul(7)) % 200)
         .collect()
 }
@@ -55,8 +56,8 @@ async fn the_counters_agree_with_each_other_and_with_the_prompt() {
     let cluster = ClusterBuilder::sim().start().await.unwrap();
     let block_bytes = (BLOCK_SIZE_TOKENS * KV_BYTES_PER_TOKEN) as f64;
     let mut blocks = 0.0;
-    for (index, length) in [15, 16, 17, 200].into_iter().enumerate() {
-        cluster.complete(prompt(50 + index as u32, length), 4).await.generated();
+    for (seed, length) in [(50, 15), (51, 16), (52, 17), (53, 200)] {
+        cluster.complete(prompt(seed, length), 4).await.generated();
         blocks += length.div_ceil(BLOCK_SIZE_TOKENS) as f64;
         let metrics = cluster
             .eventually("all blocks are counted", |metrics| {

@@ -250,7 +250,8 @@ async fn engine_dies(cluster: &mut Cluster) {
     let reading = tokio::spawn(read_events(response));
     tokio::time::sleep(Duration::from_millis(1500)).await;
     let port = cluster.engine_port("decode-0").to_string();
-    let killed = Command::new("pkill").args(["-KILL", "-f", "--", &format!("--port {port}")]).status();
+    let killed =
+        Command::new("pkill").args(["-KILL", "-f", "--", &format!("--port {port}")]).status();
     assert!(killed.unwrap().success());
     let events = reading.await.unwrap().unwrap();
     let last: Value = serde_json::from_str(&events.last().unwrap().data).unwrap();

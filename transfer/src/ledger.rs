@@ -420,7 +420,7 @@ impl ExportStream for LedgerStream {
             let ready = Arc::clone(&self.ready);
             tokio::select! {
                 () = ready.notified() => {}
-                () = self.revoked() => {}
+                () = self.revoked() => return Exported::Aborted,
             }
         }
     }
