@@ -77,14 +77,19 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
         let tls = cluster.tls.insert(keys::blank_tls());
         reader.read_keys(&place, keys::TLS, &[], &[], tls);
     }
-    let secured = cluster.tls.is_some() || cluster.insecure_plaintext;
-    if !secured && let Some(place) = reader.table(root, "coordinator") {
+    let links = Links {
+        secured: cluster.tls.is_some() || cluster.insecure_plaintext,
+        insecure: cluster.insecure_plaintext,
+    };
+    if !links.secured
+        && let Some(place) = reader.table(root, "coordinator")
+    {
         rules::coordinator_exposure(reader, &place, &cluster.coordinator);
     }
-    let defaults = read_defaults(reader, root, secured);
+    let defaults = read_defaults(reader, root, links);
     let mut clashes = rules::Clashes::of_coordinator(reader, root, &cluster.coordinator);
     for place in reader.tables(root, "worker") {
-        let mut worker = read_worker(reader, &place, &defaults, secured, &mut clashes);
+        let mut worker = read_worker(reader, &place, &defaults, links, &mut clashes);
         worker.tls.clone_from(&cluster.tls);
         if worker.coordinators.is_empty() {
             worker.coordinators.push(cluster.coordinator.advertise.clone());
@@ -112,7 +117,16 @@ fn read_coordinator(reader: &mut Reader<'_>, root: &Place<'_>, cluster: &mut Clu
     }
 }
 
-fn read_defaults<'d>(reader: &mut Reader<'_>, root: &Place<'d>, secured: bool) -> Defaults<'d> {
+/// What may leave this machine.
+#[derive(Clone, Copy)]
+struct Links {
+    /// Between coordinator and workers: there is TLS, or the operator does without.
+    secured: bool,
+    /// The operator does without. An engine is spoken to in plain text whatever `[tls]` says.
+    insecure: bool,
+}
+
+fn read_defaults<'d>(reader: &mut Reader<'_>, root: &Place<'d>, links: Links) -> Defaults<'d> {
     let mut defaults = Defaults {
         engine: Engine::Absent,
         arena: ArenaConfig::default(),
@@ -123,14 +137,14 @@ fn read_defaults<'d>(reader: &mut Reader<'_>, root: &Place<'d>, secured: bool) -
     };
     if let Some(place) = &defaults.engine_place {
         defaults.engine = read_engine(reader, place, &Engine::Absent);
-        rules::engine_exposure(reader, place, &defaults.engine, secured);
+        rules::engine_exposure(reader, place, &defaults.engine, links.insecure);
     }
     if let Some(place) = &defaults.arena_place {
         reader.read_keys(place, keys::ARENA, &[], &[], &mut defaults.arena);
     }
     if let Some(place) = &defaults.transfer_place {
         reader.read_keys(place, keys::TRANSFER, &[], &[], &mut defaults.transfer);
-        if !secured {
+        if !links.secured {
             rules::transfer_exposure(reader, place, &defaults.transfer);
         }
     }
@@ -141,12 +155,12 @@ fn read_worker(
     reader: &mut Reader<'_>,
     place: &Place<'_>,
     defaults: &Defaults<'_>,
-    secured: bool,
+    links: Links,
     clashes: &mut rules::Clashes,
 ) -> WorkerConfig {
     let mut worker = keys::blank_worker();
     reader.read_keys(place, keys::WORKER, &["engine", "arena", "transfer"], &[], &mut worker);
-    if !secured {
+    if !links.secured {
         rules::coordinators_exposure(reader, place, &worker.coordinators);
     }
 
@@ -154,7 +168,7 @@ fn read_worker(
     let engine = match &engine_place {
         Some(own) => {
             let engine = read_engine(reader, own, &defaults.engine);
-            rules::engine_exposure(reader, own, &engine, secured);
+            rules::engine_exposure(reader, own, &engine, links.insecure);
             engine
         }
         None => defaults.engine.clone(),
@@ -174,7 +188,7 @@ fn read_worker(
     let transfer_place = reader.table(place, "transfer");
     if let Some(own) = &transfer_place {
         reader.read_keys(own, keys::TRANSFER, &[], &[], &mut worker.transfer);
-        if !secured {
+        if !links.secured {
             rules::transfer_exposure(reader, own, &worker.transfer);
         }
     }

@@ -257,20 +257,21 @@ impl Metrics {
         }
     }
 
-    pub(crate) fn first_token(&self, path: Path, ttft: Duration, tokens: u32) {
-        let metrics = &self.paths[path as usize];
-        metrics.ttft.observe(ttft.as_secs_f64());
-        metrics.output_tokens.inc_by(tokens.into());
+    pub(crate) fn tokens(&self, path: Path, tokens: u32) {
+        self.paths[path as usize].output_tokens.inc_by(tokens.into());
+    }
+
+    pub(crate) fn first_token(&self, path: Path, ttft: Duration) {
+        self.paths[path as usize].ttft.observe(ttft.as_secs_f64());
     }
 
     /// Tokens that came together share the time since the ones before them.
-    pub(crate) fn next_tokens(&self, path: Path, gap: Duration, tokens: u32) {
+    pub(crate) fn gaps(&self, path: Path, gap: Duration, tokens: u32) {
         let metrics = &self.paths[path as usize];
         let each = gap.as_secs_f64() / f64::from(tokens.max(1));
         for _ in 0..tokens {
             metrics.itl.observe(each);
         }
-        metrics.output_tokens.inc_by(tokens.into());
     }
 
     pub(crate) fn request_ended(&self, path: Path, outcome: Outcome, e2e: Duration) {

@@ -481,9 +481,14 @@ impl Client {
 
     fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) {
         let Some(relaying) = self.relaying.as_mut().filter(|_| tokens > 0) else { return };
-        match relaying.last_tokens {
-            None => metrics.first_token(relaying.path, now.duration_since(self.arrived), tokens),
-            Some(last) => metrics.next_tokens(relaying.path, now.duration_since(last), tokens),
+        metrics.tokens(relaying.path, tokens);
+        // An answer that comes whole has no first token that anybody could see.
+        match relaying.last_tokens.filter(|_| relaying.event_stream) {
+            Some(last) => metrics.gaps(relaying.path, now.duration_since(last), tokens),
+            None if relaying.event_stream => {
+                metrics.first_token(relaying.path, now.duration_since(self.arrived));
+            }
+            None => {}
         }
         relaying.last_tokens = Some(now);
     }

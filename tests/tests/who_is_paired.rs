@@ -8,7 +8,10 @@ use serde_json::json;
 /// The cluster's file, with a transfer port of the worker's own choice.
 fn file_for_one_more(cluster: &Cluster, worker: &str) -> String {
     let port = cluster.transfer_port(worker);
-    cluster.config().unwrap().replace(&format!("127.0.0.1:{port}"), "127.0.0.1:0")
+    cluster
+        .config()
+        .expect("the file that it was started with")
+        .replace(&format!("127.0.0.1:{port}"), "127.0.0.1:0")
 }
 
 async fn ask(cluster: &Cluster, model: &str) -> baton_tests::Answer {
