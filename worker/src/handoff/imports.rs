@@ -7,7 +7,7 @@ use std::{
 use async_trait::async_trait;
 use baton_arena::{Arena, ReservedSlot, Slot, SlotPool, SlotView};
 use baton_engine::{BlockInSlot, ToEngine};
-use baton_transfer::{BlockSink, PeerAddress, Pulled, Subscription, TransferError};
+use baton_transfer::{BlockSink, PeerAddress, Pulled, Seal, Subscription, TransferError};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, HandoffKey, Origin, PromptDigest};
 use parking_lot::Mutex;
 use tokio::{
@@ -63,6 +63,7 @@ pub(super) struct Imports {
     arena: Arena,
     pool: SlotPool,
     block_bytes: u64,
+    block_size_tokens: u32,
     compatibility: [u8; 32],
     epoch: Epoch,
     transfer: Transfer,
@@ -107,6 +108,8 @@ impl Imports {
             pool: SlotPool::new((layout.export_slots..layout.total_slots()).map(Slot)),
             arena,
             block_bytes: compatibility.block_bytes,
+            // A layout of no tokens a block is of no engine; one is the strictest reading.
+            block_size_tokens: compatibility.block_size_tokens.max(1),
             compatibility: compatibility.digest(),
             epoch,
             transfer,
@@ -177,13 +180,30 @@ impl Imports {
         let pulled = self.transfer.channel.pull(&peer, subscription, &mut sink).await;
         let duration = sink.verified - started;
         let loaded = match pulled {
-            Ok(pulled) => self.all_loaded(name).await.map(|()| pulled),
+            Ok(pulled) => match self.check_whole(&pulled) {
+                Ok(()) => self.all_loaded(name).await.map(|()| pulled),
+                Err(fault) => Err(fault),
+            },
             Err(error) => Err(fault::of_transfer(&error)),
         };
         match loaded {
             Ok(pulled) => self.complete(name, pulled, first_block, duration),
             Err(fault) => self.fail(name, fault),
         }
+    }
+
+    /// The channel proved that what was sealed is what came; that it is the whole prompt is for those to
+    /// say who know how many tokens a block holds.
+    fn check_whole(&self, pulled: &Pulled) -> Result<(), Fault> {
+        let Seal { prompt_blocks, prompt_tokens, .. } = pulled.seal;
+        let expected = prompt_tokens.div_ceil(self.block_size_tokens);
+        if prompt_blocks == expected {
+            return Ok(());
+        }
+        let reason = format!(
+            "{prompt_tokens} tokens make {expected} blocks, the producer sealed {prompt_blocks}"
+        );
+        Err(Fault::new(Origin::Handoff, FaultKind::Corrupt, reason))
     }
 
     /// Waits until the engine has copied every block.

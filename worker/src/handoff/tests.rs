@@ -160,7 +160,7 @@ impl Fixture {
         self.tell(FromEngine::Subscribe {
             handoff: name.0,
             generation: name.1,
-            prompt_tokens: 40,
+            prompt_tokens: CONSUMED_TOKENS,
             prompt_digest: DIGEST,
             first_block,
         })
@@ -209,6 +209,9 @@ fn name() -> Name {
     (HandoffId::random(), Generation(1))
 }
 
+/// Six blocks, the last of them not full.
+const CONSUMED_TOKENS: u32 = 90;
+
 fn blocks(count: u32) -> Pull {
     Pull::Blocks { count, block_bytes: BLOCK_BYTES, then: Ok(()) }
 }
@@ -252,6 +255,7 @@ async fn pulled_blocks_are_loaded_and_only_then_complete() {
     let expected = Subscription {
         handoff: HandoffKey { epoch: Epoch::from_u128(5), id: name.0, generation: name.1 },
         consumer_epoch: fixture.epoch,
+        prompt_tokens: CONSUMED_TOKENS,
         ..fixture.subscription(name, 1)
     };
     assert_eq!(asked, expected);
@@ -336,12 +340,24 @@ async fn slots_that_an_engine_keeps_are_taken_back_in_time() {
     while !matches!(fixture.hear().await, ToEngine::Failed { .. }) {}
 }
 
+#[tokio::test]
+async fn a_seal_over_less_than_the_prompt_is_not_the_prompt() {
+    let mut fixture = Fixture::new([blocks(2)]);
+    let name = name();
+    let consuming = fixture.consume(name);
+    fixture.subscribe(name, 1).await;
+    let fault = timeout(consuming.failed()).await;
+    assert_eq!((fault.origin, fault.kind), (Origin::Handoff, FaultKind::Corrupt));
+    assert!(fault.message.contains("90 tokens make 6 blocks, the producer sealed 3"), "{fault}");
+    while !matches!(fixture.hear().await, ToEngine::Failed { .. }) {}
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_engine_that_loads_nothing_fails_its_handoff() {
     let mut fixture = Fixture::new([blocks(2)]);
     let name = name();
     let consuming = fixture.consume(name);
-    fixture.subscribe(name, 0).await;
+    fixture.subscribe(name, 4).await;
     let fault = consuming.failed().await;
     assert_eq!((fault.origin, fault.kind), (Origin::Engine, FaultKind::TimedOut));
     while !matches!(fixture.hear().await, ToEngine::Failed { .. }) {}
