@@ -1,5 +1,8 @@
 //! Workers that are not alike, and two that claim to be one.
 
+// A scenario says what must hold by panicking.
+#![allow(clippy::expect_used)]
+
 use std::time::Duration;
 
 use baton_tests::{Cluster, ClusterBuilder};
