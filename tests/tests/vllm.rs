@@ -1,6 +1,9 @@
 //! A real vLLM with a real model on both sides. One cluster for all scenarios, since it takes a minute to
 //! start; each scenario says its name as it begins.
 
+// A scenario says what must hold by panicking.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
 use std::{process::Command, time::Duration};
 
 use baton_tests::{Cluster, ClusterBuilder, Metrics, read_events, streamed_text, vllm_or_skip};
