@@ -1,8 +1,8 @@
 //! A real vLLM with a real model on both sides. One cluster for all scenarios, since it takes a minute to
 //! start; each scenario says its name as it begins.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+// A scenario says what must hold by panicking, and its name by printing it.
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
 
 use std::{process::Command, time::Duration};
 
@@ -55,7 +55,9 @@ fn say(scenario: &str) {
 
 fn prompt(seed: usize, length: usize) -> Vec<u32> {
     // Ordinary words of the vocabulary.
-    (0..length).map(|i| 300 + ((seed * 7919 + i * i * 31 + i * 17) % 9000) as u32).collect()
+    (0..length)
+        .map(|i| u32::try_from(300 + (seed * 7919 + i * i * 31 + i * 17) % 9000).unwrap())
+        .collect()
 }
 
 fn request(prompt: &[u32], max_tokens: u32) -> Value {
