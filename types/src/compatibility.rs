@@ -89,7 +89,8 @@ mod tests {
 
     #[test]
     fn every_field_changes_the_digest_and_is_named() {
-        let changes: [(&str, fn(&mut Compatibility)); 9] = [
+        type Change = fn(&mut Compatibility);
+        let changes: [(&str, Change); 9] = [
             ("model", |c| c.model.push('x')),
             ("revision", |c| c.revision.push('x')),
             ("kv_dtype", |c| c.kv_dtype.push('x')),
