@@ -9,8 +9,10 @@
 //! One [`Outcome`](outcome::Outcome) a request is all that the two ways of running share, so that a
 //! simulated and a live run are summed up by the same code.
 
+pub mod bench;
 pub mod fleet;
 pub mod goodput;
 pub mod outcome;
+pub mod profile;
 pub mod summary;
 pub mod trace;
