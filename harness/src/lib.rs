@@ -10,5 +10,6 @@
 //! simulated and a live run are summed up by the same code.
 
 pub mod outcome;
+pub mod report;
 pub mod summary;
 pub mod trace;

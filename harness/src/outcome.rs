@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
     /// Since the start of the run.
@@ -41,7 +43,7 @@ pub struct Latencies {
 }
 
 /// What an operator promises. A request that was rejected or not finished misses it.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Slo {
     pub ttft_ms: f64,
     /// Times the unloaded prefill of the request, added to `ttft_ms`.
