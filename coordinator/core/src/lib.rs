@@ -13,12 +13,16 @@ mod event;
 mod fleet;
 mod keyed;
 mod placement;
+pub mod policy;
+mod queue;
+mod recent_prefixes;
 mod request;
 
 pub use crate::{
     core::{Core, Settings},
     event::{Action, Event, HandoffPlan, Rejection},
-    fleet::{HandoffMode, WorkerDescription, WorkerKey, WorkerView},
-    placement::{AggregatedReason, Route},
+    fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
+    placement::{AggregatedReason, Route, Split},
+    queue::Order,
     request::{JobId, RequestKey, RequestShape},
 };

@@ -28,6 +28,7 @@ impl Rig {
             kv_blocks: 32,
             max_seqs: 8,
             max_step_tokens: 8,
+            reserves_output: false,
         };
         let store = KvStore::new("m", limits.kv_blocks, BLOCK_TOKENS, ENTRY_BYTES);
         let core = Core::new(Scheduler::new(limits), store, arena);

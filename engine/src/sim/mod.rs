@@ -37,7 +37,8 @@ pub use self::{
     block_pool::{BlockHash, BlockId},
     profile::{Profile, ProfileError},
     scheduler::{
-        Admission, NeverFits, NewSequence, Scheduler, SchedulerLimits, SequenceId, Step, Work,
+        Admission, NeverFits, NewSequence, PrefillPace, Scheduler, SchedulerLimits, SequenceId,
+        Step, Work,
     },
 };
 use crate::{
@@ -99,6 +100,7 @@ impl SimEngine {
             kv_blocks: config.kv_blocks,
             max_seqs: config.max_seqs,
             max_step_tokens: config.max_step_tokens,
+            reserves_output: false,
         };
         let store = KvStore::new(
             &config.model,
