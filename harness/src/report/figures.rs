@@ -87,9 +87,9 @@ pub(crate) fn goodput_title(report: &Report) -> String {
                 "No mode serves any load within the SLOs".to_owned()
             } else {
                 format!(
-                    "Of {} scenarios, most is served by {}",
+                    "Who serves most, in {} scenarios: {}",
                     scenarios.len(),
-                    wins.join(", by ")
+                    wins.join(", ")
                 )
             }
         }
@@ -123,7 +123,7 @@ pub(crate) fn goodput_bars(report: &Report, styles: &Styles, width: Width) -> Ma
     let name_px = all().map(|c| chars_px(&c.mode)).fold(0.0, f64::max) + 8.0;
     // A narrow page has no room beside the bars: names stand above them.
     let (total, left, right, row, name_above) = match width {
-        Width::Wide => (900.0, 12.0 + name_px.min(260.0), 130.0, 28.0, 0.0),
+        Width::Wide => (960.0, 12.0 + name_px.min(260.0), 130.0, 28.0, 0.0),
         Width::Narrow => (360.0, 8.0, 88.0, 44.0, 18.0),
     };
     let several = report.scenarios.len() > 1;
@@ -280,11 +280,12 @@ pub(crate) fn distribution_title(scenario: &Scenario, latency: &Latency) -> Stri
         [] if runs.is_empty() => format!("{short}: no data"),
         [] => format!("{short}: no mode answers nine requests in ten"),
         [(only, q)] => {
-            format!("{short}: nine requests in ten within {} with {}", span(*q), only.mode)
+            let none = if runs.len() > 1 { ", in no other mode" } else { "" };
+            format!("{short}: nine requests in ten within {} with {}{none}", span(*q), only.mode)
         }
         [(first, low), .., (last, high)] => {
             let lost = runs.len() - held.len();
-            let none = if lost > 0 { ", and never in the rest" } else { "" };
+            let none = if lost > 0 { ", never in the rest" } else { "" };
             format!(
                 "{short}: nine requests in ten within {} with {}, {} with {}{none}",
                 span(*low),
@@ -341,7 +342,7 @@ pub(crate) fn distribution(
         Axis::linear(high, if width == Width::Wide { 6 } else { 4 })
     };
 
-    let y = Axis::linear(1.0, 4);
+    let y = Axis::quarters();
     let area = plot_area(total, height, &series, width);
     let chart = Chart { area, x: &x, y: &y, series: &series };
     let title = distribution_title(scenario, latency);
@@ -361,15 +362,15 @@ pub(crate) fn distribution(
 
 fn half(width: Width) -> (f64, f64) {
     match width {
-        Width::Wide => (590.0, 330.0),
+        Width::Wide => (480.0, 320.0),
         Width::Narrow => (360.0, 270.0),
     }
 }
 
 fn plot_area(total: f64, height: f64, series: &[Series], width: Width) -> Area {
     let names = series.iter().map(|s| chars_px(&s.name)).fold(0.0, f64::max);
-    let right = if width == Width::Wide { 31.0 + names.min(150.0) } else { 14.0 };
-    Area { left: 50.0, right: total - right, top: 26.0, bottom: height - 44.0 }
+    let right = if width == Width::Wide { 31.0 + names.min(150.0) } else { 22.0 };
+    Area { left: 50.0, right: total - right, top: 30.0, bottom: height - 44.0 }
 }
 
 fn axis_names(area: Area, x: &str, y: &str) -> Markup {
@@ -421,13 +422,16 @@ pub(crate) fn attainment(scenario: &Scenario, styles: &Styles, width: Width) -> 
             })
         })
         .collect();
-    let (total, height) = half(width);
+    let (total, height) = match width {
+        Width::Wide => (960.0, 290.0),
+        Width::Narrow => (360.0, 270.0),
+    };
     if series.is_empty() {
         return no_data(total, "no data: no load was searched");
     }
     let high = series.iter().flat_map(|s| &s.points).map(|(rps, _)| *rps).fold(0.0, f64::max);
-    let x = Axis::linear(high, if width == Width::Wide { 6 } else { 4 });
-    let y = Axis::linear(1.0, 4);
+    let x = Axis::linear(high, if width == Width::Wide { 9 } else { 4 });
+    let y = Axis::quarters();
     let area = plot_area(total, height, &series, width);
     let chart = Chart { area, x: &x, y: &y, series: &series };
     svg(
@@ -670,7 +674,7 @@ impl Stack<'_> {
             })
             .collect();
         html! {
-            (self.title(area, &format!("workers of {}: {}", contender.mode, summary.join(", "))))
+            (self.title(area, &format!("{}: {} workers", contender.mode, summary.join(", "))))
             @for layer in &drawn { (layer) }
             (chart.grid(is_last.then_some(&tick as &dyn Fn(f64) -> String), &tick))
         }
@@ -705,10 +709,10 @@ impl Stack<'_> {
     }
 }
 
-/// "7", or "3 to 7".
+/// "7", or "3–7".
 fn range(low: f64, high: f64) -> String {
     let (low, high) = (low.round(), high.round());
-    if low < high { format!("{} to {}", tick(low), tick(high)) } else { tick(high) }
+    if low < high { format!("{}–{}", tick(low), tick(high)) } else { tick(high) }
 }
 
 /// Line and marker of a mode, for lists of names.

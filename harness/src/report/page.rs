@@ -8,7 +8,7 @@ use super::{
         Latency, Styles, TBT, TTFT, Width, attainment, attainment_title, best, distribution,
         distribution_title, goodput_bars, goodput_title, swatch, timeline, timeline_title, verdict,
     },
-    number::{bytes, figures, percent, span},
+    number::{bytes, figures, percent, span, span_tick},
     plot::Rule,
 };
 
@@ -93,12 +93,12 @@ fn section(scenario: &Scenario, styles: &Styles) -> Markup {
     let slo = scenario.slo;
     let ttft_rule = if slo.ttft_prefill_factor > 0.0 {
         let factor = figures(slo.ttft_prefill_factor);
-        format!("SLO: {} + {factor} × prefill", span(slo.ttft_ms))
+        format!("SLO: {} + {factor} × prefill", span_tick(slo.ttft_ms))
     } else {
-        format!("SLO: {}", span(slo.ttft_ms))
+        format!("SLO: {}", span_tick(slo.ttft_ms))
     };
     let ttft_rule = Rule { at: slo.ttft_ms, name: ttft_rule };
-    let itl_rule = Rule { at: slo.itl_ms, name: format!("SLO: {}", span(slo.itl_ms)) };
+    let itl_rule = Rule { at: slo.itl_ms, name: format!("SLO: {}", span_tick(slo.itl_ms)) };
     let has_runs = scenario.contenders.iter().any(|contender| contender.run.is_some());
     let share = "Share of all requests; marks at 50, 90 and 99 %. A curve that stays below 100 % lost the rest.";
     let draw = |latency: &'static Latency, rule: Rule| {
@@ -115,14 +115,11 @@ fn section(scenario: &Scenario, styles: &Styles) -> Markup {
                     li { (swatch(styles.of(contender))) strong { (contender.mode) } " " span.setup { (contender.setup) } }
                 }
             }
-            div.pair {
-                @if let Some(title) = attainment_title(scenario) {
-                    (figure(&title, "Each mark is one run of the whole trace at that load.", |width| attainment(scenario, styles, width)))
-                }
-                @if has_runs {
-                    (draw(&TTFT, ttft_rule))
-                    (draw(&TBT, itl_rule))
-                }
+            @if let Some(title) = attainment_title(scenario) {
+                (figure(&title, "Each mark is one run of the whole trace at that load.", |width| attainment(scenario, styles, width)))
+            }
+            @if has_runs {
+                div.pair { (draw(&TTFT, ttft_rule)) (draw(&TBT, itl_rule)) }
             }
             @if has_runs {
                 (figure(&timeline_title(scenario), "", |width| timeline(scenario, styles, width)))

@@ -43,6 +43,11 @@ impl Axis {
         Self { scale: Scale::Linear, low: 0.0, high: count * step, ticks }
     }
 
+    /// Of shares.
+    pub(crate) fn quarters() -> Self {
+        Self { scale: Scale::Linear, low: 0.0, high: 1.0, ticks: vec![0.0, 0.25, 0.5, 0.75, 1.0] }
+    }
+
     /// An axis that names no values.
     pub(crate) fn bare() -> Self {
         Self { scale: Scale::Linear, low: 0.0, high: 1.0, ticks: Vec::new() }
@@ -172,16 +177,16 @@ impl Chart<'_> {
         self.x.ticks.iter().map(place).collect()
     }
 
-    /// A vertical line; its name stands at its foot, on the side that has the room.
+    /// A vertical line; its name stands above it.
     pub(crate) fn vertical_rule(&self, rule: &Rule) -> Markup {
         let Area { left, right, top, bottom } = self.area;
         let x = self.x.place(rule.at, left, right);
-        let to_the_left = x + chars_px(&rule.name) + 8.0 > right;
-        let (label_x, anchor) = if to_the_left { (x - 5.0, "end") } else { (x + 5.0, "start") };
+        let half = chars_px(&rule.name) / 2.0;
+        let name_x = x.min(right - half).max(left + half + 20.0);
         html! {
             @if self.x.holds(rule.at) {
-                line class="rule" x1=(n(x)) x2=(n(x)) y1=(n(top)) y2=(n(bottom)) {}
-                text class="rule-name" x=(n(label_x)) y=(n(bottom - 6.0)) text-anchor=(anchor) { (rule.name) }
+                line class="rule" x1=(n(x)) x2=(n(x)) y1=(n(top - 4.0)) y2=(n(bottom)) {}
+                text class="rule-name" x=(n(name_x)) y=(n(top - 9.0)) text-anchor="middle" { (rule.name) }
             }
         }
     }

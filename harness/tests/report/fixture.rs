@@ -38,7 +38,7 @@ struct Character {
 const CHARACTERS: [Character; 4] = [
     Character {
         mode: "aggregated",
-        setup: "aggregated, 512 tokens a step",
+        setup: "512 tokens a step",
         goodput_rps: 21.2,
         service_ms: 41.0,
         gap_ms: 17.0,
@@ -52,7 +52,7 @@ const CHARACTERS: [Character; 4] = [
     },
     Character {
         mode: "static:4P4D",
-        setup: "static:4P4D, 8,192 tokens a step",
+        setup: "8,192 tokens a step",
         goodput_rps: 15.3,
         service_ms: 52.0,
         gap_ms: 9.0,
@@ -61,7 +61,7 @@ const CHARACTERS: [Character; 4] = [
     },
     Character {
         mode: "best-static",
-        setup: "static:7P1D, 8,192 tokens a step",
+        setup: "7P1D, 8,192 tokens a step",
         goodput_rps: 23.6,
         service_ms: 38.0,
         gap_ms: 13.0,
@@ -70,7 +70,7 @@ const CHARACTERS: [Character; 4] = [
     },
     Character {
         mode: "adaptive",
-        setup: "adaptive, 8,192 tokens a step",
+        setup: "8,192 tokens a step",
         goodput_rps: 24.4,
         service_ms: 36.0,
         gap_ms: 12.0,

@@ -74,7 +74,8 @@ fn labels_stay_inside_their_drawing() {
             svg.attribute("viewBox").unwrap().split(' ').nth(2).unwrap().parse().unwrap();
         for text in svg.descendants().filter(|node| node.tag_name().name() == "text") {
             let x: f64 = text.attribute("x").unwrap().parse().unwrap();
-            let said: String = text.descendants().filter(Node::is_text).filter_map(|node| node.text()).collect();
+            let said: String =
+                text.descendants().filter(Node::is_text).filter_map(|node| node.text()).collect();
             // Narrower than the 12 px letters of all common fonts are on average.
             let width = 6.0 * f64::from(u32::try_from(said.chars().count()).unwrap());
             let (from, to) = match text.attribute("text-anchor") {
