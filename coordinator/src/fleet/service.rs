@@ -116,6 +116,8 @@ fn introduce(hello: &wire::Hello) -> Result<(WorkerDescription, Option<PeerInfo>
         role: Role::try_from(hello.role())?,
         models: hello.models.clone(),
         handoff,
+        model: None,
+        kv_capacity_tokens: None,
     };
     Ok((description, peer))
 }
