@@ -14,5 +14,6 @@ pub mod fleet;
 pub mod goodput;
 pub mod outcome;
 pub mod profile;
+pub mod report;
 pub mod summary;
 pub mod trace;
