@@ -13,6 +13,7 @@ mod event;
 mod fleet;
 mod keyed;
 mod placement;
+mod prefix_index;
 mod request;
 
 pub use crate::{
@@ -20,5 +21,6 @@ pub use crate::{
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{HandoffMode, WorkerDescription, WorkerKey, WorkerView},
     placement::{AggregatedReason, Route},
+    prefix_index::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits},
     request::{JobId, RequestKey, RequestShape},
 };
