@@ -10,6 +10,8 @@
 mod client;
 mod fleet;
 mod metrics;
+mod prefixes;
+mod prompt;
 mod shell;
 
 use std::{

@@ -13,7 +13,10 @@ use super::{
     error::ClientError,
     peek::{Endpoint, peek},
 };
-use crate::shell::{ForwardedRequest, IncomingRequest, Shell};
+use crate::{
+    prompt,
+    shell::{ForwardedRequest, IncomingRequest, Shell},
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -59,10 +62,12 @@ async fn try_forward(
         let unsplittable = Some("endpoint");
         (baton_core::RequestShape { unsplittable, ..Default::default() }, false)
     };
+    let prompt = (endpoint == Endpoint::Generation).then(|| prompt::read(&body)).flatten();
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let headers = forwarded_headers(&parts.headers, &request_id);
     let (answer, in_flight) = shell.arrive(IncomingRequest {
         shape,
+        prompt,
         streams,
         request_id,
         arrived,

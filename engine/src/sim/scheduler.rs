@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 
 use super::block_pool::{BlockHash, BlockId, BlockPool};
+use crate::kv_cache::KvCacheLog;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchedulerLimits {
@@ -123,6 +124,11 @@ enum Pass {
 }
 
 impl Scheduler {
+    /// Tells from now on which blocks its prefix cache holds.
+    pub fn tell(&mut self, log: KvCacheLog) {
+        self.pool.tell(log);
+    }
+
     pub fn new(limits: SchedulerLimits) -> Self {
         Self {
             limits,
