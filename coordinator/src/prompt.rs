@@ -1,10 +1,16 @@
 //! What of a request's JSON is its prompt, for the prefix index. Payloads are not changed by it, and
 //! whatever it cannot read is no error here: the engine says what is wrong with it.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
+use baton_tokens::{Chat, PromptTokenizer};
+use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use tracing::debug;
+
+/// Tokenizing more than this would hold up the streams that share the thread: about a millisecond.
+const SHORT_BODY_BYTES: usize = 8192;
 
 /// A prompt, as far as it is known before an engine has seen it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,10 +48,25 @@ struct PromptFields<'a> {
     tools: Option<&'a RawValue>,
     #[serde(borrow, default)]
     cache_salt: Option<Cow<'a, str>>,
+    #[serde(default)]
+    add_special_tokens: Option<bool>,
 }
 
-/// Reads a request's prompt; `None` where it has none that could be compared.
-pub(crate) fn read(body: &[u8]) -> Option<Prompt> {
+/// Reads a request's prompt; `None` where it has none that could be compared. A long one is tokenized
+/// on another thread.
+pub(crate) async fn read(body: &Bytes, tokenizer: Option<&Arc<PromptTokenizer>>) -> Option<Prompt> {
+    match tokenizer {
+        Some(tokenizer) if body.len() > SHORT_BODY_BYTES => {
+            let (body, tokenizer) = (body.clone(), tokenizer.clone());
+            let read = tokio::task::spawn_blocking(move || read_now(&body, Some(&tokenizer)));
+            // It could only have panicked: the request goes on without.
+            read.await.ok().flatten()
+        }
+        tokenizer => read_now(body, tokenizer.map(Arc::as_ref)),
+    }
+}
+
+fn read_now(body: &[u8], tokenizer: Option<&PromptTokenizer>) -> Option<Prompt> {
     let fields: PromptFields<'_> = serde_json::from_slice(body).ok()?;
     let content = match (fields.prompt, fields.messages) {
         (Some(prompt), None) => {
@@ -57,10 +78,15 @@ pub(crate) fn read(body: &[u8]) -> Option<Prompt> {
             });
             match tokens {
                 Some(tokens) => PromptContent::Tokens(tokens),
-                None => PromptContent::Bytes(prompt.get().as_bytes().to_vec()),
+                None => tokenizer
+                    .and_then(|tokenizer| text(prompt, fields.add_special_tokens, tokenizer))
+                    .unwrap_or_else(|| PromptContent::Bytes(prompt.get().as_bytes().to_vec())),
             }
         }
         (None, Some(messages)) => {
+            if let Some(content) = tokenizer.and_then(|tokenizer| chat(body, tokenizer)) {
+                return Some(Prompt { content, cache_salt: salt(fields.cache_salt) });
+            }
             // Tools come first in chat templates. The next turn goes on where the list ends.
             let messages = messages.get().trim_end().trim_end_matches(']').trim_end();
             let mut bytes = fields.tools.map_or(Vec::new(), |tools| tools.get().into());
@@ -69,8 +95,35 @@ pub(crate) fn read(body: &[u8]) -> Option<Prompt> {
         }
         _ => return None,
     };
-    let cache_salt = fields.cache_salt.map(Cow::into_owned).unwrap_or_default();
-    Some(Prompt { content, cache_salt })
+    Some(Prompt { content, cache_salt: salt(fields.cache_salt) })
+}
+
+fn salt(salt: Option<Cow<'_, str>>) -> String {
+    salt.map(Cow::into_owned).unwrap_or_default()
+}
+
+/// A completion's prompt, or a list of one.
+fn text(
+    prompt: &RawValue,
+    add_special_tokens: Option<bool>,
+    tokenizer: &PromptTokenizer,
+) -> Option<PromptContent> {
+    let text = serde_json::from_str::<Cow<'_, str>>(prompt.get())
+        .or_else(|_| serde_json::from_str::<[Cow<'_, str>; 1]>(prompt.get()).map(|[text]| text));
+    let tokens = tokenizer.text(&text.ok()?, add_special_tokens.unwrap_or(true));
+    tokens.map(PromptContent::Tokens).ok()
+}
+
+fn chat(body: &[u8], tokenizer: &PromptTokenizer) -> Option<PromptContent> {
+    let chat: Chat = serde_json::from_slice(body).ok()?;
+    match tokenizer.chat(&chat) {
+        Ok(tokens) => Some(PromptContent::Tokens(tokens)),
+        Err(error) => {
+            // Its text may hold some of the prompt.
+            debug!(kind = error.kind(), "a conversation is not tokenized here");
+            None
+        }
+    }
 }
 
 #[cfg(test)]
@@ -78,7 +131,7 @@ mod tests {
     use super::*;
 
     fn content(body: &str) -> Option<PromptContent> {
-        read(body.as_bytes()).map(|prompt| prompt.content)
+        read_now(body.as_bytes(), None).map(|prompt| prompt.content)
     }
 
     #[test]
@@ -86,7 +139,7 @@ mod tests {
         let tokens = Some(PromptContent::Tokens(vec![1, 2, 3]));
         assert_eq!(content(r#"{"prompt":[1,2,3],"stream":true}"#), tokens);
         assert_eq!(content(r#"{"prompt":[[1,2,3]]}"#), tokens);
-        assert_eq!(read(br#"{"prompt":[1],"cache_salt":"s"}"#).unwrap().cache_salt, "s");
+        assert_eq!(read_now(br#"{"prompt":[1],"cache_salt":"s"}"#, None).unwrap().cache_salt, "s");
         for none in ["", "{}", "[]", r#"{"prompt":"a","messages":[]}"#, r#"{"prompt":"a"#] {
             assert_eq!(content(none), None, "{none}");
         }
@@ -108,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_prompt_is_not_shown() {
-        let prompt = read(br#"{"prompt":"a secret"}"#).unwrap();
+        let prompt = read_now(br#"{"prompt":"a secret"}"#, None).unwrap();
         assert!(!format!("{prompt:?}").contains("97"));
         assert!(format!("{prompt:?}").contains("10 bytes"));
     }
