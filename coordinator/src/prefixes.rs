@@ -230,6 +230,8 @@ mod tests {
                     role: Role::Decode,
                     models: vec!["m".into()],
                     handoff: HandoffMode::None,
+                    model: None,
+                    kv_capacity_tokens: None,
                 };
                 core.attach(description, Duration::ZERO, &mut actions)
             })
