@@ -2,8 +2,12 @@
 
 mod bench;
 mod check;
+mod compare;
+mod goodput;
+mod policies;
 mod processes;
 mod profile;
+mod simulate;
 mod terminal;
 mod up;
 
@@ -50,6 +54,14 @@ enum Command {
     PrefillWorker(WorkerArguments),
     /// Runs one decode worker of a cluster.
     DecodeWorker(WorkerArguments),
+    /// Replays a trace on a simulated fleet, in virtual time.
+    Simulate(simulate::SimulateOptions),
+    /// Finds the highest load that a simulated fleet serves within its SLOs.
+    Goodput(goodput::GoodputOptions),
+    /// Runs an experiment: modes × traces × fleet sizes × SLOs, one table, one report.
+    Compare(compare::CompareOptions),
+    /// Lists the policies that place requests.
+    Policies,
 }
 
 #[derive(clap::Args)]
@@ -77,6 +89,10 @@ fn main() -> ExitCode {
         Command::DecodeWorker(worker) => {
             processes::worker(&worker.config, &worker.name, Role::Decode, worker.stop_with)
         }
+        Command::Simulate(options) => simulate::run(&options),
+        Command::Goodput(options) => goodput::run(&options),
+        Command::Compare(options) => compare::run(&options),
+        Command::Policies => Ok(policies::run()),
     };
     outcome.unwrap_or_else(|error| {
         terminal::complain(&format!("{error:#}"));

@@ -10,6 +10,7 @@
 //! simulated and a live run are summed up by the same code.
 
 pub mod bench;
+pub mod compare;
 pub mod fleet;
 pub mod goodput;
 pub mod outcome;

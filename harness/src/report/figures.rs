@@ -558,6 +558,8 @@ fn peak(
     Some((peak.at_s / unit_s, value, format!("{}: peak of {shown} at {at} {unit}", contender.mode)))
 }
 
+type OfMoment = fn(&Moment) -> f64;
+
 /// Panels below each other over one time axis.
 struct Stack<'a> {
     left: f64,
@@ -641,7 +643,7 @@ impl Stack<'_> {
         };
         let y = Axis::linear_to(moments.iter().map(workers).fold(0.0, f64::max), 2);
         let chart = Chart { area, x: self.x, y: &y, series: &[] };
-        let layers: [(&str, fn(&Moment) -> f64); 3] = [
+        let layers: [(&str, OfMoment); 3] = [
             ("prefill", |moment| moment.fleet.workers_prefill),
             ("decode", |moment| moment.fleet.workers_decode),
             ("mixed", |moment| moment.fleet.workers_mixed),

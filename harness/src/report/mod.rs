@@ -7,7 +7,7 @@
 //! Nothing in a report tells when it was made: the same experiment gives the same bytes.
 
 mod figures;
-mod number;
+pub mod number;
 mod page;
 mod plot;
 mod table;

@@ -1,7 +1,7 @@
 //! Numbers as people read them. What is not a number reads as "no data".
 
 /// Three significant digits, thousands apart: 0.0123, 4.56, 78.9, 12,345.
-pub(crate) fn figures(value: f64) -> String {
+pub fn figures(value: f64) -> String {
     if !value.is_finite() {
         return "no data".to_owned();
     }
@@ -17,7 +17,7 @@ pub(crate) fn figures(value: f64) -> String {
 }
 
 /// A label of an axis, whose steps are round already.
-pub(crate) fn tick(value: f64) -> String {
+pub fn tick(value: f64) -> String {
     thousands(&format!("{}", (value * 1e6).round() / 1e6))
 }
 
@@ -39,7 +39,7 @@ fn thousands(number: &str) -> String {
 }
 
 /// "850 ms", "1.25 s", "4.0 min".
-pub(crate) fn span(ms: f64) -> String {
+pub fn span(ms: f64) -> String {
     if !ms.is_finite() {
         "no data".to_owned()
     } else if ms < 999.5 {
@@ -52,12 +52,12 @@ pub(crate) fn span(ms: f64) -> String {
 }
 
 /// A label of a time axis: "50 ms", "2 s".
-pub(crate) fn span_tick(ms: f64) -> String {
+pub fn span_tick(ms: f64) -> String {
     if ms < 999.5 { format!("{} ms", tick(ms)) } else { format!("{} s", tick(ms / 1e3)) }
 }
 
 /// One decimal, save where it would round to a whole that it is not: 99.96 % is not 100 %.
-pub(crate) fn percent(share: f64) -> String {
+pub fn percent(share: f64) -> String {
     if !share.is_finite() {
         return "no data".to_owned();
     }
@@ -72,7 +72,7 @@ pub(crate) fn percent(share: f64) -> String {
 }
 
 /// "11 % more", "4 % less", "as much".
-pub(crate) fn more_or_less(value: f64, than: f64) -> Option<String> {
+pub fn more_or_less(value: f64, than: f64) -> Option<String> {
     let change = (value / than - 1.0) * 100.0;
     if !change.is_finite() {
         return None;
@@ -85,7 +85,7 @@ pub(crate) fn more_or_less(value: f64, than: f64) -> Option<String> {
 }
 
 /// "1.2 GB", in powers of ten.
-pub(crate) fn bytes(count: u64) -> String {
+pub fn bytes(count: u64) -> String {
     let value = float(count);
     let (unit, size) = [("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)]
         .into_iter()
