@@ -22,6 +22,10 @@ use super::{
 };
 use crate::shell::Shell;
 
+/// What a connection holds of its request's head, and of its answer on the way out. A token's frame is
+/// copied into it and written as one piece: that costs less than to gather the pieces in the kernel.
+const BUFFER_BYTES: usize = 64 << 10;
+
 /// What every handler has at hand.
 #[derive(Clone, Debug)]
 pub(super) struct Front {
@@ -44,7 +48,10 @@ pub(crate) async fn serve(
     let router =
         router(Front { shell, limits: limits.clone(), tokenizer: tokenizer.map(Arc::new) });
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
+    http.timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout)
+        .max_buf_size(BUFFER_BYTES)
+        .writev(false);
     loop {
         // The semaphore is never closed.
         let Ok(permit) = connections.clone().acquire_owned().await else { return };
