@@ -25,7 +25,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 pub(super) async fn pull(
     connection: Connection,
     subscription: &Subscription,
-    sink: &mut dyn BlockSink,
+    sink: &dyn BlockSink,
     stall: Duration,
 ) -> Result<Pulled, TransferError> {
     let opened = timeout(stall, connection.open_bi()).await.map_err(|_| stalled(stall))?;
@@ -60,7 +60,7 @@ impl Producer {
     async fn take_over(
         &mut self,
         subscription: &Subscription,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
         self.say(encode_subscription(subscription)).await?;
         let mut arrived = Arrived {
@@ -95,7 +95,7 @@ impl Producer {
 
     async fn block(
         &mut self,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
         arrived: &mut Arrived,
         index: u32,
         len: u32,
@@ -111,17 +111,15 @@ impl Producer {
             return Err(TransferError::Protocol(excess));
         }
         let chunks = self.exactly(len as usize).await?;
-        let view = {
-            let slices: Vec<&[u8]> = chunks.iter().map(AsRef::as_ref).collect();
-            self.attend(sink.place(index, &slices)).await?
-        };
+        let block = self.attend(sink.reserve(index, len)).await?;
+        let slices: Vec<&[u8]> = chunks.iter().map(AsRef::as_ref).collect();
+        block.write(&slices).map_err(|error| TransferError::NoRoom(error.to_string()))?;
         drop(chunks);
-        let found = crc_fast::crc64_nvme(view.as_ref());
+        let found = crc_fast::crc64_nvme(block.as_bytes());
         if found != crc {
             return Err(TransferError::Corrupt { index, expected: crc, found });
         }
-        drop(view);
-        self.attend(sink.verified(index)).await?;
+        self.attend(sink.verified(index, block)).await?;
         arrived.next_index = arrived.next_index.saturating_add(1);
         arrived.blocks += 1;
         arrived.bytes += u64::from(len);
