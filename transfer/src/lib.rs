@@ -1,7 +1,8 @@
 //! Moves KV blocks between workers' staging arenas.
 //!
 //! A producer's [`Ledger`] holds what its engine exported until the one consumer that the handoff is
-//! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network.
+//! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network,
+//! [`UcxChannel`] has UCX write into the consumer's arena.
 
 mod channel;
 #[cfg(feature = "conformance")]
@@ -11,6 +12,7 @@ mod frame;
 mod lease;
 mod ledger;
 mod quic;
+mod ucx;
 
 pub use channel::{
     BlockSink, Channel, ExportStream, Exported, Exports, PeerAddress, Pulled, Refusal, Seal,
@@ -20,3 +22,4 @@ pub use counters::LedgerCounters;
 pub use lease::{Ending, HandoffError};
 pub use ledger::Ledger;
 pub use quic::{BindError, QuicChannel, QuicConfig};
+pub use ucx::{UcxBindError, UcxChannel, UcxConfig};

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How often the producer is told that blocks are being placed.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+pub(crate) const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Subscribes, places every block, verifies, acknowledges.
 pub(super) async fn pull(
@@ -49,11 +49,26 @@ struct Producer {
 }
 
 /// What has arrived so far.
-struct Arrived {
-    next_index: u32,
+pub(crate) struct Arrived {
+    pub(crate) next_index: u32,
     blocks: u32,
     bytes: u64,
     digest: BlocksDigest,
+}
+
+impl Arrived {
+    pub(crate) fn nothing(subscription: &Subscription) -> Self {
+        let next_index = subscription.first_block;
+        Self { next_index, blocks: 0, bytes: 0, digest: BlocksDigest::default() }
+    }
+
+    /// The next block was verified.
+    pub(crate) fn add(&mut self, crc: u64, len: u32) {
+        self.digest.add(self.next_index, crc);
+        self.next_index = self.next_index.saturating_add(1);
+        self.blocks += 1;
+        self.bytes += u64::from(len);
+    }
 }
 
 impl Producer {
@@ -63,12 +78,7 @@ impl Producer {
         sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
         self.say(encode_subscription(subscription)).await?;
-        let mut arrived = Arrived {
-            next_index: subscription.first_block,
-            blocks: 0,
-            bytes: 0,
-            digest: BlocksDigest::default(),
-        };
+        let mut arrived = Arrived::nothing(subscription);
         let mut last_word = Instant::now();
         loop {
             match self.frame().await? {
@@ -120,10 +130,7 @@ impl Producer {
             return Err(TransferError::Corrupt { index, expected: crc, found });
         }
         self.attend(sink.verified(index, block)).await?;
-        arrived.next_index = arrived.next_index.saturating_add(1);
-        arrived.blocks += 1;
-        arrived.bytes += u64::from(len);
-        arrived.digest.add(index, crc);
+        arrived.add(crc, len);
         Ok(())
     }
 
@@ -211,12 +218,12 @@ impl Drop for Producer {
     }
 }
 
-fn ended_early() -> TransferError {
+pub(crate) fn ended_early() -> TransferError {
     TransferError::BrokeOff("its stream ended before the seal".to_owned())
 }
 
 /// Compares the seal with what arrived, and with what was asked for.
-fn verify(
+pub(crate) fn verify(
     subscription: &Subscription,
     sealed: &SealedFrame,
     arrived: Arrived,

@@ -208,6 +208,11 @@ impl Endpoint {
         Ok(RemoteRegion(Arc::new(Imported { id, base, len_bytes, endpoint: self.clone() })))
     }
 
+    /// Closes it for all its clones: what is under way fails, and nothing more is written.
+    pub fn close(&self) {
+        self.0.commands.send(Command::Close(self.0.id));
+    }
+
     /// Which transports and devices UCX picked for it, as of now: the choice is complete after the first
     /// write.
     pub async fn lanes(&self) -> Result<Vec<Lane>, UcxError> {
@@ -248,13 +253,20 @@ pub struct Put {
 
 /// Writes that are under way. Dropping it does not stop them.
 #[derive(Debug)]
-pub struct Writing(oneshot::Receiver<Result<(), UcxError>>);
+pub struct Writing {
+    under_way: oneshot::Receiver<Result<(), UcxError>>,
+    ended: Option<Result<(), UcxError>>,
+}
 
 impl Writing {
     /// All bytes lie at the peer, or it failed; either way UCX lets go of them. Nothing is lost when the
     /// future is dropped.
     pub async fn done(&mut self) -> Result<(), UcxError> {
-        (&mut self.0).await.unwrap_or(Err(UcxError::Stopped))
+        if let Some(ended) = &self.ended {
+            return ended.clone();
+        }
+        let ended = (&mut self.under_way).await.unwrap_or(Err(UcxError::Stopped));
+        self.ended.insert(ended).clone()
     }
 }
 
@@ -273,6 +285,6 @@ impl RemoteRegion {
         let (answer, writing) = oneshot::channel();
         let endpoint = endpoint.0.id;
         self.0.endpoint.0.commands.send(Command::Put { endpoint, rkey: *id, puts: at, answer });
-        Ok(Writing(writing))
+        Ok(Writing { under_way: writing, ended: None })
     }
 }
