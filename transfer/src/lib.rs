@@ -3,6 +3,7 @@
 //! A producer's [`Ledger`] holds what its engine exported until the one consumer that the handoff is
 //! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network.
 
+mod arrivals;
 mod channel;
 #[cfg(feature = "conformance")]
 pub mod conformance;

@@ -83,6 +83,7 @@ impl Producer {
         let epoch = Epoch::random();
         let ledger = Ledger::new(epoch, COMPATIBILITY, lease);
         let node = transport.start(Arc::new(ledger.clone()), stall).await;
+        node.channel.use_arena(&staging.arena);
         Self { ledger, epoch, node, staging }
     }
 
@@ -164,6 +165,7 @@ impl Consumer {
     ) -> Self {
         let nothing = Ledger::new(Epoch::random(), COMPATIBILITY, NEVER);
         let node = transport.start(Arc::new(nothing), stall).await;
+        node.channel.use_arena(&staging.arena);
         Self { node, staging: Arc::new(staging) }
     }
 

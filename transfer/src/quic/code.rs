@@ -44,7 +44,9 @@ impl Code {
         match error {
             TransferError::Version { .. }
             | TransferError::Protocol(_)
+            | TransferError::Truncated { .. }
             | TransferError::UnexpectedBlock { .. }
+            | TransferError::ForeignBlock { .. }
             | TransferError::SealMismatch { .. } => Self::Protocol,
             TransferError::Corrupt { .. } => Self::Corrupt,
             TransferError::Stalled { .. } => Self::Stalled,

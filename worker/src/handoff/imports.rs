@@ -358,8 +358,8 @@ impl BlockSink for Sink<'_> {
         let Imports { arena, pool, block_bytes, .. } = self.imports;
         let came: u64 = bytes.iter().map(|piece| piece.len() as u64).sum();
         if came != *block_bytes {
-            let reason = format!("block {index} has {came} bytes, {block_bytes} make a block");
-            return Err(TransferError::Protocol(reason));
+            let expected = *block_bytes;
+            return Err(TransferError::Truncated { index, bytes: came, expected });
         }
         let no_room = |error: &dyn std::error::Error| TransferError::NoRoom(error.to_string());
         let reserved = pool.reserve().await.map_err(|e| no_room(&e))?;

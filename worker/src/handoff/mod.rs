@@ -86,6 +86,7 @@ impl Handoffs {
     ) -> (Self, PortLoop) {
         let KvPort { compatibility, arena, from_engine, to_engine } = port;
         transfer.ledger.begin_epoch(epoch, compatibility.digest());
+        transfer.channel.use_arena(&arena);
         let queue = Queue::default();
         let block_bytes = compatibility.block_bytes;
         let handoffs = Self {

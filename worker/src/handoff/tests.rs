@@ -422,7 +422,7 @@ async fn exported_blocks_reach_their_consumer_and_their_slots_come_back() {
     let mut came = Vec::new();
     let seal = loop {
         match timeout(stream.next()).await {
-            Exported::Block { index, bytes, crc: _ } => {
+            Exported::Block { index, bytes, .. } => {
                 assert_eq!(bytes.len() as u64, BLOCK_BYTES);
                 came.push((index, bytes[0]));
             }
