@@ -151,6 +151,13 @@ impl Arena {
         Ok(SlotView { arena: self.clone(), start, len })
     }
 
+    /// Where in this arena these bytes lie, counted from its begin; `None` where they lie elsewhere.
+    pub fn offset_of(&self, bytes: &[u8]) -> Option<u64> {
+        let start = bytes.as_ptr().addr().checked_sub(self.shared.map.as_mut_ptr().addr())?;
+        let end = start.checked_add(bytes.len())?;
+        (end <= self.shared.map.len()).then_some(start as u64)
+    }
+
     fn locate(&self, slot: Slot, offset: u64, len: u64) -> Result<usize, ArenaError> {
         let layout = self.shared.layout;
         if slot.0 >= layout.total_slots() {

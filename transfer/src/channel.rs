@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use baton_arena::{Arena, SlotView};
 use baton_types::{Epoch, HandoffKey, PromptDigest};
@@ -115,7 +117,7 @@ pub trait ExportStream: Send {
     fn finish(self: Box<Self>, outcome: Result<(), TransferError>);
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Exported {
     Block {
         /// Whose block it is, as it was written down when the engine exported it.
@@ -131,6 +133,22 @@ pub enum Exported {
     /// The producer's engine gave up.
     Aborted,
 }
+
+/// What stands between a worker and its channel, on both sides of it: nothing, which is `()`, or what
+/// a test puts there.
+pub trait Interpose: Send + Sync + 'static {
+    /// What the channel shall see of the worker's exports.
+    fn exports(&self, exports: Arc<dyn Exports>) -> Arc<dyn Exports> {
+        exports
+    }
+
+    /// What the worker shall see of its channel.
+    fn channel(&self, channel: Arc<dyn Channel>) -> Arc<dyn Channel> {
+        channel
+    }
+}
+
+impl Interpose for () {}
 
 /// Why a producer does not open a handoff.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -196,6 +214,8 @@ pub enum TransferError {
     Protocol(String),
     #[error("block {index} arrived with CRC {found:016x}, sent with {expected:016x}")]
     Corrupt { index: u32, expected: u64, found: u64 },
+    #[error("block {index} changed in this worker's arena after it was verified")]
+    Rotten { index: u32 },
     #[error("block {index} has {bytes} bytes, {expected} make a block")]
     Truncated { index: u32, bytes: u64, expected: u64 },
     #[error("block {index} arrived where block {expected} is due")]
@@ -216,13 +236,14 @@ pub enum TransferError {
 
 impl TransferError {
     /// Every [`Self::name`].
-    pub const NAMES: [&str; 25] = [
+    pub const NAMES: [&str; 26] = [
         "unreachable",
         "wrong_certificate",
         "version",
         "broke_off",
         "protocol",
         "corrupt",
+        "rotten",
         "truncated",
         "duplicate",
         "out_of_order",
@@ -254,6 +275,7 @@ impl TransferError {
             Self::BrokeOff(_) => "broke_off",
             Self::Protocol(_) => "protocol",
             Self::Corrupt { .. } => "corrupt",
+            Self::Rotten { .. } => "rotten",
             Self::Truncated { .. } => "truncated",
             Self::UnexpectedBlock { index, expected } if index < expected => "duplicate",
             Self::UnexpectedBlock { .. } => "out_of_order",

@@ -8,14 +8,16 @@ mod channel;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod counters;
+#[cfg(feature = "faults")]
+pub mod faults;
 mod frame;
 mod lease;
 mod ledger;
 mod quic;
 
 pub use channel::{
-    BlockSink, Channel, ExportStream, Exported, Exports, PeerAddress, Pulled, Refusal, Seal,
-    Subscription, TransferError,
+    BlockSink, Channel, ExportStream, Exported, Exports, Interpose, PeerAddress, Pulled, Refusal,
+    Seal, Subscription, TransferError,
 };
 pub use counters::LedgerCounters;
 pub use lease::{Ending, HandoffError};

@@ -6,7 +6,7 @@ use std::{
 
 use async_trait::async_trait;
 use baton_arena::{Arena, ReservedSlot, Slot, SlotPool, SlotView};
-use baton_engine::{BlockInSlot, ToEngine};
+use baton_engine::{BlockToLoad, ToEngine};
 use baton_transfer::{BlockSink, PeerAddress, Pulled, Seal, Subscription, TransferError};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, HandoffKey, Origin, PromptDigest};
 use parking_lot::Mutex;
@@ -184,7 +184,10 @@ impl Imports {
                 Ok(()) => self.all_loaded(name).await.map(|()| pulled),
                 Err(fault) => Err(fault),
             },
-            Err(error) => Err(fault::of_transfer(&error)),
+            Err(error) => {
+                self.counters.handoff_errors.add(error.name());
+                Err(fault::of_transfer(&error))
+            }
         };
         match loaded {
             Ok(pulled) => self.complete(name, pulled, first_block, duration),
@@ -279,6 +282,18 @@ impl Imports {
         self.give_up(name, Fault::new(Origin::Engine, FaultKind::Failed, "the engine gave it up"))
     }
 
+    /// The engine found a block changed that was verified here.
+    pub(super) fn corrupt(&self, name: Name, index: u32) {
+        let error = TransferError::Rotten { index };
+        let fault = fault::of_transfer(&error);
+        if self.give_up(name, fault.clone()) {
+            tracing::error!(handoff = %name.0, generation = %name.1, %fault, "a handoff failed");
+            self.counters.handoff_errors.add(error.name());
+            self.counters.handoffs_failed.add(1);
+            self.fail_in_engine(name, fault.to_string());
+        }
+    }
+
     /// The engine said something about the handoff that cannot be.
     pub(super) fn broken(&self, name: Name, error: &PortError) {
         let fault = Fault::new(Origin::Engine, FaultKind::Failed, error.to_string());
@@ -343,7 +358,8 @@ impl Imports {
 struct Sink<'a> {
     imports: &'a Imports,
     name: Name,
-    placed: Option<ReservedSlot>,
+    /// With the checksum for the engine.
+    placed: Option<(ReservedSlot, u32)>,
     /// When the last block was.
     verified: Instant,
 }
@@ -369,12 +385,13 @@ impl BlockSink for Sink<'_> {
             offset += piece.len() as u64;
         }
         let view = arena.view(reserved.slot(), *block_bytes).map_err(|e| no_room(&e))?;
-        self.placed = Some(reserved);
+        // Before the channel verifies the same bytes: whatever changes between the two, one of them sees.
+        self.placed = Some((reserved, BlockToLoad::checksum(view.as_ref())));
         Ok(view)
     }
 
     async fn verified(&mut self, index: u32) -> Result<(), TransferError> {
-        let reserved = self.placed.take().ok_or_else(|| {
+        let (reserved, crc32) = self.placed.take().ok_or_else(|| {
             TransferError::Protocol(format!("block {index} was verified before it was placed"))
         })?;
         self.verified = Instant::now();
@@ -388,7 +405,7 @@ impl BlockSink for Sink<'_> {
         self.imports.counters.handoff_blocks_received.add(1);
         self.imports.counters.handoff_bytes_received.add(self.imports.block_bytes);
         let (handoff, generation) = self.name;
-        let blocks = vec![BlockInSlot { index, slot }];
+        let blocks = vec![BlockToLoad { index, slot, crc32 }];
         self.imports.queue.send(ToEngine::Load { handoff, generation, blocks });
         Ok(())
     }

@@ -161,6 +161,11 @@ impl Handoffs {
                 let name = (handoff, generation);
                 (name, self.imports.loaded(name, &slots))
             }
+            FromEngine::Corrupt { handoff, generation, index } => {
+                let name = (handoff, generation);
+                self.imports.corrupt(name, index);
+                (name, Ok(()))
+            }
             FromEngine::Aborted { handoff, generation } => {
                 let name = (handoff, generation);
                 if !self.imports.aborted(name) {
