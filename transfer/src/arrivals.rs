@@ -48,13 +48,15 @@ impl<'a> Arrivals<'a> {
         Ok(())
     }
 
-    /// Verifies a block where it now lies, and counts it.
-    pub(crate) fn placed(&mut self, head: &BlockHead, bytes: &[u8]) -> Result<(), TransferError> {
+    /// Verifies a block where it now lies, and counts it. Answers the CRC-32 for
+    /// [`BlockSink::verified`](crate::BlockSink::verified).
+    pub(crate) fn placed(&mut self, head: &BlockHead, bytes: &[u8]) -> Result<u32, TransferError> {
         let BlockHead { index, len, crc, .. } = *head;
         if bytes.len() as u64 != u64::from(len) {
             let (bytes, expected) = (bytes.len() as u64, u64::from(len));
             return Err(TransferError::Truncated { index, bytes, expected });
         }
+        let crc32 = crc_fast::crc32_iso_hdlc(bytes);
         let found = crc_fast::crc64_nvme(bytes);
         if found != crc {
             return Err(TransferError::Corrupt { index, expected: crc, found });
@@ -63,7 +65,7 @@ impl<'a> Arrivals<'a> {
         self.blocks += 1;
         self.bytes += u64::from(len);
         self.digest.add(index, crc);
-        Ok(())
+        Ok(crc32)
     }
 
     /// Compares the seal with what arrived, and with what was asked for.

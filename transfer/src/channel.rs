@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use baton_arena::{Arena, SlotView};
+use baton_arena::{Arena, Landing};
 use baton_types::{Epoch, HandoffKey, PromptDigest};
 
 /// A way for KV blocks from one worker's arena to another's. One object serves both directions: it
@@ -9,14 +9,14 @@ use baton_types::{Epoch, HandoffKey, PromptDigest};
 /// made with.
 #[async_trait]
 pub trait Channel: Send + Sync + 'static {
-    /// Takes over one handoff: subscribes at the peer, places each block through the sink, verifies
+    /// Takes over one handoff: subscribes at the peer, lays each block into a slot of the sink, verifies
     /// every block and the seal over all of them, acknowledges. Dropping the future tells the peer
     /// that the handoff is void.
     async fn pull(
         &self,
         peer: &PeerAddress,
         subscription: Subscription,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError>;
 
     /// From now on this worker's blocks lie in this arena, those of its engine's former lives aside.
@@ -63,19 +63,23 @@ pub struct Seal {
 
 /// Where a consumer's blocks go.
 #[async_trait]
-pub trait BlockSink: Send {
+pub trait BlockSink: Send + Sync {
     /// The longest block that it takes. A peer that announces a longer one is broken off before any
     /// of it is read.
     fn max_block_bytes(&self) -> u32 {
         64 << 20
     }
 
-    /// Copies one block into a slot of its own, waiting for a free one: this is what slows a sender
-    /// down. Answers a view of the bytes *where they now lie*, over which the checksum is taken.
-    async fn place(&mut self, index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError>;
+    /// A slot for a block of `len` bytes, waiting for a free one: this is what slows a sender down.
+    /// Slots are asked for in order and one after the other, but others may be on their way and be
+    /// verified meanwhile. The channel keeps the slot
+    /// until nothing can write into it any more, whatever becomes of the sink.
+    async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError>;
 
-    /// The block that was placed last is what the producer sent.
-    async fn verified(&mut self, index: u32) -> Result<(), TransferError>;
+    /// What lies in the slot is what the producer sent: its checksum was taken there. `crc32` is that of
+    /// zlib over the same bytes, for whoever reads them next; it was taken *before* they were held against
+    /// what the producer sent, so that whatever changes later does not agree with it.
+    async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError>;
 }
 
 /// What was pulled.

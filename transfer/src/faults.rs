@@ -109,7 +109,7 @@ impl Interpose for Faults {
     }
 
     fn channel(&self, channel: Arc<dyn Channel>) -> Arc<dyn Channel> {
-        Arc::new(FaultyChannel::new(channel, self.clone()))
+        Arc::new(FaultyChannel { channel, faults: self.clone() })
     }
 }
 

@@ -116,7 +116,7 @@ impl Channel for QuicChannel {
         &self,
         peer: &PeerAddress,
         subscription: Subscription,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
         let connection = self.peers.connection(peer).await?;
         consume::pull(connection, &subscription, sink, self.stall_timeout).await

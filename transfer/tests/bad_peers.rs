@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use baton_arena::{Arena, ArenaLayout, Slot, SlotView};
+use baton_arena::{Arena, ArenaLayout, Landing, Slot, SlotPool};
 use baton_transfer::{
     BlockSink, Channel, Ending, Ledger, PeerAddress, Pulled, QuicChannel, QuicConfig, Subscription,
     TransferError,
@@ -60,14 +60,13 @@ fn subscription_bytes(id: HandoffId) -> Vec<u8> {
     bytes
 }
 
-struct OneSlot(Arena);
+struct OneSlot(Arena, SlotPool);
 
 impl OneSlot {
     fn new(directory: &tempfile::TempDir) -> Self {
         let layout = ArenaLayout { slot_bytes: 4096, export_slots: 0, import_slots: 1 };
-        Self(
-            Arena::create(&directory.path().join(HandoffId::random().to_string()), layout).unwrap(),
-        )
+        let path = directory.path().join(HandoffId::random().to_string());
+        Self(Arena::create(&path, layout).unwrap(), SlotPool::new([Slot(0)]))
     }
 }
 
@@ -77,13 +76,17 @@ impl BlockSink for OneSlot {
         4096
     }
 
-    async fn place(&mut self, _index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError> {
-        let bytes = bytes.concat();
-        self.0.write(Slot(0), 0, &bytes).unwrap();
-        Ok(self.0.view(Slot(0), bytes.len() as u64).unwrap())
+    async fn reserve(&self, _index: u32, len: u32) -> Result<Landing, TransferError> {
+        let slot = self.1.reserve().await.unwrap();
+        Ok(self.0.landing(slot, u64::from(len)).unwrap())
     }
 
-    async fn verified(&mut self, _index: u32) -> Result<(), TransferError> {
+    async fn verified(
+        &self,
+        _index: u32,
+        _block: Landing,
+        _crc32: u32,
+    ) -> Result<(), TransferError> {
         Ok(())
     }
 }
@@ -101,8 +104,8 @@ async fn serves(producer: &QuicChannel, ledger: &Ledger) {
         address: producer.local_address().to_string(),
         certificate_fingerprint: producer.certificate_fingerprint(),
     };
-    let mut sink = OneSlot::new(&directory);
-    assert_eq!(consumer.pull(&peer, subscription(id), &mut sink).await.unwrap().blocks, 1);
+    let sink = OneSlot::new(&directory);
+    assert_eq!(consumer.pull(&peer, subscription(id), &sink).await.unwrap().blocks, 1);
 }
 
 fn reset_code(error: &ReadExactError) -> VarInt {
@@ -270,8 +273,8 @@ async fn pulled(bytes: Vec<u8>, then: Then) -> Result<Pulled, TransferError> {
         address: address.to_string(),
         certificate_fingerprint: producer.fingerprint(),
     };
-    let mut sink = OneSlot::new(&directory);
-    consumer.pull(&peer, subscription(ANSWERED), &mut sink).await
+    let sink = OneSlot::new(&directory);
+    consumer.pull(&peer, subscription(ANSWERED), &sink).await
 }
 
 #[tokio::test]

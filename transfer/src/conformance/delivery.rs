@@ -117,11 +117,11 @@ pub async fn a_slow_consumer_bounds_what_is_under_way(transport: &dyn Transport)
     producer.expect(id, &consumer);
     producer.export(id, &vec![1 << 20; blocks as usize]).await;
 
-    let mut sink = consumer.sink(id);
+    let sink = consumer.sink(id);
     let pace = std::sync::Arc::clone(&sink.pace);
     pace.limit(1);
     let subscription = producer.subscription(id, 0);
-    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
+    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &sink);
     let watch = async {
         pace.reached(1).await;
         let last = producer.sends_no_more().await;

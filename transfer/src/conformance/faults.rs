@@ -182,9 +182,9 @@ async fn cut_in_the_middle(
     let Detour { address, cut } = transport.detour(&producer.node.address).await;
     let id = HandoffId::random();
     let ending = producer.expect(id, &consumer);
-    let mut sink = consumer.sink(id);
+    let sink = consumer.sink(id);
     let pace = Arc::clone(&sink.pace);
-    let pull = consumer.node.channel.pull(&address, producer.subscription(id, 0), &mut sink);
+    let pull = consumer.node.channel.pull(&address, producer.subscription(id, 0), &sink);
     let kill = async {
         producer.push(id, 0, 4096).await;
         pace.reached(1).await;

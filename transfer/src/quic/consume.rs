@@ -26,7 +26,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 pub(super) async fn pull(
     connection: Connection,
     subscription: &Subscription,
-    sink: &mut dyn BlockSink,
+    sink: &dyn BlockSink,
     stall: Duration,
 ) -> Result<Pulled, TransferError> {
     let opened = timeout(stall, connection.open_bi()).await.map_err(|_| stalled(stall))?;
@@ -53,7 +53,7 @@ impl Producer {
     async fn take_over(
         &mut self,
         subscription: &Subscription,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
         self.say(encode_subscription(subscription)).await?;
         let mut arrivals = Arrivals::new(subscription);
@@ -83,21 +83,18 @@ impl Producer {
 
     async fn block(
         &mut self,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
         arrivals: &mut Arrivals<'_>,
         head: &BlockHead,
     ) -> Result<(), TransferError> {
         arrivals.announced(head, sink.max_block_bytes())?;
-        let index = head.index;
         let chunks = self.exactly(head.len as usize).await?;
-        let view = {
-            let slices: Vec<&[u8]> = chunks.iter().map(AsRef::as_ref).collect();
-            self.attend(sink.place(index, &slices)).await?
-        };
+        let block = self.attend(sink.reserve(head.index, head.len)).await?;
+        let slices: Vec<&[u8]> = chunks.iter().map(AsRef::as_ref).collect();
+        block.write(&slices).map_err(|error| TransferError::NoRoom(error.to_string()))?;
         drop(chunks);
-        arrivals.placed(head, view.as_ref())?;
-        drop(view);
-        self.attend(sink.verified(index)).await
+        let crc32 = arrivals.placed(head, block.as_bytes())?;
+        self.attend(sink.verified(head.index, block, crc32)).await
     }
 
     /// Works on what has arrived, and lets go of it when the producer takes the handoff back or dies

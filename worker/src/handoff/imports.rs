@@ -5,7 +5,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use baton_arena::{Arena, ReservedSlot, Slot, SlotPool, SlotView};
+use baton_arena::{Arena, Landing, ReservedSlot, Slot, SlotPool};
 use baton_engine::{BlockToLoad, ToEngine};
 use baton_transfer::{BlockSink, PeerAddress, Pulled, Seal, Subscription, TransferError};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, HandoffKey, Origin, PromptDigest};
@@ -176,9 +176,9 @@ impl Imports {
     async fn pull(self: Arc<Self>, name: Name, peer: PeerAddress, subscription: Subscription) {
         let started = Instant::now();
         let first_block = subscription.first_block;
-        let mut sink = Sink { imports: &self, name, placed: None, verified: started };
-        let pulled = self.transfer.channel.pull(&peer, subscription, &mut sink).await;
-        let duration = sink.verified - started;
+        let sink = Sink { imports: &self, name, verified: Mutex::new(started) };
+        let pulled = self.transfer.channel.pull(&peer, subscription, &sink).await;
+        let duration = sink.verified.into_inner() - started;
         let loaded = match pulled {
             Ok(pulled) => match self.check_whole(&pulled) {
                 Ok(()) => self.all_loaded(name).await.map(|()| pulled),
@@ -358,10 +358,8 @@ impl Imports {
 struct Sink<'a> {
     imports: &'a Imports,
     name: Name,
-    /// With the checksum for the engine.
-    placed: Option<(ReservedSlot, u32)>,
     /// When the last block was.
-    verified: Instant,
+    verified: Mutex<Instant>,
 }
 
 #[async_trait]
@@ -370,31 +368,20 @@ impl BlockSink for Sink<'_> {
         u32::try_from(self.imports.block_bytes).unwrap_or(u32::MAX)
     }
 
-    async fn place(&mut self, index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError> {
+    async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError> {
         let Imports { arena, pool, block_bytes, .. } = self.imports;
-        let came: u64 = bytes.iter().map(|piece| piece.len() as u64).sum();
-        if came != *block_bytes {
+        if u64::from(len) != *block_bytes {
             let expected = *block_bytes;
-            return Err(TransferError::Truncated { index, bytes: came, expected });
+            return Err(TransferError::Truncated { index, bytes: len.into(), expected });
         }
         let no_room = |error: &dyn std::error::Error| TransferError::NoRoom(error.to_string());
-        let reserved = pool.reserve().await.map_err(|e| no_room(&e))?;
-        let mut offset = 0;
-        for piece in bytes {
-            arena.write(reserved.slot(), offset, piece).map_err(|e| no_room(&e))?;
-            offset += piece.len() as u64;
-        }
-        let view = arena.view(reserved.slot(), *block_bytes).map_err(|e| no_room(&e))?;
-        // Before the channel verifies the same bytes: whatever changes between the two, one of them sees.
-        self.placed = Some((reserved, BlockToLoad::checksum(view.as_ref())));
-        Ok(view)
+        let slot = pool.reserve().await.map_err(|e| no_room(&e))?;
+        arena.landing(slot, *block_bytes).map_err(|e| no_room(&e))
     }
 
-    async fn verified(&mut self, index: u32) -> Result<(), TransferError> {
-        let (reserved, crc32) = self.placed.take().ok_or_else(|| {
-            TransferError::Protocol(format!("block {index} was verified before it was placed"))
-        })?;
-        self.verified = Instant::now();
+    async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
+        let reserved = block.into_slot();
+        *self.verified.lock() = Instant::now();
         let slot = reserved.slot();
         let mut consumers = self.imports.consumers.lock();
         match consumers.get_mut(&self.name) {

@@ -38,7 +38,7 @@ impl Channel for ScriptedChannel {
         &self,
         _peer: &PeerAddress,
         subscription: Subscription,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
         self.asked.lock().push(subscription.clone());
         let next = self.script.lock().pop_front().unwrap();
@@ -48,9 +48,12 @@ impl Channel for ScriptedChannel {
                     let byte = [u8::try_from(index).unwrap()];
                     let bytes = byte.repeat(usize::try_from(block_bytes).unwrap());
                     let (front, back) = bytes.split_at(30);
-                    let view = sink.place(index, &[front, back]).await?;
-                    assert_eq!(view.as_ref(), bytes);
-                    sink.verified(index).await?;
+                    let len = u32::try_from(block_bytes).unwrap();
+                    let block = sink.reserve(index, len).await?;
+                    block.write(&[front, back]).unwrap();
+                    assert_eq!(block.as_bytes(), bytes);
+                    let crc32 = BlockToLoad::checksum(block.as_bytes());
+                    sink.verified(index, block, crc32).await?;
                 }
                 then?;
                 let seal = Seal {
