@@ -151,6 +151,13 @@ impl Arena {
         Ok(SlotView { arena: self.clone(), start, len })
     }
 
+    /// Where in this arena these bytes lie, counted from its begin; `None` where they lie elsewhere.
+    pub fn offset_of(&self, bytes: &[u8]) -> Option<u64> {
+        let start = bytes.as_ptr().addr().checked_sub(self.shared.map.as_mut_ptr().addr())?;
+        let end = start.checked_add(bytes.len())?;
+        (end <= self.shared.map.len()).then_some(start as u64)
+    }
+
     /// A reserved slot as the place for one block of `len` bytes.
     pub fn landing(&self, slot: ReservedSlot, len: u64) -> Result<Landing, ArenaError> {
         let view = self.view(slot.slot(), len)?;

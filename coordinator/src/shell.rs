@@ -246,7 +246,7 @@ impl Shell {
                     name: view.description.name.clone(),
                     role: view.description.role,
                     jobs_running: view.jobs_running,
-                    report: attached.report,
+                    report: attached.report.clone(),
                 })
             })
             .collect();

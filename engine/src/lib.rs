@@ -8,6 +8,6 @@ pub mod sim;
 mod vllm;
 
 pub use contract::{Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest};
-pub use kv_port::{BlockInSlot, FromEngine, KvPort, ToEngine};
+pub use kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, ToEngine};
 pub use sim::SimEngine;
 pub use vllm::VllmEngine;

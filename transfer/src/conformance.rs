@@ -86,6 +86,7 @@ macro_rules! channel_conformance {
             faults: [
                 a_block_that_changed_on_its_way_is_corrupt,
                 blocks_out_of_order_are_not_taken,
+                blocks_of_another_handoff_are_not_taken,
                 a_seal_over_other_blocks_is_not_taken,
                 a_block_longer_than_a_slot_is_not_read,
                 a_dead_producer_is_noticed,

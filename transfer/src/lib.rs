@@ -4,10 +4,13 @@
 //! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network,
 //! [`UcxChannel`] has UCX write into the consumer's arena.
 
+mod arrivals;
 mod channel;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod counters;
+#[cfg(feature = "faults")]
+pub mod faults;
 mod frame;
 mod lease;
 mod ledger;
@@ -15,8 +18,8 @@ mod quic;
 mod ucx;
 
 pub use channel::{
-    BlockSink, Channel, ExportStream, Exported, Exports, PeerAddress, Pulled, Refusal, Seal,
-    Subscription, TransferError,
+    BlockSink, Channel, ExportStream, Exported, Exports, Interpose, PeerAddress, Pulled, Refusal,
+    Seal, Subscription, TransferError,
 };
 pub use counters::LedgerCounters;
 pub use lease::{Ending, HandoffError};

@@ -109,11 +109,6 @@ impl UcxChannel {
     pub fn picked(&self) -> Vec<Resource> {
         self.data.picked.lock().iter().cloned().collect()
     }
-
-    /// Opens an arena ahead of its first handoff: registering takes long where it is large.
-    pub async fn register(&self, arena: &Arena) -> Result<(), UcxError> {
-        self.data.region(arena).await.map(drop)
-    }
 }
 
 #[async_trait]
@@ -126,6 +121,18 @@ impl Channel for UcxChannel {
     ) -> Result<Pulled, TransferError> {
         let connection = self.control.connection(peer).await?;
         consume::pull(connection, &subscription, sink, &self.data, self.stall_timeout).await
+    }
+
+    /// Registers it now: its first handoff need not wait for that.
+    fn use_arena(&self, arena: &Arena) {
+        let (data, arena) = (Arc::clone(&self.data), arena.clone());
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                if let Err(error) = data.region(&arena).await {
+                    tracing::error!(%error, "the staging arena cannot be opened to peers");
+                }
+            });
+        }
     }
 
     fn transport(&self) -> &'static str {

@@ -6,7 +6,7 @@ use crate::{
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{Fleet, WorkerDescription, WorkerKey, WorkerView},
     keyed::Keyed,
-    placement::{self, NoRoute, Route},
+    placement::{self, AggregatedReason, NoRoute, Route},
     request::{Job, JobId, Phase, Request, RequestKey, RequestShape},
 };
 
@@ -313,6 +313,14 @@ impl Core {
             request.retries_left -= 1;
             request.generation = request.generation.next();
         }
+        // Decode's own engine can compute the prompt, where it was the handoff that failed again.
+        let in_one = match (fault.origin, request.route) {
+            (Origin::Handoff, Some(Route::Disaggregated { decode, by_engine: false, .. })) => {
+                Some(decode).filter(|_| !may_retry)
+            }
+            _ => None,
+        };
+        let (id, generation) = (request.handoff, request.generation);
         // A handoff that failed says nothing of which side was at fault: keep away from both.
         let avoid: Vec<WorkerKey> = match (fault.origin, request.route) {
             (Origin::Handoff, Some(Route::Disaggregated { prefill, decode, .. })) => {
@@ -323,6 +331,9 @@ impl Core {
         self.cancel_all(key, actions);
         if may_retry {
             self.start_attempt(key, &avoid, actions);
+        } else if let Some(worker) = in_one.filter(|worker| self.fleet.get(*worker).is_some()) {
+            let reason = AggregatedReason::HandoffFailed;
+            self.start_legs(key, Route::Aggregated { worker, reason }, id, generation, actions);
         } else {
             self.reject(key, Rejection::LegFailed { leg, fault }, actions);
         }

@@ -31,6 +31,8 @@ pub enum AggregatedReason {
     NoDecodeWorker,
     /// There are both, but none can take the other's KV.
     NoCompatiblePair,
+    /// It was split, and its KV did not come.
+    HandoffFailed,
 }
 
 impl AggregatedReason {
@@ -42,6 +44,7 @@ impl AggregatedReason {
             Self::NoPrefillWorker => "no_prefill_worker",
             Self::NoDecodeWorker => "no_decode_worker",
             Self::NoCompatiblePair => "no_compatible_pair",
+            Self::HandoffFailed => "handoff_failed",
         }
     }
 }

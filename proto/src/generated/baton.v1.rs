@@ -218,7 +218,7 @@ pub struct HandoffResult {
     pub transport: ::prost::alloc::string::String,
 }
 /// The state of a worker, sent at the interval that the coordinator asked for.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Report {
     #[prost(uint32, tag = "1")]
     pub jobs_running: u32,
@@ -246,6 +246,12 @@ pub struct Report {
     /// 0 to 1.
     #[prost(float, tag = "12")]
     pub engine_kv_used_ratio: f32,
+    /// Handoffs to this worker that failed, by why: "corrupt", "cross_epoch", ….
+    #[prost(map = "string, uint64", tag = "13")]
+    pub handoff_errors: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// Handoffs from this worker that have ended, by how: "acked", "aborted", "expired", "broken".
+    #[prost(map = "string, uint64", tag = "14")]
+    pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

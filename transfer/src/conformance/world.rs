@@ -83,6 +83,7 @@ impl Producer {
         let epoch = Epoch::random();
         let ledger = Ledger::new(epoch, COMPATIBILITY, lease);
         let node = transport.start(Arc::new(ledger.clone()), stall).await;
+        node.channel.use_arena(&staging.arena);
         Self { ledger, epoch, node, staging }
     }
 
@@ -164,6 +165,7 @@ impl Consumer {
     ) -> Self {
         let nothing = Ledger::new(Epoch::random(), COMPATIBILITY, NEVER);
         let node = transport.start(Arc::new(nothing), stall).await;
+        node.channel.use_arena(&staging.arena);
         Self { node, staging: Arc::new(staging) }
     }
 
@@ -271,8 +273,9 @@ impl BlockSink for Sink {
         Ok(self.staging.arena.landing(slot, u64::from(len)).unwrap())
     }
 
-    async fn verified(&self, index: u32, block: Landing) -> Result<(), TransferError> {
+    async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
         let bytes = block.as_bytes();
+        assert_eq!(crc32, crc_fast::crc32_iso_hdlc(bytes));
         assert!(bytes == content(self.id, index, bytes.len()), "block {index} is another");
         self.pace.verified.fetch_add(1, Relaxed);
         self.pace.moved.notify_one();

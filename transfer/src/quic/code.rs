@@ -44,9 +44,11 @@ impl Code {
         match error {
             TransferError::Version { .. }
             | TransferError::Protocol(_)
+            | TransferError::Truncated { .. }
             | TransferError::UnexpectedBlock { .. }
+            | TransferError::ForeignBlock { .. }
             | TransferError::SealMismatch { .. } => Self::Protocol,
-            TransferError::Corrupt { .. } => Self::Corrupt,
+            TransferError::Corrupt { .. } | TransferError::Rotten { .. } => Self::Corrupt,
             TransferError::Stalled { .. } => Self::Stalled,
             TransferError::NoRoom(_) => Self::NoRoom,
             TransferError::Refused(Refusal::Aborted) => Self::Aborted,

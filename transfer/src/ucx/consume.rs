@@ -20,11 +20,12 @@ use super::{
     wire::{Frame, Inbox, Word, put_address},
 };
 use crate::{
+    arrivals::Arrivals,
     channel::{BlockSink, Pulled, Subscription, TransferError},
-    frame::{ConsumerWord, ProducerFrame, SealedFrame, VERSION, encode_subscription},
+    frame::{BlockHead, ConsumerWord, ProducerFrame, VERSION, encode_subscription},
     quic::{
         code::{Code, lost, was_reset, write_failed},
-        consume::{Arrived, PROGRESS_INTERVAL, ended_early, verify},
+        consume::{PROGRESS_INTERVAL, ended_early},
         stalled,
     },
 };
@@ -62,14 +63,6 @@ pub(super) async fn pull(
     pulled
 }
 
-/// A block that the producer has.
-#[derive(Clone, Copy, Debug)]
-struct Offer {
-    index: u32,
-    len: u32,
-    crc: u64,
-}
-
 /// The stream to one producer. Dropped before its end it tells that the handoff was given up.
 struct Producer {
     connection: Connection,
@@ -77,7 +70,7 @@ struct Producer {
     /// Gone once the stream is left to [`settle`].
     inbox: Option<Inbox>,
     /// Slots that the producer may be writing into.
-    granted: VecDeque<(Offer, Landing)>,
+    granted: VecDeque<(BlockHead, Landing)>,
     stall: Duration,
     is_over: bool,
 }
@@ -94,9 +87,8 @@ impl Producer {
     ) -> Result<Pulled, TransferError> {
         let mut saying = BytesMut::from(&encode_subscription(subscription)[..]);
         put_address(&mut saying, &data.ucx.address());
-        let mut arrived = Arrived::nothing(subscription);
-        let mut offered: VecDeque<Offer> = VecDeque::new();
-        let mut next_offer = subscription.first_block;
+        let mut arrivals = Arrivals::new(subscription);
+        let mut offered: VecDeque<BlockHead> = VecDeque::new();
         let mut told_regions: Vec<u64> = Vec::new();
         let mut reserving: Option<Reserving<'_>> = None;
         let mut reserving_since = Instant::now();
@@ -104,15 +96,19 @@ impl Producer {
         loop {
             while let Some(frame) = self.next_frame()? {
                 match frame {
-                    Frame::Said(ProducerFrame::Block { index, len, crc }) => {
-                        let offer = Offer { index, len, crc };
-                        acceptable(offer, next_offer, offered.len(), sink.max_block_bytes())?;
-                        next_offer = next_offer.saturating_add(1);
-                        offered.push_back(offer);
+                    Frame::Said(ProducerFrame::Block(head)) => {
+                        let ahead = offered.len() + self.granted.len();
+                        arrivals.announced(&head, small(ahead), sink.max_block_bytes())?;
+                        if offered.len() >= MAX_OFFERED {
+                            let excess =
+                                format!("more than {MAX_OFFERED} blocks were announced at once");
+                            return Err(TransferError::Protocol(excess));
+                        }
+                        offered.push_back(head);
                     }
                     Frame::Landed { blocks } => {
                         for _ in 0..blocks {
-                            self.landed(sink, &mut arrived).await?;
+                            self.landed(sink, &mut arrivals).await?;
                         }
                         if last_word.elapsed() >= PROGRESS_INTERVAL {
                             last_word = Instant::now();
@@ -124,7 +120,9 @@ impl Producer {
                             let early = "a seal before all its blocks".to_owned();
                             return Err(TransferError::Protocol(early));
                         }
-                        return self.sealed(subscription, &sealed, arrived).await;
+                        let pulled = arrivals.sealed(&sealed)?;
+                        self.acknowledge().await?;
+                        return Ok(pulled);
                     }
                     Frame::Said(ProducerFrame::Waiting) => {}
                     Frame::Said(ProducerFrame::Refused(refusal)) => {
@@ -175,7 +173,7 @@ impl Producer {
 
     async fn grant(
         &mut self,
-        offer: Offer,
+        offer: BlockHead,
         slot: Landing,
         data: &Data,
         told_regions: &mut Vec<u64>,
@@ -205,20 +203,14 @@ impl Producer {
     async fn landed(
         &mut self,
         sink: &dyn BlockSink,
-        arrived: &mut Arrived,
+        arrivals: &mut Arrivals<'_>,
     ) -> Result<(), TransferError> {
-        let (offer, slot) = self.granted.pop_front().ok_or_else(|| {
+        let (head, slot) = self.granted.pop_front().ok_or_else(|| {
             TransferError::Protocol("a block landed for which it was granted no slot".to_owned())
         })?;
         fence(Acquire);
-        let Offer { index, len, crc } = offer;
-        let found = crc_fast::crc64_nvme(slot.as_bytes());
-        if found != crc {
-            return Err(TransferError::Corrupt { index, expected: crc, found });
-        }
-        self.attend(sink.verified(index, slot)).await?;
-        arrived.add(crc, len);
-        Ok(())
+        let crc32 = arrivals.placed(&head, slot.as_bytes())?;
+        self.attend(sink.verified(head.index, slot, crc32)).await
     }
 
     /// Works on what has arrived, and lets go of it when the producer takes the handoff back or dies
@@ -245,13 +237,7 @@ impl Producer {
         }
     }
 
-    async fn sealed(
-        &mut self,
-        subscription: &Subscription,
-        sealed: &SealedFrame,
-        arrived: Arrived,
-    ) -> Result<Pulled, TransferError> {
-        let pulled = verify(subscription, sealed, arrived)?;
+    async fn acknowledge(&mut self) -> Result<(), TransferError> {
         let ack = ConsumerWord::Ack.encode();
         timeout(self.stall, self.send.write_chunk(ack))
             .await
@@ -259,7 +245,7 @@ impl Producer {
             .map_err(|error| write_failed(&error))?;
         // Fails only where the stream was finished or reset here, which it was not.
         let _ = self.send.finish();
-        Ok(pulled)
+        Ok(())
     }
 
     /// Tells the producer something. That it listens no more is no error here: what it said last tells
@@ -303,7 +289,7 @@ impl Drop for Producer {
 }
 
 /// Keeps slots until the producer writes into them no more.
-async fn settle(mut recv: RecvStream, granted: VecDeque<(Offer, Landing)>) {
+async fn settle(mut recv: RecvStream, granted: VecDeque<(BlockHead, Landing)>) {
     loop {
         match recv.read_chunk(usize::MAX, false).await {
             Ok(Some(_)) => {}
@@ -326,23 +312,7 @@ async fn waiting(reserving: &mut Option<Reserving<'_>>) -> Result<Landing, Trans
     }
 }
 
-fn acceptable(offer: Offer, next: u32, waiting: usize, longest: u32) -> Result<(), TransferError> {
-    let Offer { index, len, .. } = offer;
-    if index != next {
-        return Err(TransferError::UnexpectedBlock { index, expected: next.to_string() });
-    }
-    if len > longest {
-        let excess = format!("block {index} of {len} bytes, {longest} are the most");
-        return Err(TransferError::Protocol(excess));
-    }
-    if waiting >= MAX_OFFERED {
-        let excess = format!("more than {MAX_OFFERED} blocks were announced at once");
-        return Err(TransferError::Protocol(excess));
-    }
-    Ok(())
-}
-
-/// Regions of one handoff are numbered as they are told: there is one, or two.
+/// Counts of regions and blocks of one handoff fit.
 fn small(number: usize) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }

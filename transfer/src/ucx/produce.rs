@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use baton_types::HandoffKey;
 use baton_ucx::{Put, RemoteRegion, Writing};
 use bytes::{Bytes, BytesMut};
 use futures::FutureExt;
@@ -23,8 +24,8 @@ use super::{
 use crate::{
     channel::{ExportStream, Exported, Exports, Refusal, Seal, Subscription, TransferError},
     frame::{
-        BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame, SUBSCRIPTION_BYTES, SealedFrame,
-        VERSION, decode_prelude, decode_subscription,
+        BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame, SUBSCRIPTION_BYTES,
+        SealedFrame, VERSION, decode_prelude, decode_subscription,
     },
     quic::{
         code::{Code, write_failed},
@@ -241,8 +242,8 @@ impl Consumer {
                     // All that is there goes into one announcement.
                     while let Some(item) = next.take() {
                         match item {
-                            Next::Item(Exported::Block { index, crc, bytes }) => {
-                                self.offer(index, crc, bytes)?;
+                            Next::Item(Exported::Block { handoff, index, crc, bytes }) => {
+                                self.offer(handoff, index, crc, bytes)?;
                                 if self.has_room() {
                                     next = stream.next().now_or_never().map(Next::Item);
                                 }
@@ -274,11 +275,17 @@ impl Consumer {
         blocks == 0 || blocks < WINDOW_BLOCKS && self.window_bytes < WINDOW_BYTES
     }
 
-    fn offer(&mut self, index: u32, crc: u64, bytes: Bytes) -> Result<(), TransferError> {
+    fn offer(
+        &mut self,
+        handoff: HandoffKey,
+        index: u32,
+        crc: u64,
+        bytes: Bytes,
+    ) -> Result<(), TransferError> {
         let whole = bytes.len() as u64;
         let len = u32::try_from(whole)
             .map_err(|_| TransferError::Protocol(format!("block {index} has {whole} bytes")))?;
-        self.add(ProducerFrame::Block { index, len, crc });
+        self.add(ProducerFrame::Block(BlockHead { handoff, index, len, crc }));
         self.window_bytes += whole;
         self.offered.push_back(Offered { index, crc, bytes });
         Ok(())

@@ -5,7 +5,7 @@
 //!             1 ack · 2 progress
 //!             3 region: id u32 · base u64 · length u64 · key length u16, key
 //!             4 grant: region u32 · offset u64, for the first block that has none
-//! producer ─► 1 block: index u32 · length u32 · crc u64: there is one, it wants a slot
+//! producer ─► 1 block: its head as in `frame`: there is one, it wants a slot
 //!             2 to 5 as in `frame`
 //!             6 landed: so many u32 of the granted blocks, the first ones, were written
 //! ```
@@ -176,7 +176,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::channel::Refusal;
+    use baton_types::{Epoch, Generation, HandoffId, HandoffKey};
+
+    use crate::{channel::Refusal, frame::BlockHead};
 
     fn words() -> impl Strategy<Value = Word> {
         let key = prop::collection::vec(any::<u8>(), 1..300).prop_map(Bytes::from);
@@ -193,9 +195,16 @@ mod tests {
     fn frames() -> impl Strategy<Value = Frame> {
         prop_oneof![
             any::<u32>().prop_map(|blocks| Frame::Landed { blocks }),
-            any::<(u32, u32, u64)>().prop_map(|(index, len, crc)| {
-                Frame::Said(ProducerFrame::Block { index, len, crc })
-            }),
+            any::<([u128; 2], u32, u32, u32, u64)>().prop_map(
+                |(ids, generation, index, len, crc)| {
+                    let handoff = HandoffKey {
+                        epoch: Epoch::from_u128(ids[0]),
+                        id: HandoffId::from_u128(ids[1]),
+                        generation: Generation(generation),
+                    };
+                    Frame::Said(ProducerFrame::Block(BlockHead { handoff, index, len, crc }))
+                }
+            ),
             Just(Frame::Said(ProducerFrame::Waiting)),
             Just(Frame::Said(ProducerFrame::Refused(Refusal::Aborted))),
         ]

@@ -6,7 +6,7 @@ use std::{
 
 use async_trait::async_trait;
 use baton_arena::{Arena, Landing, ReservedSlot, Slot, SlotPool};
-use baton_engine::{BlockInSlot, ToEngine};
+use baton_engine::{BlockToLoad, ToEngine};
 use baton_transfer::{BlockSink, PeerAddress, Pulled, Seal, Subscription, TransferError};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, HandoffKey, Origin, PromptDigest};
 use parking_lot::Mutex;
@@ -184,7 +184,10 @@ impl Imports {
                 Ok(()) => self.all_loaded(name).await.map(|()| pulled),
                 Err(fault) => Err(fault),
             },
-            Err(error) => Err(fault::of_transfer(&error)),
+            Err(error) => {
+                self.counters.handoff_errors.add(error.name());
+                Err(fault::of_transfer(&error))
+            }
         };
         match loaded {
             Ok(pulled) => self.complete(name, pulled, first_block, duration),
@@ -279,6 +282,18 @@ impl Imports {
         self.give_up(name, Fault::new(Origin::Engine, FaultKind::Failed, "the engine gave it up"))
     }
 
+    /// The engine found a block changed that was verified here.
+    pub(super) fn corrupt(&self, name: Name, index: u32) {
+        let error = TransferError::Rotten { index };
+        let fault = fault::of_transfer(&error);
+        if self.give_up(name, fault.clone()) {
+            tracing::error!(handoff = %name.0, generation = %name.1, %fault, "a handoff failed");
+            self.counters.handoff_errors.add(error.name());
+            self.counters.handoffs_failed.add(1);
+            self.fail_in_engine(name, fault.to_string());
+        }
+    }
+
     /// The engine said something about the handoff that cannot be.
     pub(super) fn broken(&self, name: Name, error: &PortError) {
         let fault = Fault::new(Origin::Engine, FaultKind::Failed, error.to_string());
@@ -356,15 +371,15 @@ impl BlockSink for Sink<'_> {
     async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError> {
         let Imports { arena, pool, block_bytes, .. } = self.imports;
         if u64::from(len) != *block_bytes {
-            let reason = format!("block {index} has {len} bytes, {block_bytes} make a block");
-            return Err(TransferError::Protocol(reason));
+            let expected = *block_bytes;
+            return Err(TransferError::Truncated { index, bytes: len.into(), expected });
         }
         let no_room = |error: &dyn std::error::Error| TransferError::NoRoom(error.to_string());
         let slot = pool.reserve().await.map_err(|e| no_room(&e))?;
         arena.landing(slot, *block_bytes).map_err(|e| no_room(&e))
     }
 
-    async fn verified(&self, index: u32, block: Landing) -> Result<(), TransferError> {
+    async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
         let reserved = block.into_slot();
         *self.verified.lock() = Instant::now();
         let slot = reserved.slot();
@@ -377,7 +392,7 @@ impl BlockSink for Sink<'_> {
         self.imports.counters.handoff_blocks_received.add(1);
         self.imports.counters.handoff_bytes_received.add(self.imports.block_bytes);
         let (handoff, generation) = self.name;
-        let blocks = vec![BlockInSlot { index, slot }];
+        let blocks = vec![BlockToLoad { index, slot, crc32 }];
         self.imports.queue.send(ToEngine::Load { handoff, generation, blocks });
         Ok(())
     }
