@@ -1,5 +1,6 @@
 //! `baton`: starts a cluster on this machine, runs one process of a cluster, checks a cluster's file.
 
+mod bench_transfer;
 mod check;
 mod processes;
 mod terminal;
@@ -32,6 +33,8 @@ enum Command {
         /// The cluster's baton.toml.
         file: PathBuf,
     },
+    /// Measures how fast KV blocks pass between two processes of this machine.
+    BenchTransfer(bench_transfer::BenchOptions),
     /// Runs the coordinator of a cluster.
     Coordinator {
         /// The cluster's baton.toml.
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Up(options) => up::run(&options),
         Command::Check { file } => Ok(check::run(&file)),
+        Command::BenchTransfer(options) => bench_transfer::run(&options),
         Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
         Command::PrefillWorker(worker) => {
             processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)
