@@ -187,11 +187,39 @@ fn a_leg_that_fails_is_tried_once_more_elsewhere_under_a_new_fence() {
 
     // What the first attempt still says is not heard.
     assert_eq!(f.handle(Event::Answered { job: first[1].1 }), []);
-    let fault = Fault::new(Origin::Handoff, FaultKind::Corrupt, "y");
+    let fault = Fault::new(Origin::Worker, FaultKind::Failed, "y");
     let actions = f.handle(Event::LegFailed { job: second[1].1, fault: fault.clone() });
     let rejection = Rejection::LegFailed { leg: Leg::Decode, fault };
     assert_eq!(actions.last(), Some(&Action::Reject { request, rejection }));
     assert_eq!(f.jobs_running(), [0, 0, 0, 0]);
+}
+
+#[test]
+fn a_handoff_that_fails_again_leaves_the_whole_request_to_decode() {
+    let (mut f, keys) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    let (request, mut actions) = f.arrive(shape());
+    for leg in [1, 0] {
+        let attempt = started(&actions);
+        let fault = Fault::new(Origin::Handoff, FaultKind::Corrupt, "y");
+        actions = f.handle(Event::LegFailed { job: attempt[leg].1, fault });
+    }
+    let in_one = started(&actions);
+    assert_eq!(in_one.len(), 1);
+    let (worker, job, leg, ref plan) = in_one[0];
+    assert_eq!((worker, leg, plan), (keys[1], Leg::Aggregated, &None));
+    let reason = AggregatedReason::HandoffFailed;
+    let actions = f.handle(Event::Answered { job });
+    let route = Route::Aggregated { worker, reason };
+    assert_eq!(actions, [Action::Relay { request, job, route }]);
+
+    // An engine that fails then is not tried again.
+    let (request, mut actions) = f.arrive(shape());
+    for leg in [1, 1, 0] {
+        let attempt = started(&actions);
+        let fault = Fault::new(Origin::Handoff, FaultKind::Corrupt, "y");
+        actions = f.handle(Event::LegFailed { job: attempt[leg].1, fault });
+    }
+    assert!(matches!(actions.last(), Some(Action::Reject { request: r, .. }) if *r == request));
 }
 
 #[test]
