@@ -79,7 +79,6 @@ fn uncomment(text: &str, mut choose: impl FnMut(&str, bool) -> bool) -> String {
 #[test]
 fn what_the_sample_shows_as_default_is_the_default() {
     let mut keys = 0;
-    std::fs::create_dir(directory.path().join("model")).unwrap();
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (vllm, rest) = vllm.split_once("# Staging memory").unwrap();
@@ -119,6 +118,7 @@ fn the_samples_examples_are_right() {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, "").unwrap();
     }
+    std::fs::create_dir(directory.path().join("model")).unwrap();
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (_, rest) = vllm.split_once("# Staging memory").unwrap();
