@@ -119,6 +119,7 @@ fn the_samples_examples_are_right() {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, "").unwrap();
     }
+    std::fs::create_dir(directory.path().join("model")).unwrap();
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (_, rest) = vllm.split_once("# Staging memory").unwrap();

@@ -62,7 +62,7 @@ impl BlockScope<'_> {
         // Each name is hashed on its own, so that none runs into the next.
         [unit, self.model.as_bytes(), self.adapter.as_bytes(), self.salt.as_bytes()]
             .into_iter()
-            .fold(BlockHash(1), |parent, name| chain(parent, name))
+            .fold(BlockHash(1), chain)
     }
 }
 

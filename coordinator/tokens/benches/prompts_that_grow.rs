@@ -22,7 +22,7 @@ fn words(seed: u32, bytes: usize) -> String {
         for shift in [8, 13, 18].iter().take(1 + (state >> 30) as usize) {
             text.push_str(syllables[(state >> shift) as usize % syllables.len()]);
         }
-        text.push_str(if state % 19 == 0 { ".\n" } else { " " });
+        text.push_str(if state.is_multiple_of(19) { ".\n" } else { " " });
     }
     text
 }

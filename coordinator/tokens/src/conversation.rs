@@ -89,7 +89,7 @@ fn read_message(message: &Value, format: ContentFormat) -> Result<Value, Unknown
     let format = if role == "tool" { ContentFormat::String } else { format };
     let mut fields = vec![
         (Value::from("role"), Value::from(role)),
-        (Value::from("content"), content(present(message, "content"), role, format)?),
+        (Value::from("content"), content(present(message, "content").as_ref(), role, format)?),
     ];
     let mut push = |name: &str, value: Value| fields.push((Value::from(name), value));
     if role == "assistant" {
@@ -118,8 +118,8 @@ fn read_message(message: &Value, format: ContentFormat) -> Result<Value, Unknown
     Ok(fields.into_iter().collect())
 }
 
-fn content(content: Option<Value>, role: &str, format: ContentFormat) -> Result<Value, Unknown> {
-    let texts = match &content {
+fn content(content: Option<&Value>, role: &str, format: ContentFormat) -> Result<Value, Unknown> {
+    let texts = match content {
         None => Vec::new(),
         Some(content) => match content.as_str() {
             Some(text) => vec![text.to_owned()],

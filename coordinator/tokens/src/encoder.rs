@@ -11,12 +11,15 @@ pub(crate) struct Encoder {
     /// Without what it puts around a text: that is added to the whole.
     tokenizer: Tokenizer,
     /// Before and after a text; `None` where they depend on it.
-    around: Option<(Vec<u32>, Vec<u32>)>,
+    around: Option<Around>,
     /// As it was read, for where they do.
     whole: Option<Box<Tokenizer>>,
     /// Absent where a text cannot be cut for certain.
     grown: Option<Mutex<GrownPrompts>>,
 }
+
+/// Tokens before a text, and after it.
+type Around = (Vec<u32>, Vec<u32>);
 
 /// Texts and tokens that are kept.
 const KEPT_BYTES: usize = 64 << 20;
@@ -74,7 +77,7 @@ impl Encoder {
 }
 
 /// What the tokenizer puts before and after any text.
-fn around(tokenizer: &Tokenizer) -> Result<Option<(Vec<u32>, Vec<u32>)>, tokenizers::Error> {
+fn around(tokenizer: &Tokenizer) -> Result<Option<Around>, tokenizers::Error> {
     let mut found = None;
     for text in ["a", "b c"] {
         let with = tokenizer.encode_fast(text, true)?.get_ids().to_vec();

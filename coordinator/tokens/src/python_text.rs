@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 /// `tojson` as Hugging Face's templates have it: `json.dumps(x, ensure_ascii=False, indent=indent)`.
+#[allow(clippy::needless_pass_by_value)] // As a filter has them.
 pub(crate) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     // The others change the text in ways that no template was seen to ask for.
@@ -70,7 +71,7 @@ impl Formatter for OneLine {
         w: &mut W,
         escape: serde_json::ser::CharEscape,
     ) -> io::Result<()> {
-        write_char_escape(w, escape)
+        write_char_escape(w, &escape)
     }
 }
 
@@ -130,14 +131,14 @@ impl Formatter for Indented<'_> {
         w: &mut W,
         escape: serde_json::ser::CharEscape,
     ) -> io::Result<()> {
-        write_char_escape(w, escape)
+        write_char_escape(w, &escape)
     }
 }
 
 /// As `json.dumps` has them, which leaves the slash alone as serde does.
 fn write_char_escape<W: ?Sized + io::Write>(
     w: &mut W,
-    escape: serde_json::ser::CharEscape,
+    escape: &serde_json::ser::CharEscape,
 ) -> io::Result<()> {
     use serde_json::ser::CharEscape::{
         AsciiControl, Backspace, CarriageReturn, FormFeed, LineFeed, Quote, ReverseSolidus,

@@ -13,7 +13,7 @@ use super::{table::SHARDS, *};
 
 fn block(number: u64) -> BlockHash {
     // Few shards and many collisions of homes: every way through the table is taken.
-    BlockHash::new(number % 7 << 61 | number % 3 | (number + 1) << 8).unwrap()
+    BlockHash::new(((number % 7) << 61) | (number % 3) | ((number + 1) << 8)).unwrap()
 }
 
 fn blocks(numbers: impl IntoIterator<Item = u64>) -> Vec<BlockHash> {
