@@ -16,12 +16,20 @@ import argparse
 import csv
 import json
 import pathlib
+import secrets
 import statistics
 import subprocess
 import sys
 import tempfile
 
 TOLERANCE = 0.05
+
+
+def run(command: list[str]) -> None:
+    """Shows what a program says only if it fails."""
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if ended.returncode:
+        sys.exit(f"{command[0]} failed:\n{ended.stdout}")
 
 
 def guidellm(options: argparse.Namespace, directory: pathlib.Path) -> list[dict]:
@@ -34,9 +42,11 @@ def guidellm(options: argparse.Namespace, directory: pathlib.Path) -> list[dict]
         *("--constraint", f"kind=max_requests,count={options.requests}"),
         *("--data", f"kind=synthetic_text,{shape}"),
         *("--tokenizer", f"kind=huggingface_auto,model={options.tokenizer}"),
+        # Prompts that no round before has left in a prefix cache.
+        *("--seed", f"kind=static,value={secrets.randbelow(1 << 31)}"),
         *("--output", f"kind=json,path={report}"),
     ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run(command)
     requests = json.loads(report.read_text())["benchmarks"][0]["requests"]["successful"]
     return [
         {
@@ -61,7 +71,7 @@ def baton(options: argparse.Namespace, like: list[dict], directory: pathlib.Path
     ]
     trace.write_text("\n".join(map(json.dumps, lines)))
     command = [options.baton, "bench", "--url", options.url, "--trace", str(trace), "--out", str(directory)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run(command)
     for warning in json.loads((directory / "bench.json").read_text())["client"]["warnings"]:
         print(f"  baton bench warns: {warning}")
     with (directory / "requests.csv").open() as file:
@@ -98,7 +108,7 @@ def main() -> int:
     agree = True
     print(f"{'median':<14} {'guidellm':>10} {'baton':>10} {'differ':>8}")
     for field in ("input_tokens", "output_tokens", "ttft_ms", "itl_ms"):
-        of_theirs, of_ours = (statistics.median(run[field] for run in runs) for runs in (theirs, ours))
+        of_theirs, of_ours = (statistics.median(request[field] for request in all_of) for all_of in (theirs, ours))
         difference = of_ours / of_theirs - 1
         agree &= abs(difference) <= TOLERANCE
         print(f"{field:<14} {of_theirs:>10.2f} {of_ours:>10.2f} {difference:>+8.1%}")
