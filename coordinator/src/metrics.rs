@@ -94,9 +94,25 @@ struct WorkerLabels {
     role: &'static str,
 }
 
+/// A worker makes no more lines than this, whatever it reports.
+const MAX_NAMES: usize = 64;
+
+/// What a worker counts under a name of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NameLabels {
+    worker: String,
+    role: &'static str,
+    name: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RoleLabels {
     role: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LegLabels {
+    leg: &'static str,
 }
 
 /// What is observed at each token, looked up once.
@@ -120,6 +136,9 @@ pub(crate) struct Metrics {
     handoff_bytes: Counter,
     handoff_blocks: Counter,
     handoff_blocks_reused: Counter,
+    prompt_tokens: Family<LegLabels, Counter>,
+    prefix_hit_tokens: Family<LegLabels, Counter>,
+    kv_events_gaps: Counter,
     fleet: FleetMetrics,
 }
 
@@ -138,8 +157,12 @@ struct FleetMetrics {
     bytes_received: Family<WorkerLabels, Gauge>,
     blocks_reused: Family<WorkerLabels, Gauge>,
     handoffs_open: Family<WorkerLabels, Gauge>,
+    handoff_errors: Family<NameLabels, Gauge>,
+    handoffs_ended: Family<NameLabels, Gauge>,
     arena_slots_used: Family<WorkerLabels, Gauge>,
     arena_slots: Family<WorkerLabels, Gauge>,
+    kv_blocks_cached: Family<WorkerLabels, Gauge>,
+    prefix_blocks: Family<WorkerLabels, Gauge>,
 }
 
 const TTFT_BUCKETS: [f64; 16] = [
@@ -170,6 +193,9 @@ impl Metrics {
         let requests = Family::default();
         let aggregated = Family::default();
         let leg_failures = Family::default();
+        let (prompt_tokens, prefix_hit_tokens) =
+            (Family::<LegLabels, Counter>::default(), Family::<LegLabels, Counter>::default());
+        let kv_events_gaps = Counter::default();
         let fleet = FleetMetrics::default();
 
         let r = &mut registry;
@@ -224,6 +250,21 @@ impl Metrics {
             "Prompt blocks that decode held already",
             handoff_blocks_reused.clone(),
         );
+        r.register(
+            "prompt_tokens",
+            "Tokens of the prompts that legs were started with, where they are known here",
+            prompt_tokens.clone(),
+        );
+        r.register(
+            "prefix_hit_tokens",
+            "Those of them that the leg's worker was predicted to have cached",
+            prefix_hit_tokens.clone(),
+        );
+        r.register(
+            "kv_events_gaps",
+            "Times that news of a worker's prefix cache were missed and asked for anew",
+            kv_events_gaps.clone(),
+        );
         fleet.register(r);
         for (name, help, milliseconds) in [
             ("slo_ttft", "Target for TTFT, as configured", slo.ttft_ms),
@@ -253,6 +294,9 @@ impl Metrics {
             handoff_bytes,
             handoff_blocks,
             handoff_blocks_reused,
+            prompt_tokens,
+            prefix_hit_tokens,
+            kv_events_gaps,
             fleet,
         }
     }
@@ -300,6 +344,17 @@ impl Metrics {
         self.handoff_bytes.inc_by(moved.bytes);
         self.handoff_blocks.inc_by(moved.blocks.into());
         self.handoff_blocks_reused.inc_by(moved.blocks_reused.into());
+    }
+
+    /// A leg was started whose worker was predicted to hold some of its prompt.
+    pub(crate) fn prompt(&self, leg: Leg, prompt_tokens: u32, hit_tokens: u32) {
+        let labels = LegLabels { leg: leg.as_str() };
+        self.prompt_tokens.get_or_create(&labels).inc_by(prompt_tokens.into());
+        self.prefix_hit_tokens.get_or_create(&labels).inc_by(hit_tokens.into());
+    }
+
+    pub(crate) fn kv_events_gap(&self) {
+        self.kv_events_gaps.inc();
     }
 
     /// In Prometheus' text format.
@@ -363,6 +418,16 @@ impl FleetMetrics {
             self.blocks_reused.clone(),
         );
         r.register(
+            "worker_handoff_errors",
+            "Handoffs to a worker that failed since it started, by why",
+            self.handoff_errors.clone(),
+        );
+        r.register(
+            "worker_handoffs_ended",
+            "Handoffs from a worker that ended since it started, by how",
+            self.handoffs_ended.clone(),
+        );
+        r.register(
             "worker_handoffs_open",
             "Handoffs that a worker has not ended",
             self.handoffs_open.clone(),
@@ -376,6 +441,16 @@ impl FleetMetrics {
             "worker_arena_slots",
             "Slots of a worker's staging arena",
             self.arena_slots.clone(),
+        );
+        r.register(
+            "worker_engine_kv_blocks_cached",
+            "Blocks of the engine's prefix cache, as it says itself",
+            self.kv_blocks_cached.clone(),
+        );
+        r.register(
+            "worker_prefix_blocks",
+            "Blocks of the engine's prefix cache that this coordinator knows of",
+            self.prefix_blocks.clone(),
         );
     }
 
@@ -401,9 +476,13 @@ impl FleetMetrics {
             &self.handoffs_open,
             &self.arena_slots_used,
             &self.arena_slots,
+            &self.kv_blocks_cached,
+            &self.prefix_blocks,
         ];
         per_worker.iter().for_each(|family| family.clear());
         self.kv_used.clear();
+        let by_name = [&self.handoff_errors, &self.handoffs_ended];
+        by_name.iter().for_each(|family| family.clear());
         for worker in workers {
             let labels = WorkerLabels { worker: worker.name.clone(), role: worker.role.as_str() };
             let report = &worker.report;
@@ -419,9 +498,20 @@ impl FleetMetrics {
                 report.handoffs_open.into(),
                 report.arena_slots_used.into(),
                 report.arena_slots.into(),
+                report.engine_kv_blocks_cached,
+                worker.prefix_blocks as u64,
             ];
             for (family, value) in per_worker.iter().zip(values) {
                 family.get_or_create(&labels).set(gauge(value));
+            }
+            for (family, counts) in
+                by_name.iter().zip([&report.handoff_errors, &report.handoffs_ended])
+            {
+                for (name, count) in counts.iter().take(MAX_NAMES) {
+                    let WorkerLabels { worker, role } = labels.clone();
+                    let labels = NameLabels { worker, role, name: name.clone() };
+                    family.get_or_create(&labels).set(gauge(*count));
+                }
             }
             self.kv_used.get_or_create(&labels).set(report.engine_kv_used_ratio.into());
         }

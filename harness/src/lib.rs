@@ -10,7 +10,11 @@
 //! simulated and a live run are summed up by the same code.
 
 pub mod bench;
+pub mod compare;
+pub mod fleet;
+pub mod goodput;
 pub mod outcome;
 pub mod profile;
+pub mod report;
 pub mod summary;
 pub mod trace;

@@ -5,6 +5,7 @@ mod gaps;
 use std::time::Duration;
 
 pub use gaps::Gaps;
+use serde::Serialize;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
@@ -86,7 +87,7 @@ impl Kept {
 }
 
 /// What an operator promises. A request that was rejected or not finished misses it.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Slo {
     pub ttft_ms: f64,
     /// Times the unloaded prefill of the request, added to `ttft_ms`.

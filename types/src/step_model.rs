@@ -52,19 +52,16 @@ impl StepModel {
         fixed + per_sequence * f64::from(sequences) + per_context_token * context_tokens as f64
     }
 
-    /// The fixed part of a prefill is paid once a prompt batch begins, not by each of its chunks.
+    /// Prompts that begin in a step without decodes pay the fixed part of a prefill, once for all of
+    /// them; their later chunks do not. Beside decodes it is the decodes' fixed part that is paid.
     pub fn step_ms(&self, load: &StepLoad) -> f64 {
-        let fixed = if load.prompts_begun > 0 { self.prefill_ms[0] } else { 0.0 };
-        let prefill = fixed + load.prefill_work_ms;
-        match (load.prompts, load.decode_sequences) {
-            (0, 0) => 0.0,
-            (_, 0) => prefill,
-            (0, _) => self.decode_step_ms(load.decode_sequences, load.decode_context_tokens),
-            _ => {
-                self.decode_step_ms(load.decode_sequences, load.decode_context_tokens)
-                    + self.prefill_interference_factor * prefill
-            }
-        }
+        let decodes = match load.decode_sequences {
+            0 if load.prompts == 0 => return 0.0,
+            0 if load.prompts_begun == 0 => return load.prefill_work_ms,
+            0 => return self.prefill_ms[0] + load.prefill_work_ms,
+            sequences => self.decode_step_ms(sequences, load.decode_context_tokens),
+        };
+        decodes + self.prefill_interference_factor * load.prefill_work_ms
     }
 
     /// The most tokens, from `from` on, whose [`Self::prefill_work_ms`] is within `work_ms`.
@@ -128,8 +125,10 @@ mod tests {
             decode_sequences: 2,
             decode_context_tokens: 24,
         };
-        assert_eq!(MODEL.step_ms(&load), 20.0 + 6.0 + 3.0 + 0.5 * 14.0);
+        assert_eq!(MODEL.step_ms(&load), 20.0 + 6.0 + 3.0 + 0.5 * 4.0);
         assert_eq!(MODEL.step_ms(&StepLoad { decode_sequences: 0, ..load }), 14.0);
+        let later = StepLoad { decode_sequences: 0, prompts_begun: 0, ..load };
+        assert_eq!(MODEL.step_ms(&later), 4.0);
         assert_eq!(MODEL.step_ms(&StepLoad::default()), 0.0);
     }
 }

@@ -7,10 +7,11 @@ mod attach;
 mod counters;
 mod handoff;
 mod jobs;
+mod kv_telling;
 mod legs;
 mod life;
 mod outbox;
 mod relay;
 mod run;
 
-pub use run::{WorkerError, run};
+pub use run::{WorkerError, run, run_through};

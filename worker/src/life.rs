@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
-use baton_proto::{Hello, Peer, Report};
+use baton_proto::{Hello, KvCache, Peer, Report};
 use baton_transfer::Ledger;
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin, Role};
 use bytes::Bytes;
@@ -76,6 +76,10 @@ impl Life {
             models: self.description.models.clone(),
             max_model_tokens: self.description.max_model_tokens,
             engine: self.description.engine.clone(),
+            kv_cache: self.engine.kv_cache().map(|cache| KvCache {
+                block_size_tokens: cache.block_size_tokens,
+                adapters: self.description.adapters.clone(),
+            }),
             ..Hello::default()
         };
         match &self.kv {
@@ -104,9 +108,14 @@ impl Life {
             handoff_blocks_received: self.counters.handoff_blocks_received.get(),
             handoff_bytes_received: self.counters.handoff_bytes_received.get(),
             handoff_blocks_reused: self.counters.handoff_blocks_reused.get(),
+            handoff_errors: self.counters.handoff_errors.get(),
             engine_requests_running: load.requests_running,
             engine_requests_waiting: load.requests_waiting,
             engine_kv_used_ratio: load.kv_used_ratio,
+            engine_kv_blocks_cached: self
+                .engine
+                .kv_cache()
+                .map_or(0, |cache| cache.log.len() as u64),
             ..Report::default()
         };
         if let KvSide::Fenced(fenced) = &self.kv {
@@ -114,6 +123,8 @@ impl Life {
             let sent = ledger.counters();
             report.handoff_blocks_sent = sent.blocks_sent;
             report.handoff_bytes_sent = sent.bytes_sent;
+            let ended = sent.endings().into_iter().map(|(name, count)| (name.to_owned(), count));
+            report.handoffs_ended = ended.collect();
             report.handoffs_open = u32::try_from(handoffs.open()).unwrap_or(u32::MAX);
             (report.arena_slots_used, report.arena_slots) = handoffs.slots();
         }

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use baton_types::{StepLoad, StepModel};
 
 use super::block_pool::{BlockHash, BlockId, BlockPool};
+use crate::kv_cache::KvCacheLog;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SchedulerLimits {
@@ -38,6 +39,13 @@ pub struct PrefillPace {
 pub struct SequenceId {
     index: u32,
     life: u32,
+}
+
+impl SequenceId {
+    /// Below the most sequences that were there at once; used again once its sequence is gone.
+    pub fn index(self) -> usize {
+        self.index as usize
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -89,6 +97,11 @@ impl Step {
             }
         }
         load
+    }
+
+    /// Tokens before those of this step, over all its decodes.
+    pub fn decode_context_tokens(&self) -> u64 {
+        self.decode_context_tokens
     }
 
     fn clear(&mut self) {
@@ -201,7 +214,7 @@ impl Budget {
     }
 
     /// How many tokens of a prompt the step takes in.
-    fn chunk(&self, from: u32, remaining: u32, begun: bool, step: &Step) -> u32 {
+    fn chunk(&self, from: u32, remaining: u32, step: &Step) -> u32 {
         let Some(PrefillPace { model, min_chunk_tokens, batch_tokens, .. }) = self.pace else {
             return remaining.min(self.tokens);
         };
@@ -210,9 +223,7 @@ impl Budget {
             let joins = taken == 0 || taken + remaining.min(self.tokens) <= batch_tokens;
             return if joins { remaining.min(self.tokens) } else { 0 };
         }
-        // The first prompt that begins pays the fixed part for all.
-        let fixed = if begun || step.prompts_begun > 0 { 0.0 } else { model.prefill_ms[0] };
-        let within = model.prefill_tokens_within(self.work_ms - fixed, from);
+        let within = model.prefill_tokens_within(self.work_ms, from);
         let tokens = remaining.min(self.tokens).min(within);
         if tokens < remaining && tokens < min_chunk_tokens { 0 } else { tokens }
     }
@@ -236,6 +247,11 @@ enum Pass {
 }
 
 impl Scheduler {
+    /// Tells from now on which blocks its prefix cache holds.
+    pub fn tell(&mut self, log: KvCacheLog) {
+        self.pool.tell(log);
+    }
+
     pub fn new(limits: SchedulerLimits) -> Self {
         Self {
             limits,
@@ -421,7 +437,7 @@ impl Scheduler {
             let (computed, held) = (sequence.computed, sequence.blocks.len());
             let wanted = match pass {
                 Pass::Decodes => 1,
-                Pass::Prefills => budget.chunk(computed, remaining, sequence.begun, step),
+                Pass::Prefills => budget.chunk(computed, remaining, step),
             };
             if wanted == 0 {
                 continue;
@@ -494,7 +510,7 @@ impl Scheduler {
             let planned = if waits_for_remote {
                 remaining
             } else if self.has_seat() {
-                budget.chunk(cached_tokens, remaining, false, step)
+                budget.chunk(cached_tokens, remaining, step)
             } else {
                 0
             };

@@ -88,7 +88,7 @@ pub const POLICIES: &[PolicyEntry] = &[
     PolicyEntry {
         name: "round-robin",
         about: "each worker in its turn",
-        make: |_| Box::new(round_robin::RoundRobin::default()),
+        make: |_| Box::new(round_robin::RoundRobin),
     },
     PolicyEntry {
         name: "random",

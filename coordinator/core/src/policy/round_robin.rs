@@ -1,7 +1,7 @@
 use super::{Choice, Policy, least};
 
 /// Each worker in its turn: the one that was given work least lately.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct RoundRobin;
 
 impl Policy for RoundRobin {
