@@ -31,7 +31,7 @@ async fn run(arguments: &[&str]) -> (bool, String, String) {
 }
 
 async fn bench(arguments: &[&str]) -> (bool, Value) {
-    let arguments = [&["bench", "--json", "--warmup", "2"], arguments].concat();
+    let arguments = [&["bench", "--json"], arguments].concat();
     let (success, out, errors) = run(&arguments).await;
     (success, serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}\n{errors}")))
 }
@@ -65,6 +65,8 @@ async fn a_trace_is_replayed_to_the_token() {
         out.to_str().unwrap(),
         "--seed",
         "5",
+        "--warmup",
+        "2",
     ])
     .await;
     assert!(success, "{report}");
