@@ -1,5 +1,6 @@
 //! `baton`: starts a cluster on this machine, runs one process of a cluster, checks a cluster's file.
 
+mod bench;
 mod check;
 mod compare;
 mod goodput;
@@ -36,6 +37,8 @@ enum Command {
         /// The cluster's baton.toml.
         file: PathBuf,
     },
+    /// Loads a live endpoint by a trace, or at a rate, and measures what comes.
+    Bench(bench::BenchArguments),
     /// Runs the coordinator of a cluster.
     Coordinator {
         /// The cluster's baton.toml.
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Up(options) => up::run(&options),
         Command::Check { file } => Ok(check::run(&file)),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
         Command::PrefillWorker(worker) => {
             processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)

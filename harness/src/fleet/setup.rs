@@ -33,6 +33,9 @@ pub struct Setup {
     pub step_noise: f64,
     /// What the coordinator believes a step to take, as a part of what the profile says.
     pub predicted_part: f64,
+    /// So many requests are under way at once: the next one of the trace comes when one is through, and
+    /// their arrival times do not count. Without it they come when the trace says.
+    pub concurrency: Option<u32>,
     /// How long after the last arrival the run goes on.
     pub patience: Duration,
     pub seed: u64,
@@ -106,6 +109,7 @@ impl Setup {
             report_interval: Duration::from_millis(100),
             step_noise: 0.0,
             predicted_part: 1.0,
+            concurrency: None,
             patience: Duration::from_secs(1800),
             seed: 0,
             profile,
@@ -134,6 +138,9 @@ impl Setup {
         }
         if self.workers > 10_000 {
             return refuse("workers", self.workers.to_string(), "10000 at most");
+        }
+        if self.concurrency == Some(0) {
+            return refuse("concurrency", "0".to_owned(), "one at least");
         }
         let counts = [
             ("chunk_tokens", u64::from(self.chunk_tokens)),

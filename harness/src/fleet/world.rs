@@ -145,12 +145,20 @@ impl<'a> World<'a> {
 
     pub(super) fn run(mut self) -> Run {
         let last_arrival = self.trace.requests.last().map_or(Duration::ZERO, |last| last.arrival);
-        let end = nanos_of(last_arrival).saturating_add(nanos_of(self.setup.patience));
+        let end = match self.setup.concurrency {
+            None => nanos_of(last_arrival).saturating_add(nanos_of(self.setup.patience)),
+            Some(_) => Nanos::MAX,
+        };
         let mut given_up = false;
         while self.next_arrival < self.trace.requests.len() || self.flights_open > 0 {
             let next = self.happenings.peek().map(|Reverse((time, ..))| *time);
             let arrival = self.trace.requests.get(self.next_arrival);
-            let arrival = arrival.map(|request| nanos_of(request.arrival));
+            let arrival = match self.setup.concurrency {
+                None => arrival.map(|request| nanos_of(request.arrival)),
+                Some(most) => {
+                    arrival.filter(|_| self.flights_open < most as usize).map(|_| self.now)
+                }
+            };
             match (arrival, next) {
                 (Some(arrival), next) if next.is_none_or(|next| arrival <= next) => {
                     self.now = arrival;

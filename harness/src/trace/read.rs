@@ -1,6 +1,12 @@
 //! From a file to a trace, with every error of the file at once.
 
-use std::{path::Path, time::Duration};
+use std::{
+    io::{self, Read},
+    path::Path,
+    time::Duration,
+};
+
+use flate2::read::MultiGzDecoder;
 
 use super::{PREFIX_BLOCK_TOKENS, Trace, TraceErrors, TraceRequest, csv_formats, jsonl, spread};
 
@@ -33,14 +39,27 @@ pub(super) struct Names {
     pub(super) output: &'static str,
 }
 
+const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+
+fn read_text(path: &Path) -> io::Result<String> {
+    let bytes = std::fs::read(path)?;
+    let mut text = String::new();
+    if bytes.starts_with(&GZIP_MAGIC) {
+        MultiGzDecoder::new(&bytes[..]).read_to_string(&mut text)?;
+    } else {
+        text = String::from_utf8(bytes).map_err(io::Error::other)?;
+    }
+    Ok(text)
+}
+
 impl Trace {
-    /// Reads a file of any of [these formats](crate::trace).
+    /// Reads a file of any of [these formats](crate::trace), compressed by gzip or not.
     ///
     /// # Errors
     /// Everything that is wrong with the file: lines that are none of the format's, unknown fields,
     /// requests without input or output, time that goes backwards, a file that holds no request.
     pub fn read(path: &Path) -> Result<Self, TraceErrors> {
-        match std::fs::read_to_string(path) {
+        match read_text(path) {
             Ok(text) => Self::parse(&text, path),
             Err(error) => {
                 let mut errors = TraceErrors::new(path.to_owned());
@@ -66,7 +85,9 @@ impl Trace {
         } else {
             csv_formats::lines(text, &mut errors)
         };
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let file = path.file_name().unwrap_or_default().to_string_lossy();
+        let plain = file.strip_suffix(".gz").unwrap_or(&file);
+        let name = plain.rsplit_once('.').map_or(plain, |(stem, _)| stem).to_owned();
         let trace = lines.map(|lines| assemble(name, lines, &mut errors)).unwrap_or_default();
         if errors.is_empty() && trace.requests.is_empty() {
             errors.whole_file("holds no request");
