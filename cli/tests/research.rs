@@ -256,3 +256,29 @@ fn goodput_is_found_and_reported() {
         "baton: --min-decile is 1.5: expected a share from 0 to 1"
     );
 }
+
+/// What the page shows is what there is, and its commands run as they stand.
+#[test]
+fn the_researchers_page_is_true() {
+    let page = fs::read_to_string(root().join("docs/research.md")).unwrap();
+    let policies = root().join("coordinator/core/src/policy");
+    assert!(page.contains(&fs::read_to_string(policies.join("least_load.rs")).unwrap()));
+    let entries = fs::read_to_string(policies.join("mod.rs")).unwrap();
+    let entry = page.split("```rust\n").nth(2).unwrap().split("```").next().unwrap();
+    assert!(entries.contains(entry), "{entry}");
+
+    let directory = tempfile::tempdir().unwrap();
+    for folder in ["harness", "engine"] {
+        std::os::unix::fs::symlink(root().join(folder), directory.path().join(folder)).unwrap();
+    }
+    let shown = page.lines().filter(|line| line.starts_with("baton "));
+    let mut count = 0;
+    for line in shown {
+        let arguments: Vec<&str> = line.split(' ').skip(1).collect();
+        let output = baton(directory.path(), &arguments);
+        assert!(output.status.success(), "{line}\n{}", text(&output.stderr));
+        count += 1;
+    }
+    assert!(count >= 6, "{count} commands");
+    assert!(directory.path().join("comparison/report.html").exists());
+}
