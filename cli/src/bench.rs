@@ -332,19 +332,19 @@ fn write(
 }
 
 /// Of the clock: nobody has to guess it, only to not meet it again.
-fn any_seed() -> u64 {
+pub(crate) fn any_seed() -> u64 {
     let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
     since.as_secs() ^ (u64::from(since.subsec_nanos()) << 32)
 }
 
-fn above_zero(text: &str) -> Result<f64, String> {
+pub(crate) fn above_zero(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
         .filter(|number: &f64| number.is_finite() && *number > 0.0)
         .ok_or_else(|| "give a number above 0".to_owned())
 }
 
-fn vocabulary(text: &str) -> Result<std::ops::Range<u32>, String> {
+pub(crate) fn vocabulary(text: &str) -> Result<std::ops::Range<u32>, String> {
     let ends = text
         .split_once("..")
         .and_then(|(first, end)| Some((first.parse().ok()?, end.parse().ok()?)));

@@ -6,6 +6,7 @@ mod compare;
 mod goodput;
 mod policies;
 mod processes;
+mod profile;
 mod simulate;
 mod terminal;
 mod up;
@@ -39,6 +40,8 @@ enum Command {
     },
     /// Loads a live endpoint by a trace, or at a rate, and measures what comes.
     Bench(bench::BenchArguments),
+    /// Fits the step times of an engine: of a live one, or from tables of points.
+    Profile(profile::ProfileArguments),
     /// Runs the coordinator of a cluster.
     Coordinator {
         /// The cluster's baton.toml.
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Command::Up(options) => up::run(&options),
         Command::Check { file } => Ok(check::run(&file)),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Profile(arguments) => profile::run(&arguments),
         Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
         Command::PrefillWorker(worker) => {
             processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)

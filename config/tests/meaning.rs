@@ -32,6 +32,7 @@ fn default_cluster() -> ClusterConfig {
             listen: "127.0.0.1:8000".parse().unwrap(),
             workers_listen: "127.0.0.1:7000".parse().unwrap(),
             advertise: "127.0.0.1:7000".to_owned(),
+            tokenizer: None,
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
@@ -78,6 +79,7 @@ fn uncomment(text: &str, mut choose: impl FnMut(&str, bool) -> bool) -> String {
 #[test]
 fn what_the_sample_shows_as_default_is_the_default() {
     let mut keys = 0;
+    std::fs::create_dir(directory.path().join("model")).unwrap();
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (vllm, rest) = vllm.split_once("# Staging memory").unwrap();

@@ -5,9 +5,11 @@
 //! decode step:          a + b·sequences + c·Σcontext       milliseconds
 //! ```
 //!
-//! [`Points`] come from [CSV files](Points::read), and [`fit`](fit::fit) finds the coefficients.
+//! [`Points`] come from [CSV files](Points::read) or from a [live engine](measure::measure), and
+//! [`fit`](fit::fit) finds the coefficients.
 
 pub mod fit;
+pub mod measure;
 mod points;
 
 pub use points::{DecodePoint, Points, PointsError, PrefillPoint};

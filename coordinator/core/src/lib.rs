@@ -14,6 +14,7 @@ mod fleet;
 mod keyed;
 mod placement;
 pub mod policy;
+mod prefix_index;
 mod queue;
 mod recent_prefixes;
 mod request;
@@ -23,6 +24,7 @@ pub use crate::{
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
     placement::{AggregatedReason, Route, Split},
+    prefix_index::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits},
     queue::Order,
     request::{JobId, RequestKey, RequestShape},
 };

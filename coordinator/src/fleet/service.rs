@@ -66,6 +66,9 @@ async fn read(
             Ok(Some(wire::WorkerFrame { frame })) => match frame {
                 Some(wire::worker_frame::Frame::Events(batch)) => shell.events(worker, batch),
                 Some(wire::worker_frame::Frame::Report(report)) => shell.report(worker, report),
+                Some(wire::worker_frame::Frame::KvEvents(events)) => {
+                    shell.kv_events(worker, &events);
+                }
                 Some(wire::worker_frame::Frame::Hello(_)) | None => {
                     warn!("a worker sent a frame that has no place here: its stream is closed");
                     break;

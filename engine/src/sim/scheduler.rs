@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use baton_types::{StepLoad, StepModel};
 
 use super::block_pool::{BlockHash, BlockId, BlockPool};
+use crate::kv_cache::KvCacheLog;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SchedulerLimits {
@@ -246,6 +247,11 @@ enum Pass {
 }
 
 impl Scheduler {
+    /// Tells from now on which blocks its prefix cache holds.
+    pub fn tell(&mut self, log: KvCacheLog) {
+        self.pool.tell(log);
+    }
+
     pub fn new(limits: SchedulerLimits) -> Self {
         Self {
             limits,

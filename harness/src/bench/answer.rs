@@ -14,17 +14,42 @@ const LINE_LIMIT_BYTES: usize = 16 << 20;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Answer {
-    /// When the first token came, and the last.
-    pub first: Option<Instant>,
-    pub last: Option<Instant>,
-    pub tokens: u32,
-    /// Between tokens; those that came together have none between them.
-    pub gaps: Gaps,
+    /// When tokens came, and how many there were then.
+    pub arrivals: Vec<(Instant, u32)>,
     /// As the server counts.
     pub prompt_tokens: Option<u32>,
     pub cached_tokens: u32,
     pub disaggregated: bool,
     pub end: End,
+}
+
+impl Answer {
+    /// When the first token came.
+    pub fn first(&self) -> Option<Instant> {
+        self.arrivals.first().map(|(at, _)| *at)
+    }
+
+    pub fn last(&self) -> Option<Instant> {
+        self.arrivals.last().map(|(at, _)| *at)
+    }
+
+    pub fn tokens(&self) -> u32 {
+        self.arrivals.last().map_or(0, |(_, tokens)| *tokens)
+    }
+
+    /// Between tokens; those that came together have none between them.
+    pub fn gaps(&self) -> Gaps {
+        let mut gaps = Gaps::default();
+        let (mut last, mut tokens_before) = (None::<Instant>, 0);
+        for (at, tokens) in &self.arrivals {
+            if let Some(last) = last {
+                gaps.push(at.saturating_duration_since(last).as_secs_f64() * 1000.0);
+            }
+            gaps.push_many(0.0, (tokens - tokens_before).saturating_sub(1));
+            (last, tokens_before) = (Some(*at), *tokens);
+        }
+        gaps
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,10 +119,7 @@ pub(super) struct Reading<F> {
 impl<F: FnOnce()> Reading<F> {
     pub(super) fn new(surface: Surface, on_first_token: F) -> Self {
         let answer = Answer {
-            first: None,
-            last: None,
-            tokens: 0,
-            gaps: Gaps::default(),
+            arrivals: Vec::new(),
             prompt_tokens: None,
             cached_tokens: 0,
             disaggregated: false,
@@ -151,7 +173,7 @@ impl<F: FnOnce()> Reading<F> {
     fn event(&mut self, event: &Event, now: Instant) {
         let counted = event.usage.as_ref().and_then(|usage| usage.completion_tokens);
         let tokens = match counted {
-            Some(counted) => counted.saturating_sub(self.answer.tokens),
+            Some(counted) => counted.saturating_sub(self.answer.tokens()),
             None => u32::from(event.choices.iter().any(|choice| choice.is_token(self.surface))),
         };
         if let Some(usage) = &event.usage {
@@ -159,32 +181,18 @@ impl<F: FnOnce()> Reading<F> {
             let cached = usage.prompt_tokens_details.as_ref().and_then(|d| d.cached_tokens);
             self.answer.cached_tokens = cached.unwrap_or(self.answer.cached_tokens);
         }
-        if tokens > 0 {
-            // A last event may only count: what it counts came together with what came last.
-            let only_counts = event.choices.is_empty();
-            self.tokens(tokens, if only_counts { self.answer.last.unwrap_or(now) } else { now });
+        let before = self.answer.tokens();
+        if tokens == 0 {
+            return;
         }
-    }
-
-    fn tokens(&mut self, count: u32, now: Instant) {
-        let answer = &mut self.answer;
-        let together = match answer.last {
-            Some(last) => {
-                let gap = now.saturating_duration_since(last);
-                answer.gaps.push(gap.as_secs_f64() * 1000.0);
-                count - 1
-            }
-            None => {
-                answer.first = Some(now);
-                if let Some(on_first_token) = self.on_first_token.take() {
-                    on_first_token();
-                }
-                count - 1
-            }
-        };
-        answer.gaps.push_many(0.0, together);
-        answer.last = Some(now);
-        answer.tokens += count;
+        match self.answer.arrivals.last_mut() {
+            // A last event may only count: what it counts came with what came last.
+            Some((_, counted)) if event.choices.is_empty() => *counted += tokens,
+            _ => self.answer.arrivals.push((now, before + tokens)),
+        }
+        if let Some(on_first_token) = self.on_first_token.take() {
+            on_first_token();
+        }
     }
 
     /// The server closed the stream.
@@ -192,7 +200,9 @@ impl<F: FnOnce()> Reading<F> {
         self.answer.end = match self.error.take() {
             Some(error) => End::BrokeOff(error),
             None if !self.is_done => End::BrokeOff("the stream ended before [DONE]".to_owned()),
-            None if self.answer.tokens == 0 => End::BrokeOff("an answer of no token".to_owned()),
+            None if self.answer.arrivals.is_empty() => {
+                End::BrokeOff("an answer of no token".to_owned())
+            }
             None => End::Complete,
         };
         self.answer
@@ -249,7 +259,7 @@ mod tests {
     }
 
     fn gaps_ms(answer: &Answer) -> (u64, f64) {
-        let mut gaps = answer.gaps.clone();
+        let mut gaps = answer.gaps();
         (gaps.len(), gaps.tbt_ms())
     }
 
@@ -258,8 +268,8 @@ mod tests {
     #[test]
     fn each_token_has_its_time() {
         let answer = read(Surface::Completions, &[TOKEN, TOKEN, "", TOKEN, "data: [DONE]\n\n"]);
-        assert_eq!((&answer.end, answer.tokens), (&End::Complete, 3));
-        let between = answer.last.unwrap() - answer.first.unwrap();
+        assert_eq!((&answer.end, answer.tokens()), (&End::Complete, 3));
+        let between = answer.last().unwrap() - answer.first().unwrap();
         assert_eq!(between, Duration::from_millis(30));
         assert_eq!(gaps_ms(&answer), (2, 20.0));
     }
@@ -270,7 +280,7 @@ mod tests {
         let both = format!("{tail}{TOKEN}{head}");
         let answer =
             read(Surface::Completions, &[head, &both, &format!("{tail}data: [DONE]\r\n\r\n")]);
-        assert_eq!((&answer.end, answer.tokens), (&End::Complete, 3));
+        assert_eq!((&answer.end, answer.tokens()), (&End::Complete, 3));
         assert_eq!(gaps_ms(&answer), (2, 10.0));
     }
 
@@ -285,10 +295,10 @@ mod tests {
         let last = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":6,\
                     \"prompt_tokens_details\":{\"cached_tokens\":4}}}\n\ndata: [DONE]\n\n";
         let answer = read(Surface::Completions, &[&event(1), &event(4), last]);
-        assert_eq!((answer.tokens, answer.prompt_tokens, answer.cached_tokens), (6, Some(7), 4));
+        assert_eq!((answer.tokens(), answer.prompt_tokens, answer.cached_tokens), (6, Some(7), 4));
         // One gap of 10 ms; four more tokens came with another.
         assert_eq!(gaps_ms(&answer), (5, 10.0));
-        assert_eq!(answer.last.unwrap() - answer.first.unwrap(), Duration::from_millis(10));
+        assert_eq!(answer.last().unwrap() - answer.first().unwrap(), Duration::from_millis(10));
     }
 
     #[test]
@@ -298,7 +308,7 @@ mod tests {
         let token = "data: {\"choices\":[{\"delta\":{\"content\":\"\\u00e4\"}}]}\n\n";
         let stop = "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n";
         let answer = read(Surface::Chat, &[role, token, token, stop, "data: [DONE]\n\n"]);
-        assert_eq!(answer.tokens, 2);
+        assert_eq!(answer.tokens(), 2);
         assert_eq!(gaps_ms(&answer), (1, 10.0));
     }
 

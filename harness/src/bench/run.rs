@@ -120,7 +120,7 @@ pub async fn run(
                     in_flight.spawn(async move {
                         let begun = || { progress.begun.fetch_add(1, Ordering::Relaxed); };
                         let answer = endpoint.ask(next.body, begun).await;
-                        progress.begun.fetch_add(usize::from(answer.first.is_none()), Ordering::Relaxed);
+                        progress.begun.fetch_add(usize::from(answer.first().is_none()), Ordering::Relaxed);
                         progress.ended.fetch_add(1, Ordering::Relaxed);
                         progress.failed.fetch_add(usize::from(answer.end != End::Complete), Ordering::Relaxed);
                         (next.index, answer)
@@ -130,7 +130,7 @@ pub async fn run(
             },
             Some(ended) = in_flight.join_next() => {
                 if let Ok((index, answer)) = ended {
-                    ledger.ended(index, answer);
+                    ledger.ended(index, &answer);
                 }
             }
             at = tick.tick() => watch.tick(at.into_std()),
@@ -216,14 +216,15 @@ impl<'a> Ledger<'a> {
         });
     }
 
-    fn ended(&mut self, index: usize, mut answer: Answer) {
+    fn ended(&mut self, index: usize, answer: &Answer) {
         let since_start = |at: Instant| at.saturating_duration_since(self.start);
-        self.last_end = self.last_end.max(since_start(answer.last.unwrap_or_else(Instant::now)));
+        self.last_end = self.last_end.max(since_start(answer.last().unwrap_or_else(Instant::now)));
         let Some(outcome) = self.outcomes.get_mut(index).and_then(Option::as_mut) else { return };
         outcome.disaggregated = answer.disaggregated;
-        match (answer.end, answer.first, answer.last) {
+        let (first, last) = (answer.first(), answer.last());
+        match (answer.end.clone(), first, last) {
             (End::Complete, Some(first), Some(last)) => {
-                outcome.output_tokens = answer.tokens;
+                outcome.output_tokens = answer.tokens();
                 outcome.cached_tokens = answer.cached_tokens.min(outcome.input_tokens);
                 if let Some(counted) = answer.prompt_tokens {
                     self.prompt_tokens_asked += u64::from(outcome.input_tokens);
@@ -233,7 +234,7 @@ impl<'a> Ledger<'a> {
                     outcome.arrival,
                     since_start(first),
                     since_start(last),
-                    &mut answer.gaps,
+                    &mut answer.gaps(),
                 ));
             }
             (End::Refused(error), ..) => {

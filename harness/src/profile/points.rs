@@ -1,4 +1,7 @@
-use std::path::{Path, PathBuf};
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
 
 use csv::{ReaderBuilder, StringRecord, Trim};
 
@@ -81,6 +84,20 @@ impl Points {
             self.add(table, &Row { file, number, header: &header, record: &record })?;
         }
         Ok(())
+    }
+
+    /// Writes our table.
+    pub fn to_csv(&self) -> String {
+        let mut csv = "kind,sequences,tokens,ms\n".to_owned();
+        // Writing to a string does not fail.
+        for point in &self.prefill {
+            let _ = writeln!(csv, "prefill,1,{},{:.4}", point.tokens, point.ms);
+        }
+        for point in &self.decode {
+            let DecodePoint { sequences, context_tokens, ms } = point;
+            let _ = writeln!(csv, "decode,{sequences},{context_tokens},{ms:.4}");
+        }
+        csv
     }
 
     fn add(&mut self, table: Table, row: &Row<'_>) -> Result<(), PointsError> {
@@ -207,6 +224,7 @@ mod tests {
         assert_eq!(points.prefill, [PrefillPoint { tokens: 100.0, ms: 8.0 }]);
         let decode = DecodePoint { sequences: 4.0, context_tokens: 4000.0, ms: 9.5 };
         assert_eq!(points.decode, [decode]);
+        assert_eq!(read(&points.to_csv()).unwrap(), points);
     }
 
     #[test]
