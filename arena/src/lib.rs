@@ -151,6 +151,34 @@ impl Arena {
         Ok(SlotView { arena: self.clone(), start, len })
     }
 
+    /// Where in this arena these bytes lie, counted from its begin; `None` where they lie elsewhere.
+    pub fn offset_of(&self, bytes: &[u8]) -> Option<u64> {
+        let start = bytes.as_ptr().addr().checked_sub(self.shared.map.as_mut_ptr().addr())?;
+        let end = start.checked_add(bytes.len())?;
+        (end <= self.shared.map.len()).then_some(start as u64)
+    }
+
+    /// A reserved slot as the place for one block of `len` bytes.
+    pub fn landing(&self, slot: ReservedSlot, len: u64) -> Result<Landing, ArenaError> {
+        let view = self.view(slot.slot(), len)?;
+        Ok(Landing { view, slot })
+    }
+
+    /// Where the mapping begins in this process. It stays there as long as a clone of the arena lives.
+    pub fn base(&self) -> *mut u8 {
+        self.shared.map.as_mut_ptr()
+    }
+
+    /// Bytes of the whole mapping.
+    pub fn len_bytes(&self) -> usize {
+        self.shared.map.len()
+    }
+
+    /// How many clones of it and views into it there are, this one included.
+    pub fn holders(&self) -> usize {
+        Arc::strong_count(&self.shared)
+    }
+
     fn locate(&self, slot: Slot, offset: u64, len: u64) -> Result<usize, ArenaError> {
         let layout = self.shared.layout;
         if slot.0 >= layout.total_slots() {
@@ -180,6 +208,53 @@ impl SlotView {
     /// For senders that take `Bytes`; nothing is copied.
     pub fn into_bytes(self) -> Bytes {
         Bytes::from_owner(self)
+    }
+}
+
+/// A slot that one block is on its way to. Whoever lets a peer write into it keeps it until nothing more
+/// can be written, so that the slot is nobody else's meanwhile.
+#[derive(Debug)]
+pub struct Landing {
+    view: SlotView,
+    slot: ReservedSlot,
+}
+
+impl Landing {
+    pub fn slot(&self) -> Slot {
+        self.slot.slot()
+    }
+
+    pub fn arena(&self) -> &Arena {
+        &self.view.arena
+    }
+
+    /// Bytes from the arena's beginning.
+    pub fn offset(&self) -> usize {
+        self.view.start
+    }
+
+    pub fn len_bytes(&self) -> usize {
+        self.view.len
+    }
+
+    /// Lays the block down, given in pieces.
+    pub fn write(&self, pieces: &[&[u8]]) -> Result<(), ArenaError> {
+        let mut offset = 0;
+        for piece in pieces {
+            self.arena().write(self.slot(), offset, piece)?;
+            offset += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// The block as it lies now.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.view.as_ref()
+    }
+
+    /// The slot, for who takes the block over.
+    pub fn into_slot(self) -> ReservedSlot {
+        self.slot
     }
 }
 

@@ -1,6 +1,7 @@
 //! `baton`: starts a cluster on this machine, runs one process of a cluster, checks a cluster's file.
 
 mod bench;
+mod bench_transfer;
 mod check;
 mod compare;
 mod goodput;
@@ -42,6 +43,8 @@ enum Command {
     Bench(bench::BenchArguments),
     /// Fits the step times of an engine: of a live one, or from tables of points.
     Profile(profile::ProfileArguments),
+    /// Measures how fast KV blocks pass between two processes of this machine.
+    BenchTransfer(bench_transfer::BenchOptions),
     /// Runs the coordinator of a cluster.
     Coordinator {
         /// The cluster's baton.toml.
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
         Command::Check { file } => Ok(check::run(&file)),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),
+        Command::BenchTransfer(options) => bench_transfer::run(&options),
         Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
         Command::PrefillWorker(worker) => {
             processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)

@@ -79,7 +79,6 @@ fn uncomment(text: &str, mut choose: impl FnMut(&str, bool) -> bool) -> String {
 #[test]
 fn what_the_sample_shows_as_default_is_the_default() {
     let mut keys = 0;
-    std::fs::create_dir(directory.path().join("model")).unwrap();
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (vllm, rest) = vllm.split_once("# Staging memory").unwrap();
@@ -114,6 +113,7 @@ fn what_the_sample_shows_as_default_is_the_default() {
 #[test]
 fn the_samples_examples_are_right() {
     let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("model")).unwrap();
     for file in ["tls/ca.pem", "tls/host.pem", "tls/host.key", "profile.json"] {
         let path = directory.path().join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();

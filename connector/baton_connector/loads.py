@@ -13,6 +13,7 @@ Why an abort cannot make a copy land in blocks that are another request's by the
   answered with ``loaded`` all the same, so each slot of each ``load`` comes back exactly once.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,8 @@ class _Load:
     block_ids: list[int]
     missing: set[int] = field(default_factory=set)
     in_flight: int = 0
+    spoiled: bool = False
+    """What lay in the arena was not what the worker verified: the worker is about to fail it."""
     live: bool = True
     complete: bool = False
     failed: bool = False
@@ -101,6 +104,9 @@ class Loads:
         load = self._by_key.get(key)
         if load is None:
             return
+        if load.spoiled:
+            self._fail(load, "one of its blocks was corrupt")
+            return
         if load.missing:
             self._fail(load, f"{len(load.missing)} of its blocks did not come")
             return
@@ -120,7 +126,9 @@ class Loads:
 
     def _copy(self, load: _Load, blocks: list[dict[str, Any]]) -> None:
         arena = self._arena
-        assert arena is not None
+        assert arena is not None and load.key is not None
+        if load.spoiled:
+            return
         with self._copier.batch():
             for block in blocks:
                 index, slot = block["index"], block["slot"]
@@ -128,7 +136,12 @@ class Loads:
                 if not (0 <= position < len(load.block_ids) and arena.is_import(slot)):
                     self._fail(load, "the worker sent a block that does not belong to it")
                     return
-                self._cache.copy_in(arena.slot(slot), load.block_ids[position])
+                view = arena.slot(slot)[: self._cache.block_bytes]
+                if zlib.crc32(view.numpy()) != block["crc32"]:
+                    load.spoiled = True
+                    self._send("corrupt", load.key, {"index": index})
+                    return
+                self._cache.copy_in(view, load.block_ids[position])
                 load.missing.discard(position)
 
     def _loaded(self, load: _Load | None, key: HandoffKey, slots: list[Any]) -> None:

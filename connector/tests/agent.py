@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +103,9 @@ class Agent:
             if m["type"] == kind and (key is None or (m["handoff"], m["generation"]) == key)
         ]
 
+    def checksum(self, slot: int) -> int:
+        return zlib.crc32(self.read_slot(slot)[: self.hello["compatibility"]["block_bytes"]])
+
     def release_all(self) -> None:
         with self._changed:
             slots, self._export_held = sorted(self._export_held), set()
@@ -126,7 +130,7 @@ class Agent:
 
     def _serve(self, connection: socket.socket) -> None:
         hello = frames.receive(connection)
-        assert hello is not None and hello["type"] == "hello" and hello["protocol"] == 1
+        assert hello is not None and hello["type"] == "hello" and hello["protocol"] == 2
         self.hello = hello
         if self.refuse:
             connection.sendall(frames.encode({"type": "refused", "reason": self.refuse}))
@@ -156,7 +160,7 @@ class Agent:
         self._export_held = set()
         return {
             "type": "welcome",
-            "protocol": 1,
+            "protocol": 2,
             "arena": path,
             "slot_bytes": self._slot_bytes,
             "export_slots": self.export_slots,
@@ -204,7 +208,7 @@ class Agent:
             self.write_import(slot, handoff.blocks[index])
             handoff.sent.add(index)
             handoff.sent_bytes += self.hello["compatibility"]["block_bytes"]
-            load.append({"index": index, "slot": slot})
+            load.append({"index": index, "slot": slot, "crc32": self.checksum(slot)})
         if load:
             self.send({"type": "load", **name, "blocks": load})
         if handoff.sealed and not wanted and not self._outstanding(handoff):

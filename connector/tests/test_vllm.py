@@ -308,7 +308,7 @@ def test_an_abort_while_waiting_frees_the_blocks(engine: Engine, agent: Agent) -
     with agent._changed:
         slot = agent._free_import.pop()
         name = {"handoff": key[0], "generation": key[1]}
-        agent.send({"type": "load", **name, "blocks": [{"index": 0, "slot": slot}]})
+        agent.send({"type": "load", **name, "blocks": [{"index": 0, "slot": slot, "crc32": 0}]})
         agent.send({"type": "complete", **name})
     engine.complete(prompt_of(8), max_tokens=2)
     agent.wait(lambda: agent.seen("loaded", key), "the slot")

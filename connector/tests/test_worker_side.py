@@ -197,7 +197,8 @@ def start_load(fixture: Fixture, block_ids: list[int], **fields) -> None:
 
 def give(fixture: Fixture, index: int, slot: int, data: bytes) -> None:
     fixture.agent.write_import(slot, data)
-    fixture.tell("load", blocks=[{"index": index, "slot": slot}])
+    crc32 = fixture.agent.checksum(slot)
+    fixture.tell("load", blocks=[{"index": index, "slot": slot, "crc32": crc32}])
 
 
 def test_blocks_are_loaded_to_where_they_belong(fixture: Fixture) -> None:
@@ -243,11 +244,45 @@ def test_a_load_that_cannot_be_right_fails_once(fixture: Fixture, why: str) -> N
     assert fixture.received == fixture.failed == ["r"]
 
 
+@pytest.mark.parametrize("byte", ["first", "middle", "last"])
+def test_a_block_that_changed_in_the_arena_is_told_of_and_waits(
+    fixture: Fixture, byte: str
+) -> None:
+    start_load(fixture, [4, 9])
+    old, size = fixture.block(9), fixture.cache.block_bytes
+    give(fixture, 0, 10, b"\x01" * size)
+    data = bytearray(b"\x02" * size)
+    fixture.agent.write_import(11, bytes(data))
+    crc32 = fixture.agent.checksum(11)
+    data[{"first": 0, "middle": size // 2, "last": size - 1}[byte]] ^= 0x40
+    fixture.agent.write_import(11, bytes(data))
+    fixture.tell("load", blocks=[{"index": 1, "slot": 11, "crc32": crc32}])
+    fixture.step_until(lambda: len(fixture.agent.seen("loaded")) == 2, "the slots")
+    assert [m["index"] for m in fixture.agent.seen("corrupt")] == [1]
+    kinds = [m["type"] for m in fixture.agent.messages]
+    assert kinds.index("corrupt") < len(kinds) - 1 - kinds[::-1].index("loaded"), "told first"
+    assert fixture.block(9) == old, "nothing of it was copied"
+    # It is for the worker to fail it, so that the request hears of it by one way only.
+    assert fixture.received == []
+    fixture.tell("failed", reason="block 1 changed")
+    fixture.step_until(lambda: fixture.received, "the end of the load")
+    assert fixture.received == fixture.failed == ["r"]
+
+
+def test_a_corrupt_load_is_not_completed(fixture: Fixture) -> None:
+    start_load(fixture, [4])
+    fixture.tell("load", blocks=[{"index": 0, "slot": 10, "crc32": 1}])
+    fixture.tell("complete")
+    fixture.step_until(lambda: fixture.received, "the end of the load")
+    assert fixture.received == fixture.failed == ["r"]
+
+
 def test_an_aborted_load_touches_no_block_and_gives_its_slots_back(fixture: Fixture) -> None:
     start_load(fixture, [4, 9])
     old = fixture.block(4)
     fixture.agent.write_import(10, b"x" * fixture.cache.block_bytes)
-    fixture.tell("load", blocks=[{"index": 0, "slot": 10}])
+    crc32 = fixture.agent.checksum(10)
+    fixture.tell("load", blocks=[{"index": 0, "slot": 10, "crc32": crc32}])
     inbox = fixture.link.inbox
     deadline = time.monotonic() + PATIENCE_SECONDS
     while inbox.empty():

@@ -94,6 +94,17 @@ struct WorkerLabels {
     role: &'static str,
 }
 
+/// A worker makes no more lines than this, whatever it reports.
+const MAX_NAMES: usize = 64;
+
+/// What a worker counts under a name of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NameLabels {
+    worker: String,
+    role: &'static str,
+    name: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RoleLabels {
     role: &'static str,
@@ -146,6 +157,8 @@ struct FleetMetrics {
     bytes_received: Family<WorkerLabels, Gauge>,
     blocks_reused: Family<WorkerLabels, Gauge>,
     handoffs_open: Family<WorkerLabels, Gauge>,
+    handoff_errors: Family<NameLabels, Gauge>,
+    handoffs_ended: Family<NameLabels, Gauge>,
     arena_slots_used: Family<WorkerLabels, Gauge>,
     arena_slots: Family<WorkerLabels, Gauge>,
     kv_blocks_cached: Family<WorkerLabels, Gauge>,
@@ -405,6 +418,16 @@ impl FleetMetrics {
             self.blocks_reused.clone(),
         );
         r.register(
+            "worker_handoff_errors",
+            "Handoffs to a worker that failed since it started, by why",
+            self.handoff_errors.clone(),
+        );
+        r.register(
+            "worker_handoffs_ended",
+            "Handoffs from a worker that ended since it started, by how",
+            self.handoffs_ended.clone(),
+        );
+        r.register(
             "worker_handoffs_open",
             "Handoffs that a worker has not ended",
             self.handoffs_open.clone(),
@@ -458,6 +481,8 @@ impl FleetMetrics {
         ];
         per_worker.iter().for_each(|family| family.clear());
         self.kv_used.clear();
+        let by_name = [&self.handoff_errors, &self.handoffs_ended];
+        by_name.iter().for_each(|family| family.clear());
         for worker in workers {
             let labels = WorkerLabels { worker: worker.name.clone(), role: worker.role.as_str() };
             let report = &worker.report;
@@ -478,6 +503,15 @@ impl FleetMetrics {
             ];
             for (family, value) in per_worker.iter().zip(values) {
                 family.get_or_create(&labels).set(gauge(value));
+            }
+            for (family, counts) in
+                by_name.iter().zip([&report.handoff_errors, &report.handoffs_ended])
+            {
+                for (name, count) in counts.iter().take(MAX_NAMES) {
+                    let WorkerLabels { worker, role } = labels.clone();
+                    let labels = NameLabels { worker, role, name: name.clone() };
+                    family.get_or_create(&labels).set(gauge(*count));
+                }
             }
             self.kv_used.get_or_create(&labels).set(report.engine_kv_used_ratio.into());
         }

@@ -287,8 +287,8 @@ impl Shell {
                     name: view.description.name.clone(),
                     role: view.description.role,
                     jobs_running: view.jobs_running,
-                    report: attached.report,
                     prefix_blocks: state.prefixes.blocks_of(view.key),
+                    report: attached.report.clone(),
                 })
             })
             .collect();

@@ -281,6 +281,23 @@ pub async fn a_wrong_block_changes_the_answer(pair: &Pair) {
     everything_is_free(pair).await;
 }
 
+/// A block that changes between the worker's verification and the engine's load is seen by the engine,
+/// and nothing is computed with it.
+pub async fn a_block_that_rots_in_the_arena_is_seen(pair: &Pair) {
+    let block_size = pair.block_size_tokens() as usize;
+    for block in 0..3 {
+        for byte in [0, 77, u64::from(pair.block_size_tokens()) * 8 - 1] {
+            let seed = format!("rot {block} {byte}");
+            let prompt = prompts::some_tokens(&pair.vocabulary, &seed, 3 * block_size);
+            let rot = Interference::Rot { block, byte };
+            let (reply, passed) = pair.interfered(&prompt, 4, rot).await;
+            assert_eq!(passed.ending, Ending::Corrupt);
+            assert_eq!(reply.status, StatusCode::INTERNAL_SERVER_ERROR, "{reply:?}");
+        }
+    }
+    everything_is_free(pair).await;
+}
+
 /// KV that will not come is an error in OpenAI's shape, and never computed instead.
 pub async fn a_failed_handoff_is_a_500(pair: &Pair) {
     let length = 3 * pair.block_size_tokens() as usize;

@@ -26,6 +26,23 @@ pub struct BlockInSlot {
     pub slot: Slot,
 }
 
+/// A block that the worker verified, and how the engine sees that it still is what was verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockToLoad {
+    pub index: u32,
+    pub slot: Slot,
+    /// CRC-32 (that of zlib) over the block's bytes, taken in the arena *before* they were held
+    /// against what the producer sent. To be compared while they are copied in.
+    pub crc32: u32,
+}
+
+impl BlockToLoad {
+    /// The checksum that goes with these bytes.
+    pub fn checksum(bytes: &[u8]) -> u32 {
+        crc_fast::crc32_iso_hdlc(bytes)
+    }
+}
+
 /// What the engine's KV side tells. As JSON this is also the vLLM connector's protocol.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
@@ -56,6 +73,9 @@ pub enum FromEngine {
     NotNeeded { handoff: HandoffId, generation: Generation },
     /// Consumer: these slots were copied into the paged cache.
     Loaded { handoff: HandoffId, generation: Generation, slots: Vec<Slot> },
+    /// Consumer: what lies in the slot of this block is not what the worker verified. Answered with
+    /// [`ToEngine::Failed`], before which the request must neither start nor fail.
+    Corrupt { handoff: HandoffId, generation: Generation, index: u32 },
     /// Either side: the request is gone. Of a producer, its remaining exports are void.
     Aborted { handoff: HandoffId, generation: Generation },
 }
@@ -66,7 +86,7 @@ pub enum FromEngine {
 pub enum ToEngine {
     /// Consumer: these verified blocks lie in the arena: copy them in and answer `Loaded`. Decode
     /// must not start before `Complete`.
-    Load { handoff: HandoffId, generation: Generation, blocks: Vec<BlockInSlot> },
+    Load { handoff: HandoffId, generation: Generation, blocks: Vec<BlockToLoad> },
     /// Consumer: all blocks were given by `Load`, and the seal agrees with them.
     Complete { handoff: HandoffId, generation: Generation },
     /// Consumer: the KV will not come; fail the request.

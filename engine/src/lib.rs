@@ -12,6 +12,6 @@ pub use contract::{
     Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest, KvCache,
 };
 pub use kv_cache::{KvCacheChanges, KvCacheFollower, KvCacheLog};
-pub use kv_port::{BlockInSlot, FromEngine, KvPort, ToEngine};
+pub use kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, ToEngine};
 pub use sim::SimEngine;
 pub use vllm::VllmEngine;

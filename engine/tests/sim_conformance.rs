@@ -7,9 +7,9 @@ use baton_config::{ArenaConfig, SimConfig};
 use baton_engine::{
     SimEngine,
     conformance::{
-        Pair, a_failed_handoff_is_a_500, a_wrong_block_changes_the_answer,
-        an_abort_at_any_stage_frees_everything, edge_prompts, everything_is_free,
-        handed_over_equals_aggregated, prompts_with_shared_prefixes,
+        Pair, a_block_that_rots_in_the_arena_is_seen, a_failed_handoff_is_a_500,
+        a_wrong_block_changes_the_answer, an_abort_at_any_stage_frees_everything, edge_prompts,
+        everything_is_free, handed_over_equals_aggregated, prompts_with_shared_prefixes,
         second_turn_brings_only_what_is_new, several_choices_share_one_handoff,
     },
 };
@@ -95,6 +95,11 @@ async fn aborts_free_everything() {
 #[tokio::test]
 async fn wrong_blocks_are_seen() {
     a_wrong_block_changes_the_answer(&engines(16, 16).await.pair).await;
+}
+
+#[tokio::test]
+async fn blocks_that_change_in_the_arena_are_seen() {
+    a_block_that_rots_in_the_arena_is_seen(&engines(16, 16).await.pair).await;
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
+use std::sync::Arc;
+
 use async_trait::async_trait;
-use baton_arena::SlotView;
+use baton_arena::{Arena, Landing};
 use baton_types::{Epoch, HandoffKey, PromptDigest};
 
 /// A way for KV blocks from one worker's arena to another's. One object serves both directions: it
@@ -7,15 +9,19 @@ use baton_types::{Epoch, HandoffKey, PromptDigest};
 /// made with.
 #[async_trait]
 pub trait Channel: Send + Sync + 'static {
-    /// Takes over one handoff: subscribes at the peer, places each block through the sink, verifies
+    /// Takes over one handoff: subscribes at the peer, lays each block into a slot of the sink, verifies
     /// every block and the seal over all of them, acknowledges. Dropping the future tells the peer
     /// that the handoff is void.
     async fn pull(
         &self,
         peer: &PeerAddress,
         subscription: Subscription,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError>;
+
+    /// From now on this worker's blocks lie in this arena, those of its engine's former lives aside.
+    /// For channels that reach into memory.
+    fn use_arena(&self, _arena: &Arena) {}
 
     /// The name by which users choose it: `quic`.
     fn transport(&self) -> &'static str;
@@ -57,19 +63,23 @@ pub struct Seal {
 
 /// Where a consumer's blocks go.
 #[async_trait]
-pub trait BlockSink: Send {
+pub trait BlockSink: Send + Sync {
     /// The longest block that it takes. A peer that announces a longer one is broken off before any
     /// of it is read.
     fn max_block_bytes(&self) -> u32 {
         64 << 20
     }
 
-    /// Copies one block into a slot of its own, waiting for a free one: this is what slows a sender
-    /// down. Answers a view of the bytes *where they now lie*, over which the checksum is taken.
-    async fn place(&mut self, index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError>;
+    /// A slot for a block of `len` bytes, waiting for a free one: this is what slows a sender down.
+    /// Slots are asked for in order and one after the other, but others may be on their way and be
+    /// verified meanwhile. The channel keeps the slot
+    /// until nothing can write into it any more, whatever becomes of the sink.
+    async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError>;
 
-    /// The block that was placed last is what the producer sent.
-    async fn verified(&mut self, index: u32) -> Result<(), TransferError>;
+    /// What lies in the slot is what the producer sent: its checksum was taken there. `crc32` is that of
+    /// zlib over the same bytes, for whoever reads them next; it was taken *before* they were held against
+    /// what the producer sent, so that whatever changes later does not agree with it.
+    async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError>;
 }
 
 /// What was pulled.
@@ -111,9 +121,11 @@ pub trait ExportStream: Send {
     fn finish(self: Box<Self>, outcome: Result<(), TransferError>);
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Exported {
     Block {
+        /// Whose block it is, as it was written down when the engine exported it.
+        handoff: HandoffKey,
         index: u32,
         /// CRC-64/NVME over the block's bytes, taken when the engine exported it.
         crc: u64,
@@ -125,6 +137,22 @@ pub enum Exported {
     /// The producer's engine gave up.
     Aborted,
 }
+
+/// What stands between a worker and its channel, on both sides of it: nothing, which is `()`, or what
+/// a test puts there.
+pub trait Interpose: Send + Sync + 'static {
+    /// What the channel shall see of the worker's exports.
+    fn exports(&self, exports: Arc<dyn Exports>) -> Arc<dyn Exports> {
+        exports
+    }
+
+    /// What the worker shall see of its channel.
+    fn channel(&self, channel: Arc<dyn Channel>) -> Arc<dyn Channel> {
+        channel
+    }
+}
+
+impl Interpose for () {}
 
 /// Why a producer does not open a handoff.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -190,14 +218,80 @@ pub enum TransferError {
     Protocol(String),
     #[error("block {index} arrived with CRC {found:016x}, sent with {expected:016x}")]
     Corrupt { index: u32, expected: u64, found: u64 },
-    #[error("block {index} arrived, expected one of {expected}")]
-    UnexpectedBlock { index: u32, expected: String },
+    #[error("block {index} changed in this worker's arena after it was verified")]
+    Rotten { index: u32 },
+    #[error("block {index} has {bytes} bytes, {expected} make a block")]
+    Truncated { index: u32, bytes: u64, expected: u64 },
+    #[error("block {index} arrived where block {expected} is due")]
+    UnexpectedBlock { index: u32, expected: u32 },
+    #[error("block {index} is of handoff {of}, this is {due}")]
+    ForeignBlock { index: u32, of: HandoffKey, due: HandoffKey },
     #[error("the seal names {sealed} of {field}, {found} arrived")]
     SealMismatch { field: &'static str, sealed: String, found: String },
     #[error("nothing moved for {seconds} s")]
     Stalled { seconds: u32 },
     #[error("this worker has no room: {0}")]
     NoRoom(String),
+    #[error("the memory of {0}")]
+    Memory(String),
     #[error("the handoff was given up here")]
     Cancelled,
+}
+
+impl TransferError {
+    /// Every [`Self::name`].
+    pub const NAMES: [&str; 26] = [
+        "unreachable",
+        "wrong_certificate",
+        "version",
+        "broke_off",
+        "protocol",
+        "corrupt",
+        "rotten",
+        "truncated",
+        "duplicate",
+        "out_of_order",
+        "cross_epoch",
+        "cross_handoff",
+        "late",
+        "seal_mismatch",
+        "stalled",
+        "no_room",
+        "cancelled",
+        "memory",
+        "unknown_handoff",
+        "wrong_epoch",
+        "wrong_generation",
+        "wrong_peer",
+        "already_taken",
+        "incompatible",
+        "wrong_prompt",
+        "aborted",
+    ];
+
+    /// The name in metrics. What a producer refused has the name of the refusal.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } => "unreachable",
+            Self::WrongCertificate { .. } => "wrong_certificate",
+            Self::Version { .. } => "version",
+            Self::Refused(refusal) => refusal.as_str(),
+            Self::BrokeOff(_) => "broke_off",
+            Self::Protocol(_) => "protocol",
+            Self::Corrupt { .. } => "corrupt",
+            Self::Rotten { .. } => "rotten",
+            Self::Truncated { .. } => "truncated",
+            Self::UnexpectedBlock { index, expected } if index < expected => "duplicate",
+            Self::UnexpectedBlock { .. } => "out_of_order",
+            Self::ForeignBlock { of, due, .. } if of.epoch != due.epoch => "cross_epoch",
+            // A block of an attempt that was given up.
+            Self::ForeignBlock { of, due, .. } if of.id == due.id => "late",
+            Self::ForeignBlock { .. } => "cross_handoff",
+            Self::SealMismatch { .. } => "seal_mismatch",
+            Self::Stalled { .. } => "stalled",
+            Self::NoRoom(_) => "no_room",
+            Self::Memory(_) => "memory",
+            Self::Cancelled => "cancelled",
+        }
+    }
 }

@@ -18,6 +18,16 @@ pub struct LedgerCounters {
 }
 
 impl LedgerCounters {
+    /// How the handoffs that have ended did, by name.
+    pub fn endings(&self) -> [(&'static str, u64); 4] {
+        [
+            ("acked", self.handoffs_acked),
+            ("aborted", self.handoffs_aborted),
+            ("expired", self.handoffs_expired),
+            ("broken", self.handoffs_broken),
+        ]
+    }
+
     /// How often a subscription was refused for this reason.
     pub fn refused(&self, refusal: Refusal) -> u64 {
         let kinds = Refusal::ALL.into_iter().zip(self.refusals);

@@ -9,7 +9,8 @@
 //!                           · consumer epoch 16 · compatibility 32 · first block u32
 //!                           · prompt tokens u32 · prompt digest 32
 //!             1 ack · 2 progress
-//! producer ─► 1 block: index u32 · length u32 · crc u64, then the bytes
+//! producer ─► 1 block: epoch 16 · handoff 16 · generation u32 · index u32 · length u32 · crc u64,
+//!             then the bytes
 //!             2 sealed: prompt blocks u32 · prompt tokens u32 · prompt digest 32
 //!                       · cached tokens u32 · blocks sent u32 · digest 32
 //!             3 refused: reason u8 · 4 waiting · 5 wrong version: u32
@@ -24,7 +25,7 @@ use sha2::{Digest, Sha256};
 
 use crate::channel::{Refusal, Seal, Subscription, TransferError};
 
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 const MAGIC: [u8; 4] = *b"BTKV";
 
 /// Magic and version.
@@ -59,15 +60,19 @@ pub(crate) fn encode_subscription(subscription: &Subscription) -> Bytes {
     let mut bytes = BytesMut::with_capacity(PRELUDE_BYTES + SUBSCRIPTION_BYTES);
     bytes.put_slice(&MAGIC);
     bytes.put_u32_le(VERSION);
-    bytes.put_slice(subscription.handoff.epoch.as_bytes());
-    bytes.put_slice(subscription.handoff.id.as_bytes());
-    bytes.put_u32_le(subscription.handoff.generation.0);
+    put_key(&mut bytes, &subscription.handoff);
     bytes.put_slice(subscription.consumer_epoch.as_bytes());
     bytes.put_slice(&subscription.compatibility);
     bytes.put_u32_le(subscription.first_block);
     bytes.put_u32_le(subscription.prompt_tokens);
     bytes.put_slice(&subscription.prompt_digest.0);
     bytes.freeze()
+}
+
+fn put_key(bytes: &mut BytesMut, key: &HandoffKey) {
+    bytes.put_slice(key.epoch.as_bytes());
+    bytes.put_slice(key.id.as_bytes());
+    bytes.put_u32_le(key.generation.0);
 }
 
 /// Whether a subscription of our version follows.
@@ -84,13 +89,8 @@ pub(crate) fn decode_prelude(prelude: &[u8]) -> Result<(), FrameError> {
 
 pub(crate) fn decode_subscription(body: &[u8]) -> Result<Subscription, FrameError> {
     let mut fields = Fields(body);
-    let handoff = HandoffKey {
-        epoch: fields.epoch()?,
-        id: HandoffId::from_u128(u128::from_be_bytes(fields.take()?)),
-        generation: Generation(fields.u32()?),
-    };
     let subscription = Subscription {
-        handoff,
+        handoff: fields.key()?,
         consumer_epoch: fields.epoch()?,
         compatibility: fields.take()?,
         first_block: fields.u32()?,
@@ -129,11 +129,7 @@ impl ConsumerWord {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ProducerFrame {
     /// `len` bytes follow.
-    Block {
-        index: u32,
-        len: u32,
-        crc: u64,
-    },
+    Block(BlockHead),
     Sealed(SealedFrame),
     Refused(Refusal),
     /// The producer lives, and has nothing to send yet.
@@ -142,6 +138,16 @@ pub(crate) enum ProducerFrame {
     WrongVersion {
         ours: u32,
     },
+}
+
+/// What a block says of itself. It names its handoff though the stream does too: what a producer's own
+/// mistake puts into another's stream is seen, and in whose place it came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BlockHead {
+    pub(crate) handoff: HandoffKey,
+    pub(crate) index: u32,
+    pub(crate) len: u32,
+    pub(crate) crc: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,7 +162,7 @@ impl ProducerFrame {
     /// Bytes of the body that follows this kind byte.
     pub(crate) fn body_bytes(kind: u8) -> Result<usize, FrameError> {
         match kind {
-            1 => Ok(4 + 4 + 8),
+            1 => Ok(16 + 16 + 4 + 4 + 4 + 8),
             2 => Ok(4 + 4 + 32 + 4 + 4 + 32),
             3 => Ok(1),
             4 => Ok(0),
@@ -168,8 +174,9 @@ impl ProducerFrame {
     pub(crate) fn encode(&self) -> Bytes {
         let mut bytes = BytesMut::with_capacity(96);
         match self {
-            Self::Block { index, len, crc } => {
+            Self::Block(BlockHead { handoff, index, len, crc }) => {
                 bytes.put_u8(1);
+                put_key(&mut bytes, handoff);
                 bytes.put_u32_le(*index);
                 bytes.put_u32_le(*len);
                 bytes.put_u64_le(*crc);
@@ -199,7 +206,12 @@ impl ProducerFrame {
     pub(crate) fn decode(kind: u8, body: &[u8]) -> Result<Self, FrameError> {
         let mut fields = Fields(body);
         let frame = match kind {
-            1 => Self::Block { index: fields.u32()?, len: fields.u32()?, crc: fields.u64()? },
+            1 => Self::Block(BlockHead {
+                handoff: fields.key()?,
+                index: fields.u32()?,
+                len: fields.u32()?,
+                crc: fields.u64()?,
+            }),
             2 => Self::Sealed(SealedFrame {
                 seal: Seal {
                     prompt_blocks: fields.u32()?,
@@ -279,6 +291,14 @@ impl Fields<'_> {
         self.take().map(u128::from_be_bytes).map(Epoch::from_u128)
     }
 
+    fn key(&mut self) -> Result<HandoffKey, FrameError> {
+        Ok(HandoffKey {
+            epoch: self.epoch()?,
+            id: HandoffId::from_u128(u128::from_be_bytes(self.take()?)),
+            generation: Generation(self.u32()?),
+        })
+    }
+
     fn end<T>(self, decoded: T) -> Result<T, FrameError> {
         if self.0.is_empty() { Ok(decoded) } else { Err(FrameError::Length) }
     }
@@ -312,6 +332,19 @@ mod tests {
         }
     }
 
+    prop_compose! {
+        fn heads()(ids in any::<[u128; 2]>(), numbers in any::<[u32; 3]>(), crc in any::<u64>())
+            -> BlockHead
+        {
+            let handoff = HandoffKey {
+                epoch: Epoch::from_u128(ids[0]),
+                id: HandoffId::from_u128(ids[1]),
+                generation: Generation(numbers[0]),
+            };
+            BlockHead { handoff, index: numbers[1], len: numbers[2], crc }
+        }
+    }
+
     fn frames() -> impl Strategy<Value = ProducerFrame> {
         let sealed = (any::<[u32; 4]>(), any::<[u8; 32]>(), any::<[u8; 32]>()).prop_map(
             |([prompt_blocks, prompt_tokens, cached_tokens, blocks_sent], prompt, digest)| {
@@ -321,11 +354,7 @@ mod tests {
             },
         );
         prop_oneof![
-            any::<(u32, u32, u64)>().prop_map(|(index, len, crc)| ProducerFrame::Block {
-                index,
-                len,
-                crc
-            }),
+            heads().prop_map(ProducerFrame::Block),
             sealed,
             prop::sample::select(Refusal::ALL.to_vec()).prop_map(ProducerFrame::Refused),
             Just(ProducerFrame::Waiting),

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_types::Generation;
+use baton_types::{Generation, HandoffKey};
 use bytes::Bytes;
 
 use crate::channel::{Exported, Refusal, Seal, Subscription, TransferError};
@@ -65,7 +65,7 @@ pub(crate) enum Taken {
 /// One open handoff. A final state is its removal: dropping it frees its blocks.
 #[derive(Debug)]
 pub(crate) struct Handoff {
-    generation: Generation,
+    key: HandoffKey,
     consumer: [u8; 32],
     lease: Duration,
     expires: Instant,
@@ -78,14 +78,9 @@ pub(crate) struct Handoff {
 }
 
 impl Handoff {
-    pub(crate) fn new(
-        generation: Generation,
-        consumer: [u8; 32],
-        lease: Duration,
-        now: Instant,
-    ) -> Self {
+    pub(crate) fn new(key: HandoffKey, consumer: [u8; 32], lease: Duration, now: Instant) -> Self {
         Self {
-            generation,
+            key,
             consumer,
             lease,
             expires: now + lease,
@@ -99,7 +94,7 @@ impl Handoff {
     }
 
     pub(crate) fn generation(&self) -> Generation {
-        self.generation
+        self.key.generation
     }
 
     pub(crate) fn is_attached(&self) -> bool {
@@ -133,7 +128,8 @@ impl Handoff {
         self.renew(now);
         let unwanted = self.subscription.as_ref().is_some_and(|wanted| index < wanted.first_block);
         if !unwanted {
-            self.waiting.push_back(Exported::Block { index, crc, bytes: bytes.clone() });
+            let (handoff, bytes) = (self.key, bytes.clone());
+            self.waiting.push_back(Exported::Block { handoff, index, crc, bytes });
         }
         Ok(())
     }
@@ -230,15 +226,16 @@ mod tests {
 
     const LEASE: Duration = Duration::from_secs(10);
     const CONSUMER: [u8; 32] = [7; 32];
+    const KEY: HandoffKey = HandoffKey {
+        epoch: Epoch::from_u128(1),
+        id: HandoffId::from_u128(2),
+        generation: Generation(0),
+    };
     const PROMPT: PromptDigest = PromptDigest([1; 32]);
 
     fn subscription(first_block: u32) -> Subscription {
         Subscription {
-            handoff: HandoffKey {
-                epoch: Epoch::from_u128(1),
-                id: HandoffId::from_u128(2),
-                generation: Generation(0),
-            },
+            handoff: KEY,
             consumer_epoch: Epoch::from_u128(3),
             compatibility: [0; 32],
             first_block,
@@ -309,7 +306,7 @@ mod tests {
             let held = Held::default();
             let mut now = Instant::now();
             let mut last_move = now;
-            let mut handoff = Handoff::new(Generation(0), CONSUMER, LEASE, now);
+            let mut handoff = Handoff::new(KEY, CONSUMER, LEASE, now);
             let (mut pushed, mut sealed, mut first) = (0, None, None);
             let (mut taken, mut last_word) = (Vec::new(), None);
             for step in steps {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use baton_types::{Epoch, Generation, HandoffId, PromptDigest};
+use baton_types::{Epoch, Generation, HandoffId, HandoffKey, PromptDigest};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
@@ -119,8 +119,8 @@ impl Ledger {
         let superseded = books.open.remove(&id);
         let serial = books.next_serial;
         books.next_serial += 1;
-        let handoff =
-            Handoff::new(generation, consumer_fingerprint, self.shared.lease, Instant::now());
+        let key = HandoffKey { epoch: books.epoch, id, generation };
+        let handoff = Handoff::new(key, consumer_fingerprint, self.shared.lease, Instant::now());
         let ready = Arc::new(Notify::new());
         books.open.insert(id, Entry { handoff, serial, ready, ending, attached: None });
         drop(books);

@@ -1,22 +1,28 @@
 //! Moves KV blocks between workers' staging arenas.
 //!
 //! A producer's [`Ledger`] holds what its engine exported until the one consumer that the handoff is
-//! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network.
+//! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network,
+//! [`UcxChannel`] has UCX write into the consumer's arena.
 
+mod arrivals;
 mod channel;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod counters;
+#[cfg(feature = "faults")]
+pub mod faults;
 mod frame;
 mod lease;
 mod ledger;
 mod quic;
+mod ucx;
 
 pub use channel::{
-    BlockSink, Channel, ExportStream, Exported, Exports, PeerAddress, Pulled, Refusal, Seal,
-    Subscription, TransferError,
+    BlockSink, Channel, ExportStream, Exported, Exports, Interpose, PeerAddress, Pulled, Refusal,
+    Seal, Subscription, TransferError,
 };
 pub use counters::LedgerCounters;
 pub use lease::{Ending, HandoffError};
 pub use ledger::Ledger;
 pub use quic::{BindError, QuicChannel, QuicConfig};
+pub use ucx::{UcxBindError, UcxChannel, UcxConfig};

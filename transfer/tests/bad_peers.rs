@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use baton_arena::{Arena, ArenaLayout, Slot, SlotView};
+use baton_arena::{Arena, ArenaLayout, Landing, Slot, SlotPool};
 use baton_transfer::{
     BlockSink, Channel, Ending, Ledger, PeerAddress, Pulled, QuicChannel, QuicConfig, Subscription,
     TransferError,
@@ -48,7 +48,7 @@ fn subscription(id: HandoffId) -> Subscription {
 
 fn subscription_bytes(id: HandoffId) -> Vec<u8> {
     let subscription = subscription(id);
-    let mut bytes = b"BTKV\x01\0\0\0".to_vec();
+    let mut bytes = b"BTKV\x02\0\0\0".to_vec();
     bytes.extend(EPOCH.as_bytes());
     bytes.extend(id.as_bytes());
     bytes.extend(0_u32.to_le_bytes());
@@ -60,14 +60,13 @@ fn subscription_bytes(id: HandoffId) -> Vec<u8> {
     bytes
 }
 
-struct OneSlot(Arena);
+struct OneSlot(Arena, SlotPool);
 
 impl OneSlot {
     fn new(directory: &tempfile::TempDir) -> Self {
         let layout = ArenaLayout { slot_bytes: 4096, export_slots: 0, import_slots: 1 };
-        Self(
-            Arena::create(&directory.path().join(HandoffId::random().to_string()), layout).unwrap(),
-        )
+        let path = directory.path().join(HandoffId::random().to_string());
+        Self(Arena::create(&path, layout).unwrap(), SlotPool::new([Slot(0)]))
     }
 }
 
@@ -77,13 +76,17 @@ impl BlockSink for OneSlot {
         4096
     }
 
-    async fn place(&mut self, _index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError> {
-        let bytes = bytes.concat();
-        self.0.write(Slot(0), 0, &bytes).unwrap();
-        Ok(self.0.view(Slot(0), bytes.len() as u64).unwrap())
+    async fn reserve(&self, _index: u32, len: u32) -> Result<Landing, TransferError> {
+        let slot = self.1.reserve().await.unwrap();
+        Ok(self.0.landing(slot, u64::from(len)).unwrap())
     }
 
-    async fn verified(&mut self, _index: u32) -> Result<(), TransferError> {
+    async fn verified(
+        &self,
+        _index: u32,
+        _block: Landing,
+        _crc32: u32,
+    ) -> Result<(), TransferError> {
         Ok(())
     }
 }
@@ -101,8 +104,8 @@ async fn serves(producer: &QuicChannel, ledger: &Ledger) {
         address: producer.local_address().to_string(),
         certificate_fingerprint: producer.certificate_fingerprint(),
     };
-    let mut sink = OneSlot::new(&directory);
-    assert_eq!(consumer.pull(&peer, subscription(id), &mut sink).await.unwrap().blocks, 1);
+    let sink = OneSlot::new(&directory);
+    assert_eq!(consumer.pull(&peer, subscription(id), &sink).await.unwrap().blocks, 1);
 }
 
 fn reset_code(error: &ReadExactError) -> VarInt {
@@ -172,9 +175,9 @@ async fn another_version_is_told_ours() {
     let client = Raw::new();
     let connection = client.connect(producer.local_address()).await.unwrap();
     let (mut send, mut recv) = connection.open_bi().await.unwrap();
-    send.write_all(b"BTKV\x02\0\0\0 whatever comes in version 2").await.unwrap();
+    send.write_all(b"BTKV\x03\0\0\0 whatever comes in version 3").await.unwrap();
     let answer = recv.read_to_end(100).await.unwrap();
-    assert_eq!(answer, [5, 1, 0, 0, 0]);
+    assert_eq!(answer, [5, 2, 0, 0, 0]);
 }
 
 #[tokio::test]
@@ -196,8 +199,14 @@ async fn an_acknowledgement_before_the_seal_acknowledges_nothing() {
     assert_eq!(ledger.open_handoffs(), 0);
 }
 
+/// The handoff that every made-up answer is about.
+const ANSWERED: HandoffId = HandoffId::from_u128(4);
+
 fn block_head(index: u32, len: u32, crc: u64) -> Vec<u8> {
     let mut bytes = vec![1];
+    bytes.extend(EPOCH.as_bytes());
+    bytes.extend(ANSWERED.as_bytes());
+    bytes.extend(0_u32.to_le_bytes());
     bytes.extend(index.to_le_bytes());
     bytes.extend(len.to_le_bytes());
     bytes.extend(crc.to_le_bytes());
@@ -264,8 +273,8 @@ async fn pulled(bytes: Vec<u8>, then: Then) -> Result<Pulled, TransferError> {
         address: address.to_string(),
         certificate_fingerprint: producer.fingerprint(),
     };
-    let mut sink = OneSlot::new(&directory);
-    consumer.pull(&peer, subscription(HandoffId::random()), &mut sink).await
+    let sink = OneSlot::new(&directory);
+    consumer.pull(&peer, subscription(ANSWERED), &sink).await
 }
 
 #[tokio::test]
@@ -280,7 +289,7 @@ async fn a_right_answer_is_taken() {
 #[tokio::test]
 async fn a_truncated_answer_is_broken_off() {
     let whole = [block(0, &[7; 100]), seal(1, 1, digest(&[&[7; 100]]))].concat();
-    for end in [0, 1, 16, 17, 50, 117, 118, whole.len() - 1] {
+    for end in [0, 1, 16, 52, 53, 100, 153, 154, whole.len() - 1] {
         let cut = pulled(whole[..end].to_vec(), Then::Finish).await;
         assert!(matches!(cut, Err(TransferError::BrokeOff(_))), "{end} bytes: {cut:?}");
     }
@@ -310,7 +319,7 @@ async fn what_the_protocol_does_not_allow_is_not_taken() {
         assert!(matches!(refused, Err(TransferError::Protocol(_))), "{bytes:?}: {refused:?}");
     }
     let theirs = pulled(vec![5, 9, 0, 0, 0], Then::Finish).await;
-    assert_eq!(theirs, Err(TransferError::Version { ours: 1, theirs: 9 }));
+    assert_eq!(theirs, Err(TransferError::Version { ours: 2, theirs: 9 }));
 }
 
 #[tokio::test]

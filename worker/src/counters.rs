@@ -1,4 +1,9 @@
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+};
+
+use parking_lot::Mutex;
 
 /// What this worker has done since it started, over all lives of its engine.
 #[derive(Debug, Default)]
@@ -11,6 +16,8 @@ pub(crate) struct Counters {
     pub(crate) handoff_blocks_reused: Count,
     /// Handoffs to this worker that failed.
     pub(crate) handoffs_failed: Count,
+    /// Why, by the names of [`baton_transfer::TransferError::name`].
+    pub(crate) handoff_errors: ByName,
     /// Decode jobs whose engine answered without waiting for its handoff.
     pub(crate) handoffs_bypassed: Count,
     /// Jobs under way, of all coordinators.
@@ -28,6 +35,20 @@ impl Count {
 
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Relaxed)
+    }
+}
+
+/// Counts of things that have names.
+#[derive(Debug, Default)]
+pub(crate) struct ByName(Mutex<HashMap<&'static str, u64>>);
+
+impl ByName {
+    pub(crate) fn add(&self, name: &'static str) {
+        *self.0.lock().entry(name).or_default() += 1;
+    }
+
+    pub(crate) fn get(&self) -> HashMap<String, u64> {
+        self.0.lock().iter().map(|(name, count)| ((*name).to_owned(), *count)).collect()
     }
 }
 

@@ -14,4 +14,4 @@ mod outbox;
 mod relay;
 mod run;
 
-pub use run::{WorkerError, run};
+pub use run::{WorkerError, run, run_through};

@@ -108,6 +108,7 @@ impl Life {
             handoff_blocks_received: self.counters.handoff_blocks_received.get(),
             handoff_bytes_received: self.counters.handoff_bytes_received.get(),
             handoff_blocks_reused: self.counters.handoff_blocks_reused.get(),
+            handoff_errors: self.counters.handoff_errors.get(),
             engine_requests_running: load.requests_running,
             engine_requests_waiting: load.requests_waiting,
             engine_kv_used_ratio: load.kv_used_ratio,
@@ -122,6 +123,8 @@ impl Life {
             let sent = ledger.counters();
             report.handoff_blocks_sent = sent.blocks_sent;
             report.handoff_bytes_sent = sent.bytes_sent;
+            let ended = sent.endings().into_iter().map(|(name, count)| (name.to_owned(), count));
+            report.handoffs_ended = ended.collect();
             report.handoffs_open = u32::try_from(handoffs.open()).unwrap_or(u32::MAX);
             (report.arena_slots_used, report.arena_slots) = handoffs.slots();
         }

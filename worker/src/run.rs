@@ -2,7 +2,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use baton_config::{EngineConfig, WorkerConfig};
 use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
-use baton_transfer::{BindError, Ledger, QuicChannel, QuicConfig};
+use baton_transfer::{BindError, Interpose, Ledger, QuicChannel, QuicConfig};
 use baton_types::Epoch;
 use futures::future::join_all;
 use tokio::{sync::mpsc, time::MissedTickBehavior};
@@ -46,7 +46,16 @@ pub async fn run(
     config: WorkerConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), WorkerError> {
-    let worker = Worker::new(config)?;
+    run_through(&(), config, shutdown).await
+}
+
+/// The same, with something between the worker and its channel.
+pub async fn run_through(
+    interpose: &dyn Interpose,
+    config: WorkerConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), WorkerError> {
+    let worker = Worker::new(config, interpose)?;
     let mut shutdown = std::pin::pin!(shutdown);
     let mut delay = FIRST_RESTART_DELAY;
     let mut has_served = false;
@@ -138,10 +147,11 @@ struct Ended {
 }
 
 impl Worker {
-    fn new(config: WorkerConfig) -> Result<Self, WorkerError> {
+    fn new(config: WorkerConfig, interpose: &dyn Interpose) -> Result<Self, WorkerError> {
         let tls = config.tls.as_ref().map(TlsPem::read).transpose();
         let tls = tls.map_err(|(path, source)| WorkerError::Tls { path, source })?;
-        let transfer = if is_fenced(&config) { Some(WorkerTransfer::bind(&config)?) } else { None };
+        let transfer =
+            is_fenced(&config).then(|| WorkerTransfer::bind(&config, interpose)).transpose()?;
         Ok(Self { config, tls, counters: Arc::default(), transfer })
     }
 
@@ -236,7 +246,7 @@ impl Worker {
 }
 
 impl WorkerTransfer {
-    fn bind(config: &WorkerConfig) -> Result<Self, BindError> {
+    fn bind(config: &WorkerConfig, interpose: &dyn Interpose) -> Result<Self, BindError> {
         let stall_timeout = config.transfer.stall_timeout;
         // The first port brings the first epoch; until then nothing is there to be pulled.
         let ledger = Ledger::new(Epoch::random(), [0; 32], LEASE_STALLS * stall_timeout);
@@ -246,12 +256,13 @@ impl WorkerTransfer {
                 max_mtu_bytes: config.transfer.max_mtu_bytes,
                 stall_timeout,
             },
-            Arc::new(ledger.clone()),
+            interpose.exports(Arc::new(ledger.clone())),
         )?;
         let address =
             config.transfer.advertise.clone().unwrap_or(channel.local_address().to_string());
         let expiring = tokio::spawn(expire(ledger.clone()));
-        let transfer = Transfer { ledger, channel: channel.clone(), stall_timeout };
+        let transfer =
+            Transfer { ledger, channel: interpose.channel(channel.clone()), stall_timeout };
         Ok(Self { transfer, channel, address, expiring })
     }
 }

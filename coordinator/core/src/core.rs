@@ -325,6 +325,17 @@ impl Core {
                 }
             }
         };
+        self.start_aggregated(key, worker, reason, now, actions);
+    }
+
+    fn start_aggregated(
+        &mut self,
+        key: RequestKey,
+        worker: WorkerKey,
+        reason: AggregatedReason,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         let job = self.start(key, worker, Leg::Aggregated, None, now, actions);
         if let Some(request) = self.requests.get_mut(key.0) {
             request.route = Some(Route::Aggregated { worker, reason });
@@ -544,6 +555,13 @@ impl Core {
             request.retries_left -= 1;
             request.generation = request.generation.next();
         }
+        // Decode's own engine can compute the prompt, where it was the handoff that failed again.
+        let in_one = match (fault.origin, request.route) {
+            (Origin::Handoff, Some(Route::Disaggregated { decode, by_engine: false, .. })) => {
+                Some(decode).filter(|_| !may_retry)
+            }
+            _ => None,
+        };
         // A handoff that failed says nothing of which side was at fault: keep away from both.
         request.avoid = match (fault.origin, request.route) {
             (Origin::Handoff, Some(Route::Disaggregated { prefill, decode, .. })) => {
@@ -554,6 +572,9 @@ impl Core {
         self.withdraw(key, now, actions);
         if may_retry {
             self.start_attempt(key, now, actions);
+        } else if let Some(worker) = in_one.filter(|worker| self.fleet.get(*worker).is_some()) {
+            let reason = AggregatedReason::HandoffFailed;
+            self.start_aggregated(key, worker, reason, now, actions);
         } else {
             self.reject(key, Rejection::LegFailed { leg, fault }, now, actions);
         }

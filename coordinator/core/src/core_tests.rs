@@ -1,10 +1,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use baton_types::Epoch;
+use baton_types::{Epoch, StepModel};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{AggregatedReason, HandoffMode};
+use crate::{AggregatedReason, HandoffMode, WorkerReport};
 
 const NOW: Duration = Duration::from_secs(1);
 const FENCED: HandoffMode = HandoffMode::Fenced { compatibility: [1; 32] };
@@ -187,11 +187,39 @@ fn a_leg_that_fails_is_tried_once_more_elsewhere_under_a_new_fence() {
 
     // What the first attempt still says is not heard.
     assert_eq!(f.handle(Event::Answered { job: first[1].1 }), []);
-    let fault = Fault::new(Origin::Handoff, FaultKind::Corrupt, "y");
+    let fault = Fault::new(Origin::Worker, FaultKind::Failed, "y");
     let actions = f.handle(Event::LegFailed { job: second[1].1, fault: fault.clone() });
     let rejection = Rejection::LegFailed { leg: Leg::Decode, fault };
     assert_eq!(actions.last(), Some(&Action::Reject { request, rejection }));
     assert_eq!(f.jobs_running(), [0, 0, 0, 0]);
+}
+
+#[test]
+fn a_handoff_that_fails_again_leaves_the_whole_request_to_decode() {
+    let (mut f, keys) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    let (request, mut actions) = f.arrive(shape());
+    for leg in [1, 0] {
+        let attempt = started(&actions);
+        let fault = Fault::new(Origin::Handoff, FaultKind::Corrupt, "y");
+        actions = f.handle(Event::LegFailed { job: attempt[leg].1, fault });
+    }
+    let in_one = started(&actions);
+    assert_eq!(in_one.len(), 1);
+    let (worker, job, leg, ref plan) = in_one[0];
+    assert_eq!((worker, leg, plan), (keys[1], Leg::Aggregated, &None));
+    let reason = AggregatedReason::HandoffFailed;
+    let actions = f.handle(Event::Answered { job });
+    let route = Route::Aggregated { worker, reason };
+    assert_eq!(actions, [Action::Relay { request, job, route }]);
+
+    // An engine that fails then is not tried again.
+    let (request, mut actions) = f.arrive(shape());
+    for leg in [1, 1, 0] {
+        let attempt = started(&actions);
+        let fault = Fault::new(Origin::Handoff, FaultKind::Corrupt, "y");
+        actions = f.handle(Event::LegFailed { job: attempt[leg].1, fault });
+    }
+    assert!(matches!(actions.last(), Some(Action::Reject { request: r, .. }) if *r == request));
 }
 
 #[test]
@@ -280,6 +308,7 @@ enum Step {
     End(u8),
     Fail(u8, bool),
     ClientGone(u8),
+    Report(u8, u16),
     Advance(u16),
 }
 
@@ -294,15 +323,33 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         5 => any::<u8>().prop_map(Step::End),
         3 => (any::<u8>(), any::<bool>()).prop_map(|(job, retryable)| Step::Fail(job, retryable)),
         2 => any::<u8>().prop_map(Step::ClientGone),
+        2 => (any::<u8>(), any::<u16>()).prop_map(|(worker, tokens)| Step::Report(worker, tokens)),
         1 => (0..400u16).prop_map(Step::Advance),
     ];
     prop::collection::vec(step, 1..200)
 }
 
+/// A core of any kind.
+fn cores() -> impl Strategy<Value = (Split, Order, usize)> {
+    let split = prop_oneof![Just(Split::Always), Just(Split::Never), Just(Split::PerRequest)];
+    let order = prop_oneof![Just(Order::Arrival), Just(Order::LateLast)];
+    (split, order, 0..POLICIES.len())
+}
+
+const MODEL: StepModel = StepModel {
+    prefill_ms: [20.0, 0.05, 1e-6],
+    decode_ms: [10.0, 0.05, 1e-5],
+    prefill_interference_factor: 0.8,
+};
+
 proptest! {
     #[test]
-    fn every_request_ends_once_and_every_count_returns_to_zero(steps in steps()) {
-        let mut core = Core::new(Settings::default());
+    fn every_request_ends_once_and_every_count_returns_to_zero(
+        (split, order, policy) in cores(),
+        steps in steps(),
+    ) {
+        let settings = Settings { split, order, ..Settings::default() };
+        let mut core = Core::with_policy(settings, (POLICIES[policy].make)(1));
         let mut now = NOW;
         let mut workers: Vec<WorkerKey> = Vec::new();
         // All jobs ever, so that late words of closed ones are tried too.
@@ -323,7 +370,13 @@ proptest! {
                         1 => HandoffMode::Engine,
                         fit => HandoffMode::Fenced { compatibility: [fit; 32] },
                     };
-                    let description = WorkerDescription { handoff, ..worker(&name.to_string(), role) };
+                    let description = WorkerDescription {
+                        handoff,
+                        // Of some it is not known.
+                        model: (fit > 1).then_some(MODEL),
+                        kv_capacity_tokens: (fit > 2).then_some(20_000),
+                        ..worker(&name.to_string(), role)
+                    };
                     workers.push(core.attach(description, now, &mut actions));
                 }
                 Step::Lose(at) => if let Some(at) = pick(at, workers.len()) {
@@ -335,6 +388,9 @@ proptest! {
                     let shape = RequestShape {
                         model: Some(if unknown { "x" } else { "m" }.into()),
                         max_output_tokens: one_token.then_some(1),
+                        prompt_tokens: 1 + u32::try_from(arrivals * 977 % 9000).unwrap(),
+                        prefix_blocks: [1, 2, 3 + arrivals as u64 % 4].into(),
+                        prefix_block_tokens: 512,
                         ..RequestShape::default()
                     };
                     arrivals += 1;
@@ -352,13 +408,20 @@ proptest! {
                 },
                 Step::Fail(at, retryable) => if let Some(at) = pick(at, jobs.len()) {
                     let kind = if retryable { FaultKind::Failed } else { FaultKind::Refused };
-                    let fault = Fault::new(Origin::Engine, kind, "x");
+                    let origin = if at % 2 == 0 { Origin::Engine } else { Origin::Handoff };
+                    let fault = Fault::new(origin, kind, "x");
                     core.handle(Event::LegFailed { job: jobs[at], fault }, now, &mut actions);
                 },
                 Step::ClientGone(at) => if let Some(at) = pick(at, open.len()) {
                     let request = *open.iter().nth(at).unwrap();
                     open.remove(&request);
                     core.handle(Event::ClientGone { request }, now, &mut actions);
+                },
+                Step::Report(at, tokens) => if let Some(at) = pick(at, workers.len()) {
+                    let tokens = u64::from(tokens);
+                    let report =
+                        WorkerReport { decode_context_tokens: tokens, kv_used_tokens: tokens };
+                    core.handle(Event::Report { worker: workers[at], report }, now, &mut actions);
                 },
                 Step::Advance(seconds) => {
                     now += Duration::from_secs(seconds.into());

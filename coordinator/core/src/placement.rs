@@ -45,6 +45,8 @@ pub enum AggregatedReason {
     TurnedOff,
     /// Its policy found that a handoff would cost more than it gains.
     StaysByPolicy,
+    /// It was split, and its KV did not come.
+    HandoffFailed,
 }
 
 impl AggregatedReason {
@@ -58,6 +60,7 @@ impl AggregatedReason {
             Self::NoCompatiblePair => "no_compatible_pair",
             Self::TurnedOff => "turned_off",
             Self::StaysByPolicy => "stays_by_policy",
+            Self::HandoffFailed => "handoff_failed",
         }
     }
 }

@@ -11,7 +11,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::kv_port::{BlockInSlot, FromEngine, KvPort, ToEngine};
+use crate::kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, ToEngine};
 
 type Key = (HandoffId, Generation);
 
@@ -22,6 +22,8 @@ pub enum Interference {
     None,
     /// One bit of a block is another at the consumer.
     Flip { block: u32, byte: u64 },
+    /// One bit of a block changes in the consumer's arena after it was verified there.
+    Rot { block: u32, byte: u64 },
     /// A block is said to have come, and did not.
     Skip { block: u32 },
     /// In a block's place comes what the last handoff had there.
@@ -40,6 +42,8 @@ pub enum Ending {
     NotNeeded,
     Aborted,
     Failed,
+    /// The consumer's engine found a block that was not what was verified.
+    Corrupt,
 }
 
 /// What became of a handoff.
@@ -229,6 +233,11 @@ impl Carrier {
                     let passing = self.passings.entry((handoff, generation)).or_default();
                     passing.loads_on_their_way -= slots.len();
                 }
+                FromEngine::Corrupt { handoff, generation, index } => {
+                    let reason = format!("block {index} was corrupt");
+                    self.tell_consumer(ToEngine::Failed { handoff, generation, reason }).await;
+                    self.end((handoff, generation), Ending::Corrupt).await;
+                }
                 FromEngine::Aborted { handoff, generation } => {
                     if from_producer {
                         let reason = "the producer gave up".to_owned();
@@ -298,8 +307,15 @@ impl Carrier {
             _ => {}
         }
         self.last_blocks.insert(block.index, sent);
+        // Of what came, right or wrong: that what came is right is for a worker to find out.
+        let crc32 = BlockToLoad::checksum(&copy);
+        if let Interference::Rot { block: rotten, byte } = interference
+            && rotten == block.index
+        {
+            copy[usize::try_from(byte).expect("a byte of a block")] ^= 0x10;
+        }
         self.consumer.arena.write(import.slot(), 0, &copy).expect("an import slot of the arena");
-        let block = BlockInSlot { index: block.index, slot: import.slot() };
+        let block = BlockToLoad { index: block.index, slot: import.slot(), crc32 };
         self.loading.insert(import.slot(), import);
         self.shared.state.lock().outstanding.import_slots += 1;
         let passing = self.passings.entry(key).or_default();

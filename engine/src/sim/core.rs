@@ -1,7 +1,7 @@
 //! The engine without its clock: sequences, their KV, and their handoffs. Acts when told to, answers
 //! through [`Core::outbox`] and each request's channel.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use baton_arena::Arena;
 use baton_types::PromptDigest;
@@ -15,7 +15,7 @@ use super::{
     sampling::{Drawn, Finish, Sampling},
     scheduler::{Admission, NewSequence, Scheduler, SequenceId, Step},
 };
-use crate::kv_port::{BlockInSlot, FromEngine, ToEngine};
+use crate::kv_port::{BlockToLoad, FromEngine, ToEngine};
 
 /// One sequence to generate.
 #[derive(Debug)]
@@ -68,6 +68,8 @@ pub(super) struct Core {
     by_choice: BTreeMap<(u64, u32), SequenceId>,
     /// Handoffs whose KV did not come yet.
     consumers: HashMap<HandoffName, SequenceId>,
+    /// Those of them whose KV was found to be corrupt: the worker is about to give them up.
+    spoiled: HashSet<HandoffName>,
     port_is_lost: bool,
 }
 
@@ -95,6 +97,7 @@ impl Core {
             sequences: HashMap::new(),
             by_choice: BTreeMap::new(),
             consumers: HashMap::new(),
+            spoiled: HashSet::new(),
             port_is_lost: false,
         }
     }
@@ -184,6 +187,7 @@ impl Core {
         if let Some(Handoff { name, part: Part::Consume, .. }) = sequence.handoff
             && self.consumers.remove(&name).is_some()
         {
+            self.spoiled.remove(&name);
             let HandoffName { handoff, generation } = name;
             self.outbox.push_back(FromEngine::Aborted { handoff, generation });
         }
@@ -199,7 +203,9 @@ impl Core {
             }
             ToEngine::Complete { handoff, generation } => {
                 let name = HandoffName { handoff, generation };
-                if let Some(id) = self.consumers.get(&name).copied()
+                if self.spoiled.contains(&name) {
+                    self.fail_consumer(name, "a corrupt block was not told of");
+                } else if let Some(id) = self.consumers.get(&name).copied()
                     && self.scheduler.complete_remote(id)
                 {
                     self.consumers.remove(&name);
@@ -220,9 +226,9 @@ impl Core {
 
     /// Copies blocks in. Those of a handoff that is gone are not wanted any more, but their slots
     /// are given back all the same.
-    fn load(&mut self, name: HandoffName, blocks: &[BlockInSlot]) {
+    fn load(&mut self, name: HandoffName, blocks: &[BlockToLoad]) {
         let Some(id) = self.consumers.get(&name).copied() else { return };
-        for BlockInSlot { index, slot } in blocks.iter().copied() {
+        for BlockToLoad { index, slot, crc32 } in blocks.iter().copied() {
             let Some(block) = self.scheduler.blocks(id).get(index as usize).copied() else {
                 return self.fail_consumer(name, "a block came that is not of the prompt");
             };
@@ -231,10 +237,17 @@ impl Core {
                 Ok(view) => target.copy_from_slice(view.as_ref()),
                 Err(error) => return self.fail_consumer(name, &error.to_string()),
             }
+            // Over the copy: it is what will be computed with.
+            if BlockToLoad::checksum(target) != crc32 {
+                self.spoiled.insert(name);
+                let HandoffName { handoff, generation } = name;
+                return self.outbox.push_back(FromEngine::Corrupt { handoff, generation, index });
+            }
         }
     }
 
     fn fail_consumer(&mut self, name: HandoffName, reason: &str) {
+        self.spoiled.remove(&name);
         let Some(id) = self.consumers.remove(&name) else { return };
         if let Some(sequence) = self.end(id) {
             let what = ChoiceProgress::Failed(format!("the KV handoff failed: {reason}"));

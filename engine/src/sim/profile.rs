@@ -1,4 +1,7 @@
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use baton_types::StepModel;
 use serde::{Deserialize, Serialize};
@@ -31,6 +34,15 @@ struct ProfileFile {
     kv_capacity_tokens: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     kv_bytes_per_token: Option<u64>,
+}
+
+/// One of several in a file; what else is said of it is for people.
+#[derive(Clone, Copy, Deserialize)]
+struct Coefficients {
+    prefill_ms: [f64; 3],
+    decode_ms: [f64; 3],
+    #[serde(default = "one")]
+    prefill_interference_factor: f64,
 }
 
 fn one() -> f64 {
@@ -71,6 +83,8 @@ pub enum ProfileError {
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("the profile {path} is not one: {source}", path = path.display())]
     Malformed { path: PathBuf, source: serde_json::Error },
+    #[error("{path} holds several profiles: append one's name, as in FILE#NAME, of {names}", path = path.display())]
+    OneOfSeveral { path: PathBuf, names: String },
     #[error("the profile {path} has {field} = {value}: expected a number from 0 up", path = path.display())]
     Coefficient { path: PathBuf, field: String, value: f64 },
 }
@@ -91,22 +105,58 @@ impl Profile {
         }
     }
 
+    /// Reads a profile's file; `FILE#NAME` takes one of a file of several, which is an object of
+    /// coefficients by name.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is no profile, and coefficients that cannot be.
     pub fn read(path: &Path) -> Result<Self, ProfileError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ProfileError::Unreadable { path: path.to_owned(), source })?;
-        Self::parse(&text, path)
+        let whole = path.to_string_lossy();
+        let (file, name) = match whole.rsplit_once('#') {
+            Some((file, name)) if !path.exists() => (Path::new(file), Some(name)),
+            _ => (path, None),
+        };
+        let text = std::fs::read_to_string(file)
+            .map_err(|source| ProfileError::Unreadable { path: file.to_owned(), source })?;
+        let several: Option<BTreeMap<String, Coefficients>> = serde_json::from_str(&text).ok();
+        match (several, name) {
+            (None, _) => Self::parse(&text, file),
+            (Some(several), name) => {
+                let names = several.keys().cloned().collect::<Vec<_>>().join(", ");
+                let found = name.and_then(|name| several.get(name).map(|found| (name, *found)));
+                let (name, found) = found
+                    .ok_or_else(|| ProfileError::OneOfSeveral { path: file.to_owned(), names })?;
+                let model = StepModel {
+                    prefill_ms: found.prefill_ms,
+                    decode_ms: found.decode_ms,
+                    prefill_interference_factor: found.prefill_interference_factor,
+                };
+                let profile = Self {
+                    name: name.to_owned(),
+                    source: file.display().to_string(),
+                    model,
+                    kv_capacity_tokens: None,
+                    kv_bytes_per_token: None,
+                };
+                profile.checked(file)
+            }
+        }
     }
 
     fn parse(text: &str, path: &Path) -> Result<Self, ProfileError> {
         let profile: Self = serde_json::from_str(text)
             .map_err(|source| ProfileError::Malformed { path: path.to_owned(), source })?;
+        profile.checked(path)
+    }
+
+    fn checked(self, path: &Path) -> Result<Self, ProfileError> {
         let refuse = |field: String, value: f64| {
             if value.is_finite() && value >= 0.0 {
                 return Ok(());
             }
             Err(ProfileError::Coefficient { path: path.to_owned(), field, value })
         };
-        let model = &profile.model;
+        let model = &self.model;
         for (name, coefficients) in
             [("prefill_ms", model.prefill_ms), ("decode_ms", model.decode_ms)]
         {
@@ -115,7 +165,7 @@ impl Profile {
             }
         }
         refuse("prefill_interference_factor".to_owned(), model.prefill_interference_factor)?;
-        Ok(profile)
+        Ok(self)
     }
 
     /// Time of one step.
@@ -151,5 +201,21 @@ mod tests {
             Profile::parse(text, Path::new("p.json")),
             Err(ProfileError::Malformed { .. })
         ));
+    }
+
+    #[test]
+    fn one_of_several_is_taken_by_its_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("several.json");
+        let text = r#"{"a":{"prefill_ms":[1,2,3],"decode_ms":[4,5,6],"mape":0.1},
+                       "b":{"prefill_ms":[1,2,3],"decode_ms":[4,-5,6]}}"#;
+        std::fs::write(&file, text).unwrap();
+        let named = |name: &str| PathBuf::from(format!("{}#{name}", file.display()));
+        assert_eq!(Profile::read(&named("a")).unwrap().model.decode_ms, [4.0, 5.0, 6.0]);
+        for path in [file.clone(), named("c")] {
+            let error = Profile::read(&path).unwrap_err().to_string();
+            assert!(error.ends_with("as in FILE#NAME, of a, b"), "{error}");
+        }
+        assert!(Profile::read(&named("b")).unwrap_err().to_string().contains("decode_ms[1] = -5"));
     }
 }

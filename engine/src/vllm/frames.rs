@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Raised with every change that an older connector would misunderstand.
-pub(super) const PROTOCOL: u32 = 1;
+pub(super) const PROTOCOL: u32 = 2;
 
 /// A longer frame is refused.
 pub(super) const MAX_FRAME_BYTES: usize = 16 << 20;

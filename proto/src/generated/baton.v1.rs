@@ -250,7 +250,7 @@ pub struct KvEvents {
     pub stored: ::prost::alloc::vec::Vec<u64>,
 }
 /// The state of a worker, sent at the interval that the coordinator asked for.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Report {
     #[prost(uint32, tag = "1")]
     pub jobs_running: u32,
@@ -281,6 +281,12 @@ pub struct Report {
     /// Blocks in the engine's prefix cache, where it tells of them.
     #[prost(uint64, tag = "13")]
     pub engine_kv_blocks_cached: u64,
+    /// Handoffs to this worker that failed, by why: "corrupt", "cross_epoch", ….
+    #[prost(map = "string, uint64", tag = "14")]
+    pub handoff_errors: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// Handoffs from this worker that have ended, by how: "acked", "aborted", "expired", "broken".
+    #[prost(map = "string, uint64", tag = "15")]
+    pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

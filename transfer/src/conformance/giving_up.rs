@@ -41,11 +41,11 @@ pub async fn a_consumer_may_give_up_at_any_block(transport: &dyn Transport) {
         for index in 0..BLOCKS {
             producer.push(id, index, BLOCK).await;
         }
-        let mut sink = consumer.sink(id);
+        let sink = consumer.sink(id);
         let pace = Arc::clone(&sink.pace);
         pace.limit(blocks as usize);
         let subscription = producer.subscription(id, 0);
-        let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
+        let pull = consumer.node.channel.pull(&producer.node.address, subscription, &sink);
         tokio::select! {
             ended = pull => panic!("it cannot end unsealed: {ended:?}"),
             () = pace.asked(u64::from(blocks) + 1) => {}
@@ -54,7 +54,7 @@ pub async fn a_consumer_may_give_up_at_any_block(transport: &dyn Transport) {
         let ending = soon("the producer hears of it", ending).await.unwrap();
         assert!(matches!(ending, Ending::Broken(TransferError::BrokeOff(_))), "{ending:?}");
         producer.holds_nothing().await;
-        assert_eq!(consumer.staging.slots.used(), 0);
+        consumer.holds_nothing().await;
     }
     another_goes_through(&producer, &consumer).await;
 }
@@ -89,10 +89,10 @@ pub async fn a_producer_may_give_up_at_any_block(transport: &dyn Transport) {
     for blocks in 0..=BLOCKS {
         let id = HandoffId::random();
         let ending = producer.expect(id, &consumer);
-        let mut sink = consumer.sink(id);
+        let sink = consumer.sink(id);
         let pace = Arc::clone(&sink.pace);
         let subscription = producer.subscription(id, 0);
-        let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
+        let pull = consumer.node.channel.pull(&producer.node.address, subscription, &sink);
         let give_up = async {
             for index in 0..blocks {
                 producer.push(id, index, BLOCK).await;
@@ -117,11 +117,11 @@ pub async fn a_producer_may_give_up_while_the_consumer_takes_nothing(transport: 
     let id = HandoffId::random();
     producer.expect(id, &consumer);
     producer.export(id, &vec![1 << 20; blocks as usize]).await;
-    let mut sink = consumer.sink(id);
+    let sink = consumer.sink(id);
     let pace = Arc::clone(&sink.pace);
     pace.limit(1);
     let subscription = producer.subscription(id, 0);
-    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
+    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &sink);
     let give_up = async {
         pace.reached(1).await;
         let sent = producer.sends_no_more().await;
@@ -144,10 +144,10 @@ pub async fn an_expired_handoff_ends_for_both(transport: &dyn Transport) {
     let endings = [producer.expect(waiting, &consumer), producer.expect(abandoned, &consumer)];
     producer.export(abandoned, &[BLOCK; 2]).await;
     producer.push(waiting, 0, BLOCK).await;
-    let mut sink = consumer.sink(waiting);
+    let sink = consumer.sink(waiting);
     let pace = Arc::clone(&sink.pace);
     let subscription = producer.subscription(waiting, 0);
-    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
+    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &sink);
     let expire = async {
         pace.reached(1).await;
         assert_eq!(producer.ledger.expire(Instant::now()), []);

@@ -67,10 +67,10 @@ pub async fn a_prompt_that_turns_out_another_is_refused(transport: &dyn Transpor
     let (producer, consumer) = pair(transport).await;
     let id = HandoffId::random();
     let ending = producer.expect(id, &consumer);
-    let mut sink = consumer.sink(id);
+    let sink = consumer.sink(id);
     let pace = std::sync::Arc::clone(&sink.pace);
     let subscription = producer.subscription(id, 0);
-    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
+    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &sink);
     let export = async {
         producer.push(id, 0, 4096).await;
         pace.reached(1).await;
@@ -90,10 +90,10 @@ pub async fn a_handoff_is_taken_once(transport: &dyn Transport) {
     let (producer, consumer) = pair(transport).await;
     let id = HandoffId::random();
     let ending = producer.expect(id, &consumer);
-    let mut sink = consumer.sink(id);
+    let sink = consumer.sink(id);
     let pace = std::sync::Arc::clone(&sink.pace);
     let subscription = producer.subscription(id, 0);
-    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &mut sink);
+    let pull = consumer.node.channel.pull(&producer.node.address, subscription, &sink);
     let again = async {
         producer.push(id, 0, 4096).await;
         pace.reached(1).await;
@@ -121,10 +121,10 @@ pub async fn two_epochs_are_never_mixed(transport: &dyn Transport) {
     let id = HandoffId::random();
     let ending = producer.expect(id, &consumer);
     producer.push(id, 0, 4096).await;
-    let mut sink = consumer.sink(id);
+    let sink = consumer.sink(id);
     let pace = std::sync::Arc::clone(&sink.pace);
     let old = producer.subscription(id, 0);
-    let pull = consumer.node.channel.pull(&producer.node.address, old.clone(), &mut sink);
+    let pull = consumer.node.channel.pull(&producer.node.address, old.clone(), &sink);
     let (next, next_compatibility) = (Epoch::random(), COMPATIBILITY);
     let restart = async {
         pace.reached(1).await;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use baton_arena::{Arena, ArenaLayout, ReservedSlot, Slot, SlotPool, SlotView};
+use baton_arena::{Arena, ArenaLayout, Landing, ReservedSlot, Slot, SlotPool, SlotView};
 use baton_types::{Epoch, Generation, HandoffId, HandoffKey, PromptDigest};
 use bytes::Bytes;
 use tempfile::TempDir;
@@ -83,6 +83,7 @@ impl Producer {
         let epoch = Epoch::random();
         let ledger = Ledger::new(epoch, COMPATIBILITY, lease);
         let node = transport.start(Arc::new(ledger.clone()), stall).await;
+        node.channel.use_arena(&staging.arena);
         Self { ledger, epoch, node, staging }
     }
 
@@ -164,7 +165,13 @@ impl Consumer {
     ) -> Self {
         let nothing = Ledger::new(Epoch::random(), COMPATIBILITY, NEVER);
         let node = transport.start(Arc::new(nothing), stall).await;
+        node.channel.use_arena(&staging.arena);
         Self { node, staging: Arc::new(staging) }
+    }
+
+    /// No import slot is in use, or soon so: a channel may keep one until its producer has let go.
+    pub(super) async fn holds_nothing(&self) {
+        eventually("the consumer holds nothing", || self.staging.slots.used() == 0).await;
     }
 
     pub(super) fn fingerprint(&self) -> [u8; 32] {
@@ -172,7 +179,7 @@ impl Consumer {
     }
 
     pub(super) fn sink(&self, id: HandoffId) -> Sink {
-        Sink { id, staging: Arc::clone(&self.staging), held: None, pace: Arc::new(Pace::default()) }
+        Sink { id, staging: Arc::clone(&self.staging), pace: Arc::new(Pace::default()) }
     }
 
     pub(super) async fn pull(
@@ -190,16 +197,15 @@ impl Consumer {
         peer: &PeerAddress,
         subscription: Subscription,
     ) -> Result<Pulled, TransferError> {
-        let mut sink = self.sink(subscription.handoff.id);
-        self.node.channel.pull(peer, subscription, &mut sink).await
+        let sink = self.sink(subscription.handoff.id);
+        self.node.channel.pull(peer, subscription, &sink).await
     }
 }
 
-/// Copies blocks into import slots, looks at each, and gives its slot back.
+/// Takes blocks into import slots, looks at each, and gives its slot back.
 pub(super) struct Sink {
     id: HandoffId,
     staging: Arc<Staging>,
-    held: Option<(u32, ReservedSlot, SlotView)>,
     pub(super) pace: Arc<Pace>,
 }
 
@@ -257,28 +263,20 @@ impl BlockSink for Sink {
         u32::try_from(self.staging.arena.layout().slot_bytes).unwrap()
     }
 
-    async fn place(&mut self, index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError> {
+    async fn reserve(&self, _index: u32, len: u32) -> Result<Landing, TransferError> {
         self.pace.asked.fetch_add(1, Relaxed);
         self.pace.moved.notify_one();
         if self.pace.limited.load(Relaxed) {
             self.pace.permits.acquire().await.unwrap().forget();
         }
         let slot = self.staging.slots.reserve().await.unwrap();
-        let mut len = 0;
-        for piece in bytes {
-            self.staging.arena.write(slot.slot(), len, piece).unwrap();
-            len += piece.len() as u64;
-        }
-        let view = self.staging.arena.view(slot.slot(), len).unwrap();
-        self.held = Some((index, slot, view.clone()));
-        Ok(view)
+        Ok(self.staging.arena.landing(slot, u64::from(len)).unwrap())
     }
 
-    async fn verified(&mut self, index: u32) -> Result<(), TransferError> {
-        let (held, _slot, view) = self.held.take().expect("a block was placed");
-        assert_eq!(held, index);
-        let view = view.as_ref();
-        assert!(view == content(self.id, index, view.len()), "block {index} is another");
+    async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
+        let bytes = block.as_bytes();
+        assert_eq!(crc32, crc_fast::crc32_iso_hdlc(bytes));
+        assert!(bytes == content(self.id, index, bytes.len()), "block {index} is another");
         self.pace.verified.fetch_add(1, Relaxed);
         self.pace.moved.notify_one();
         Ok(())

@@ -14,18 +14,19 @@ use super::{
     stalled,
 };
 use crate::{
+    arrivals::Arrivals,
     channel::{BlockSink, Pulled, Subscription, TransferError},
-    frame::{BlocksDigest, ConsumerWord, ProducerFrame, SealedFrame, VERSION, encode_subscription},
+    frame::{BlockHead, ConsumerWord, ProducerFrame, VERSION, encode_subscription},
 };
 
 /// How often the producer is told that blocks are being placed.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+pub(crate) const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Subscribes, places every block, verifies, acknowledges.
 pub(super) async fn pull(
     connection: Connection,
     subscription: &Subscription,
-    sink: &mut dyn BlockSink,
+    sink: &dyn BlockSink,
     stall: Duration,
 ) -> Result<Pulled, TransferError> {
     let opened = timeout(stall, connection.open_bi()).await.map_err(|_| stalled(stall))?;
@@ -48,39 +49,26 @@ struct Producer {
     is_over: bool,
 }
 
-/// What has arrived so far.
-struct Arrived {
-    next_index: u32,
-    blocks: u32,
-    bytes: u64,
-    digest: BlocksDigest,
-}
-
 impl Producer {
     async fn take_over(
         &mut self,
         subscription: &Subscription,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
         self.say(encode_subscription(subscription)).await?;
-        let mut arrived = Arrived {
-            next_index: subscription.first_block,
-            blocks: 0,
-            bytes: 0,
-            digest: BlocksDigest::default(),
-        };
+        let mut arrivals = Arrivals::new(subscription);
         let mut last_word = Instant::now();
         loop {
             match self.frame().await? {
-                ProducerFrame::Block { index, len, crc } => {
-                    self.block(sink, &mut arrived, index, len, crc).await?;
+                ProducerFrame::Block(head) => {
+                    self.block(sink, &mut arrivals, &head).await?;
                     if last_word.elapsed() >= PROGRESS_INTERVAL {
                         last_word = Instant::now();
                         self.say(ConsumerWord::Progress.encode()).await?;
                     }
                 }
                 ProducerFrame::Sealed(sealed) => {
-                    let pulled = verify(subscription, &sealed, arrived)?;
+                    let pulled = arrivals.sealed(&sealed)?;
                     self.acknowledge().await?;
                     return Ok(pulled);
                 }
@@ -95,38 +83,18 @@ impl Producer {
 
     async fn block(
         &mut self,
-        sink: &mut dyn BlockSink,
-        arrived: &mut Arrived,
-        index: u32,
-        len: u32,
-        crc: u64,
+        sink: &dyn BlockSink,
+        arrivals: &mut Arrivals<'_>,
+        head: &BlockHead,
     ) -> Result<(), TransferError> {
-        if index != arrived.next_index {
-            let expected = arrived.next_index.to_string();
-            return Err(TransferError::UnexpectedBlock { index, expected });
-        }
-        let longest = sink.max_block_bytes();
-        if len > longest {
-            let excess = format!("block {index} of {len} bytes, {longest} are the most");
-            return Err(TransferError::Protocol(excess));
-        }
-        let chunks = self.exactly(len as usize).await?;
-        let view = {
-            let slices: Vec<&[u8]> = chunks.iter().map(AsRef::as_ref).collect();
-            self.attend(sink.place(index, &slices)).await?
-        };
+        arrivals.announced(head, 0, sink.max_block_bytes())?;
+        let chunks = self.exactly(head.len as usize).await?;
+        let block = self.attend(sink.reserve(head.index, head.len)).await?;
+        let slices: Vec<&[u8]> = chunks.iter().map(AsRef::as_ref).collect();
+        block.write(&slices).map_err(|error| TransferError::NoRoom(error.to_string()))?;
         drop(chunks);
-        let found = crc_fast::crc64_nvme(view.as_ref());
-        if found != crc {
-            return Err(TransferError::Corrupt { index, expected: crc, found });
-        }
-        drop(view);
-        self.attend(sink.verified(index)).await?;
-        arrived.next_index = arrived.next_index.saturating_add(1);
-        arrived.blocks += 1;
-        arrived.bytes += u64::from(len);
-        arrived.digest.add(index, crc);
-        Ok(())
+        let crc32 = arrivals.placed(head, block.as_bytes())?;
+        self.attend(sink.verified(head.index, block, crc32)).await
     }
 
     /// Works on what has arrived, and lets go of it when the producer takes the handoff back or dies
@@ -213,35 +181,6 @@ impl Drop for Producer {
     }
 }
 
-fn ended_early() -> TransferError {
+pub(crate) fn ended_early() -> TransferError {
     TransferError::BrokeOff("its stream ended before the seal".to_owned())
-}
-
-/// Compares the seal with what arrived, and with what was asked for.
-fn verify(
-    subscription: &Subscription,
-    sealed: &SealedFrame,
-    arrived: Arrived,
-) -> Result<Pulled, TransferError> {
-    let SealedFrame { seal, blocks_sent, digest } = sealed;
-    let agree = |field, sealed: &dyn ToString, found: &dyn ToString| {
-        let (sealed, found) = (sealed.to_string(), found.to_string());
-        if sealed == found {
-            Ok(())
-        } else {
-            Err(TransferError::SealMismatch { field, sealed, found })
-        }
-    };
-    agree("prompt tokens", &seal.prompt_tokens, &subscription.prompt_tokens)?;
-    agree("prompt digest", &seal.prompt_digest, &subscription.prompt_digest)?;
-    agree("blocks", blocks_sent, &arrived.blocks)?;
-    let end = u64::from(subscription.first_block) + u64::from(arrived.blocks);
-    agree("the prompt's blocks", &seal.prompt_blocks, &end)?;
-    let (blocks, bytes) = (arrived.blocks, arrived.bytes);
-    agree("the blocks' digest", &hex(digest), &hex(&arrived.digest.finish()))?;
-    Ok(Pulled { seal: *seal, blocks, bytes })
-}
-
-fn hex(digest: &[u8; 32]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -18,13 +18,13 @@ use super::{
 use crate::{
     channel::{ExportStream, Exported, Exports, Refusal, Seal, Subscription, TransferError},
     frame::{
-        BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame, SUBSCRIPTION_BYTES, SealedFrame,
-        VERSION, decode_prelude, decode_subscription,
+        BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame, SUBSCRIPTION_BYTES,
+        SealedFrame, VERSION, decode_prelude, decode_subscription,
     },
 };
 
 /// How often a consumer is told that this side lives, while there is nothing else to tell.
-const WAITING_INTERVAL: Duration = Duration::from_millis(250);
+pub(crate) const WAITING_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Answers one subscription.
 pub(super) async fn serve(
@@ -107,12 +107,13 @@ impl Consumer {
         let mut blocks_sent = 0;
         loop {
             match self.keep_waiting(stream.next()).await? {
-                Exported::Block { index, crc, bytes } => {
+                Exported::Block { handoff, index, crc, bytes } => {
                     let whole = bytes.len() as u64;
                     let len = u32::try_from(whole).map_err(|_| {
                         TransferError::Protocol(format!("block {index} has {whole} bytes"))
                     })?;
-                    let head = ProducerFrame::Block { index, len, crc }.encode();
+                    let head =
+                        ProducerFrame::Block(BlockHead { handoff, index, len, crc }).encode();
                     self.write(&mut [head, bytes], stream.revoked()).await?;
                     stream.sent(whole);
                     digest.add(index, crc);

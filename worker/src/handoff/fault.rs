@@ -5,6 +5,7 @@ use baton_types::{Fault, FaultKind, Origin};
 pub(super) fn of_transfer(error: &TransferError) -> Fault {
     let kind = match error {
         TransferError::Unreachable { .. }
+        | TransferError::Memory(_)
         | TransferError::WrongCertificate { .. }
         | TransferError::BrokeOff(_) => FaultKind::Unavailable,
         TransferError::Version { .. } | TransferError::Refused(Refusal::Incompatible) => {
@@ -13,7 +14,10 @@ pub(super) fn of_transfer(error: &TransferError) -> Fault {
         TransferError::Refused(_) | TransferError::Cancelled => FaultKind::Failed,
         TransferError::Protocol(_)
         | TransferError::Corrupt { .. }
+        | TransferError::Rotten { .. }
+        | TransferError::Truncated { .. }
         | TransferError::UnexpectedBlock { .. }
+        | TransferError::ForeignBlock { .. }
         | TransferError::SealMismatch { .. } => FaultKind::Corrupt,
         TransferError::Stalled { .. } | TransferError::NoRoom(_) => FaultKind::TimedOut,
     };

@@ -5,8 +5,8 @@ use std::{
 };
 
 use async_trait::async_trait;
-use baton_arena::{Arena, ReservedSlot, Slot, SlotPool, SlotView};
-use baton_engine::{BlockInSlot, ToEngine};
+use baton_arena::{Arena, Landing, ReservedSlot, Slot, SlotPool};
+use baton_engine::{BlockToLoad, ToEngine};
 use baton_transfer::{BlockSink, PeerAddress, Pulled, Seal, Subscription, TransferError};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, HandoffKey, Origin, PromptDigest};
 use parking_lot::Mutex;
@@ -176,15 +176,18 @@ impl Imports {
     async fn pull(self: Arc<Self>, name: Name, peer: PeerAddress, subscription: Subscription) {
         let started = Instant::now();
         let first_block = subscription.first_block;
-        let mut sink = Sink { imports: &self, name, placed: None, verified: started };
-        let pulled = self.transfer.channel.pull(&peer, subscription, &mut sink).await;
-        let duration = sink.verified - started;
+        let sink = Sink { imports: &self, name, verified: Mutex::new(started) };
+        let pulled = self.transfer.channel.pull(&peer, subscription, &sink).await;
+        let duration = sink.verified.into_inner() - started;
         let loaded = match pulled {
             Ok(pulled) => match self.check_whole(&pulled) {
                 Ok(()) => self.all_loaded(name).await.map(|()| pulled),
                 Err(fault) => Err(fault),
             },
-            Err(error) => Err(fault::of_transfer(&error)),
+            Err(error) => {
+                self.counters.handoff_errors.add(error.name());
+                Err(fault::of_transfer(&error))
+            }
         };
         match loaded {
             Ok(pulled) => self.complete(name, pulled, first_block, duration),
@@ -279,6 +282,18 @@ impl Imports {
         self.give_up(name, Fault::new(Origin::Engine, FaultKind::Failed, "the engine gave it up"))
     }
 
+    /// The engine found a block changed that was verified here.
+    pub(super) fn corrupt(&self, name: Name, index: u32) {
+        let error = TransferError::Rotten { index };
+        let fault = fault::of_transfer(&error);
+        if self.give_up(name, fault.clone()) {
+            tracing::error!(handoff = %name.0, generation = %name.1, %fault, "a handoff failed");
+            self.counters.handoff_errors.add(error.name());
+            self.counters.handoffs_failed.add(1);
+            self.fail_in_engine(name, fault.to_string());
+        }
+    }
+
     /// The engine said something about the handoff that cannot be.
     pub(super) fn broken(&self, name: Name, error: &PortError) {
         let fault = Fault::new(Origin::Engine, FaultKind::Failed, error.to_string());
@@ -343,9 +358,8 @@ impl Imports {
 struct Sink<'a> {
     imports: &'a Imports,
     name: Name,
-    placed: Option<ReservedSlot>,
     /// When the last block was.
-    verified: Instant,
+    verified: Mutex<Instant>,
 }
 
 #[async_trait]
@@ -354,30 +368,20 @@ impl BlockSink for Sink<'_> {
         u32::try_from(self.imports.block_bytes).unwrap_or(u32::MAX)
     }
 
-    async fn place(&mut self, index: u32, bytes: &[&[u8]]) -> Result<SlotView, TransferError> {
+    async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError> {
         let Imports { arena, pool, block_bytes, .. } = self.imports;
-        let came: u64 = bytes.iter().map(|piece| piece.len() as u64).sum();
-        if came != *block_bytes {
-            let reason = format!("block {index} has {came} bytes, {block_bytes} make a block");
-            return Err(TransferError::Protocol(reason));
+        if u64::from(len) != *block_bytes {
+            let expected = *block_bytes;
+            return Err(TransferError::Truncated { index, bytes: len.into(), expected });
         }
         let no_room = |error: &dyn std::error::Error| TransferError::NoRoom(error.to_string());
-        let reserved = pool.reserve().await.map_err(|e| no_room(&e))?;
-        let mut offset = 0;
-        for piece in bytes {
-            arena.write(reserved.slot(), offset, piece).map_err(|e| no_room(&e))?;
-            offset += piece.len() as u64;
-        }
-        let view = arena.view(reserved.slot(), *block_bytes).map_err(|e| no_room(&e))?;
-        self.placed = Some(reserved);
-        Ok(view)
+        let slot = pool.reserve().await.map_err(|e| no_room(&e))?;
+        arena.landing(slot, *block_bytes).map_err(|e| no_room(&e))
     }
 
-    async fn verified(&mut self, index: u32) -> Result<(), TransferError> {
-        let reserved = self.placed.take().ok_or_else(|| {
-            TransferError::Protocol(format!("block {index} was verified before it was placed"))
-        })?;
-        self.verified = Instant::now();
+    async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
+        let reserved = block.into_slot();
+        *self.verified.lock() = Instant::now();
         let slot = reserved.slot();
         let mut consumers = self.imports.consumers.lock();
         match consumers.get_mut(&self.name) {
@@ -388,7 +392,7 @@ impl BlockSink for Sink<'_> {
         self.imports.counters.handoff_blocks_received.add(1);
         self.imports.counters.handoff_bytes_received.add(self.imports.block_bytes);
         let (handoff, generation) = self.name;
-        let blocks = vec![BlockInSlot { index, slot }];
+        let blocks = vec![BlockToLoad { index, slot, crc32 }];
         self.imports.queue.send(ToEngine::Load { handoff, generation, blocks });
         Ok(())
     }

@@ -86,6 +86,7 @@ impl Handoffs {
     ) -> (Self, PortLoop) {
         let KvPort { compatibility, arena, from_engine, to_engine } = port;
         transfer.ledger.begin_epoch(epoch, compatibility.digest());
+        transfer.channel.use_arena(&arena);
         let queue = Queue::default();
         let block_bytes = compatibility.block_bytes;
         let handoffs = Self {
@@ -159,6 +160,11 @@ impl Handoffs {
             FromEngine::Loaded { handoff, generation, slots } => {
                 let name = (handoff, generation);
                 (name, self.imports.loaded(name, &slots))
+            }
+            FromEngine::Corrupt { handoff, generation, index } => {
+                let name = (handoff, generation);
+                self.imports.corrupt(name, index);
+                (name, Ok(()))
             }
             FromEngine::Aborted { handoff, generation } => {
                 let name = (handoff, generation);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use async_trait::async_trait;
 use baton_arena::{Arena, ArenaLayout};
-use baton_engine::BlockInSlot;
+use baton_engine::{BlockInSlot, BlockToLoad};
 use baton_transfer::{
     BlockSink, Exported, Exports as _, PeerAddress, Pulled, Seal, Subscription, TransferError,
 };
@@ -38,7 +38,7 @@ impl Channel for ScriptedChannel {
         &self,
         _peer: &PeerAddress,
         subscription: Subscription,
-        sink: &mut dyn BlockSink,
+        sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
         self.asked.lock().push(subscription.clone());
         let next = self.script.lock().pop_front().unwrap();
@@ -48,9 +48,12 @@ impl Channel for ScriptedChannel {
                     let byte = [u8::try_from(index).unwrap()];
                     let bytes = byte.repeat(usize::try_from(block_bytes).unwrap());
                     let (front, back) = bytes.split_at(30);
-                    let view = sink.place(index, &[front, back]).await?;
-                    assert_eq!(view.as_ref(), bytes);
-                    sink.verified(index).await?;
+                    let len = u32::try_from(block_bytes).unwrap();
+                    let block = sink.reserve(index, len).await?;
+                    block.write(&[front, back]).unwrap();
+                    assert_eq!(block.as_bytes(), bytes);
+                    let crc32 = BlockToLoad::checksum(block.as_bytes());
+                    sink.verified(index, block, crc32).await?;
                 }
                 then?;
                 let seal = Seal {
@@ -233,10 +236,11 @@ async fn pulled_blocks_are_loaded_and_only_then_complete() {
     let mut loaded = Vec::new();
     while loaded.len() < 5 {
         let ToEngine::Load { blocks, .. } = fixture.hear().await else { panic!("a load is due") };
-        for BlockInSlot { index, slot } in blocks {
+        for BlockToLoad { index, slot, crc32 } in blocks {
             assert!(fixture.arena.layout().is_import(slot));
             let view = fixture.arena.view(slot, BLOCK_BYTES).unwrap();
             assert_eq!(view.as_ref(), [u8::try_from(index).unwrap(); 100]);
+            assert_eq!(crc32, BlockToLoad::checksum(view.as_ref()));
             loaded.push(index);
             assert!(matches!(consuming.progress(), Progress::Waiting));
             let (handoff, generation) = name;
@@ -296,6 +300,29 @@ async fn a_pull_that_fails_fails_the_request_and_its_job() {
         fixture.tell(FromEngine::Loaded { handoff: name.0, generation: name.1, slots }).await;
         fixture.until_idle().await;
     }
+}
+
+#[tokio::test]
+async fn a_block_that_the_engine_finds_changed_fails_the_handoff() {
+    let mut fixture = Fixture::new([blocks(2)]);
+    let name = name();
+    let (handoff, generation) = name;
+    let consuming = fixture.consume(name);
+    fixture.subscribe(name, 4).await;
+    let mut slots = Vec::new();
+    while slots.len() < 2 {
+        let ToEngine::Load { blocks, .. } = fixture.hear().await else { panic!("a load is due") };
+        slots.extend(blocks.into_iter().map(|block| block.slot));
+    }
+    // As an engine does: that it is corrupt first, then that it is done with the slots.
+    fixture.tell(FromEngine::Corrupt { handoff, generation, index: 5 }).await;
+    fixture.tell(FromEngine::Loaded { handoff, generation, slots }).await;
+    let fault = timeout(consuming.failed()).await;
+    assert_eq!((fault.origin, fault.kind), (Origin::Handoff, FaultKind::Corrupt));
+    assert!(matches!(fixture.hear().await, ToEngine::Failed { .. }), "and never `Complete`");
+    assert_eq!(fixture.counters.handoff_errors.get()["rotten"], 1);
+    drop(consuming);
+    fixture.until_idle().await;
 }
 
 #[tokio::test]
@@ -422,7 +449,7 @@ async fn exported_blocks_reach_their_consumer_and_their_slots_come_back() {
     let mut came = Vec::new();
     let seal = loop {
         match timeout(stream.next()).await {
-            Exported::Block { index, bytes, crc: _ } => {
+            Exported::Block { index, bytes, .. } => {
                 assert_eq!(bytes.len() as u64, BLOCK_BYTES);
                 came.push((index, bytes[0]));
             }

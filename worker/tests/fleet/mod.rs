@@ -108,7 +108,7 @@ impl Attached {
     }
 
     pub async fn report(&mut self, what: impl FnMut(&Report) -> bool) -> Report {
-        *timeout(self.reports.wait_for(what)).await.unwrap()
+        timeout(self.reports.wait_for(what)).await.unwrap().clone()
     }
 }
 

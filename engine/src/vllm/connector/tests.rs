@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, net::UnixStream};
 
 use super::*;
-use crate::BlockInSlot;
+use crate::{BlockInSlot, BlockToLoad};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -64,7 +64,7 @@ async fn timeout<T>(future: impl Future<Output = T>) -> T {
 fn hello() -> Value {
     json!({
         "type": "hello",
-        "protocol": 1,
+        "protocol": 2,
         "connector_version": "0.1.0",
         "vllm_version": "0.32.0",
         "compatibility": {
@@ -85,7 +85,7 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
     assert_eq!(
         welcome,
         json!({
-            "type": "welcome", "protocol": 1, "arena": port.arena.path(),
+            "type": "welcome", "protocol": 2, "arena": port.arena.path(),
             "slot_bytes": 8192, "export_slots": 4, "import_slots": 3,
         })
     );
@@ -124,6 +124,7 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
     );
 
     port.to_engine.send(ToEngine::Release { slots: vec![Slot(3)] }).await.unwrap();
+    let blocks = vec![BlockToLoad { index: 0, slot: Slot(3), crc32: 7 }];
     port.to_engine.send(ToEngine::Load { handoff, generation, blocks }).await.unwrap();
     assert_eq!(connector.receive().await.unwrap(), json!({"type": "release", "slots": [3]}));
     assert_eq!(connector.receive().await.unwrap()["type"], "load");

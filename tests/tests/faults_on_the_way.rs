@@ -1,0 +1,271 @@
+//! Thousands of handoffs over a network and a memory that fail: every answer is the aggregated one, and
+//! nothing is left behind.
+//!
+//! The whole stack runs in this process, so that faults can be put where they happen: below the
+//! verification of blocks, in the arena, and between the sockets. `BATON_FAULT_HANDOFFS` says how many,
+//! `BATON_FAULT_SEED` which.
+
+// A scenario says what must hold by panicking, and its seed on the terminal.
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, TcpListener, UdpSocket},
+    path::Path,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use baton_config::{ArenaConfig, ClusterConfig, SimConfig};
+use baton_engine::{Engine, EngineRequest, SimEngine};
+use baton_tests::Metrics;
+use baton_transfer::faults::{DatagramRelay, FaultPlan, Faults};
+use futures::{StreamExt, stream};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+const BLOCK_SIZE_TOKENS: u32 = 16;
+const OUTPUT_TOKENS: u32 = 6;
+const AT_ONCE: usize = 48;
+/// Of the attempts at a handoff.
+const DISTURBED_RATIO: f64 = 0.5;
+
+/// A coordinator and two workers of each role, each on a thread of its own, as its process would have.
+struct Stack {
+    base: String,
+    stop: watch::Sender<bool>,
+    threads: Vec<JoinHandle<()>>,
+    _relays: Vec<DatagramRelay>,
+    directory: tempfile::TempDir,
+}
+
+impl Stack {
+    async fn start(faults: &Faults, seed: u64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let [http, workers] = [free_tcp_port(), free_tcp_port()];
+        let mut toml = format!(
+            "[coordinator]\nlisten = \"127.0.0.1:{http}\"\nworkers_listen = \"127.0.0.1:{workers}\"\n\n\
+             [arena]\ndirectory = \".\"\nexport_bytes = \"192 KiB\"\nimport_bytes = \"64 KiB\"\n\n\
+             [engine]\nkind = \"sim\"\ntime_scale = 0.0\nmax_model_tokens = 512\nkv_blocks = 2048\n\
+             block_size_tokens = {BLOCK_SIZE_TOKENS}\nkv_bytes_per_token = 64\n\n"
+        );
+        let mut relays = Vec::new();
+        for (n, name) in ["prefill-0", "prefill-1", "decode-0", "decode-1"].into_iter().enumerate()
+        {
+            let listen = SocketAddr::from(([127, 0, 0, 1], free_udp_port()));
+            let relay = DatagramRelay::start(listen, seed + n as u64).await.unwrap();
+            let role = name.split('-').next().unwrap();
+            toml += &format!(
+                "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"\n[worker.transfer]\n\
+                 listen = \"{listen}\"\nadvertise = \"{}\"\nstall_timeout_seconds = 1\n",
+                relay.address()
+            );
+            relays.push(relay);
+        }
+        let config = ClusterConfig::parse(&toml, directory.path()).unwrap();
+        let (stop, stopping) = watch::channel(false);
+        let mut threads = Vec::new();
+        let coordinator = config.clone();
+        threads.push(on_a_thread(stopping.clone(), move |stopped| async move {
+            baton_coordinator::run(coordinator, stopped).await.unwrap();
+        }));
+        for worker in config.workers {
+            let faults = faults.clone();
+            threads.push(on_a_thread(stopping.clone(), move |stopped| async move {
+                baton_worker::run_through(&faults, worker, stopped).await.unwrap();
+            }));
+        }
+        let base = format!("http://127.0.0.1:{http}");
+        let stack = Self { base, stop, threads, _relays: relays, directory };
+        stack.metrics_when(|metrics| metrics.sum("baton_workers", &[]) == 4.0).await;
+        stack
+    }
+
+    async fn metrics_when(&self, holds: impl Fn(&Metrics) -> bool) -> Metrics {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut last = None;
+        while Instant::now() < deadline {
+            if let Ok(answer) = reqwest::get(format!("{}/metrics", self.base)).await
+                && let Ok(text) = answer.text().await
+            {
+                let metrics = Metrics::parse(&text);
+                if holds(&metrics) {
+                    return metrics;
+                }
+                last = Some(text);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("not in a minute: {last:?}");
+    }
+
+    fn stop(self) {
+        self.stop.send_replace(true);
+        for thread in self.threads {
+            thread.join().unwrap();
+        }
+        let left: Vec<_> = std::fs::read_dir(self.directory.path()).unwrap().collect();
+        assert!(left.is_empty(), "arenas are removed: {left:?}");
+    }
+}
+
+/// The same as the program does: one thread for everything of one worker.
+fn on_a_thread<F: Future<Output = ()>>(
+    mut stopping: watch::Receiver<bool>,
+    work: impl FnOnce(std::pin::Pin<Box<dyn Future<Output = ()> + Send>>) -> F + Send + 'static,
+) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let stopped = Box::pin(async move {
+            let _ = stopping.wait_for(|stop| *stop).await;
+        });
+        runtime.block_on(work(stopped));
+    })
+}
+
+fn free_tcp_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn free_udp_port() -> u16 {
+    UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// No two are the same, so that each has a fate of its own; many share their first blocks.
+fn prompt(seed: u64, n: usize) -> Vec<u32> {
+    let n = u64::try_from(n).unwrap();
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ n;
+    let mut next = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        u32::try_from(state >> 40).unwrap()
+    };
+    let shared = u32::try_from(n % 7).unwrap();
+    let mut tokens: Vec<u32> = (0..shared * 8).map(|token| token % 200).collect();
+    tokens.extend((0..4).map(|place| u32::try_from(n >> (place * 6)).unwrap() & 63));
+    let more = 1 + next() % 180;
+    tokens.extend((0..more).map(|_| next() % 200));
+    tokens
+}
+
+fn body(prompt: &[u32]) -> Value {
+    json!({
+        "model": "baton-sim", "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "temperature": 0,
+        "ignore_eos": true,
+    })
+}
+
+/// What one engine that does everything answers.
+struct Reference(SimEngine);
+
+impl Reference {
+    fn start(directory: &Path) -> Self {
+        let sim = SimConfig {
+            time_scale: 0.0,
+            max_model_tokens: 512,
+            kv_blocks: 2048,
+            block_size_tokens: BLOCK_SIZE_TOKENS,
+            kv_bytes_per_token: 64,
+            ..SimConfig::default()
+        };
+        let arena = ArenaConfig {
+            directory: directory.to_owned(),
+            export_bytes: 1 << 16,
+            import_bytes: 1 << 16,
+        };
+        Self(SimEngine::start(&sim, &arena, "reference").unwrap())
+    }
+
+    async fn answer(&self, body: &Value) -> String {
+        let request = EngineRequest {
+            method: http::Method::POST,
+            path: "/v1/completions".to_owned(),
+            headers: http::HeaderMap::new(),
+            body: serde_json::to_vec(body).unwrap().into(),
+        };
+        let answer = self.0.run(request).await.unwrap();
+        assert_eq!(answer.status, 200);
+        let mut bytes = Vec::new();
+        let mut chunks = answer.body;
+        while let Some(chunk) = chunks.next().await {
+            bytes.extend(chunk.unwrap());
+        }
+        text_of(&serde_json::from_slice(&bytes).unwrap())
+    }
+}
+
+fn text_of(answer: &Value) -> String {
+    answer["choices"][0]["text"].as_str().unwrap_or_else(|| panic!("no text: {answer}")).to_owned()
+}
+
+fn from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name}={value}")))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_token_is_wrong_and_nothing_is_left() {
+    let seed = from_environment("BATON_FAULT_SEED").unwrap_or(1);
+    let handoffs = from_environment("BATON_FAULT_HANDOFFS").unwrap_or(400);
+    let handoffs = usize::try_from(handoffs).unwrap();
+    println!("BATON_FAULT_SEED={seed} BATON_FAULT_HANDOFFS={handoffs}");
+    let plan =
+        FaultPlan { seed, disturbed_ratio: DISTURBED_RATIO, block_size_tokens: BLOCK_SIZE_TOKENS };
+    let faults = Faults::new(plan);
+    let beside = tempfile::tempdir().unwrap();
+    let reference = Arc::new(Reference::start(beside.path()));
+    let stack = Stack::start(&faults, seed).await;
+    let began = Instant::now();
+
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let url = format!("{}/v1/completions", stack.base);
+    let asked = stream::iter(0..handoffs).map(|n| {
+        let (client, url, reference) = (client.clone(), url.clone(), reference.clone());
+        async move {
+            let body = body(&prompt(seed, n));
+            let right = reference.answer(&body).await;
+            let answer = client.post(url).json(&body).send().await.expect("an answer");
+            let path = answer.headers()["x-baton-path"].to_str().unwrap().to_owned();
+            let status = answer.status();
+            let json: Value = answer.json().await.expect("a whole answer");
+            assert_eq!(status, 200, "request {n} of seed {seed}: {json}");
+            assert_eq!(text_of(&json), right, "a wrong token: request {n} of seed {seed}");
+            path
+        }
+    });
+    let mut paths = BTreeMap::<String, usize>::new();
+    let mut answers = asked.buffer_unordered(AT_ONCE);
+    while let Some(path) = answers.next().await {
+        *paths.entry(path).or_default() += 1;
+    }
+    drop(answers);
+    let seconds = began.elapsed().as_secs_f64();
+
+    // What workers last reported was before the end; and whoever waits for a peer that says nothing gives up within the lease.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let idle = stack
+        .metrics_when(|metrics| {
+            ["baton_worker_handoffs_open", "baton_worker_arena_slots_used", "baton_requests_open"]
+                .iter()
+                .all(|gauge| metrics.sum(gauge, &[]) == 0.0)
+        })
+        .await;
+    let done = faults.done();
+    println!("{handoffs} requests in {seconds:.1} s: {paths:?}\ndone: {done:?}");
+    for name in baton_transfer::TransferError::NAMES {
+        let label = format!("name=\"{name}\"");
+        let count = idle.sum("baton_worker_handoff_errors", &[&label]);
+        if count > 0.0 {
+            println!("{name}: {count}");
+        }
+    }
+    for (what, count) in done {
+        assert!(count > 0, "{what:?} was never done: more handoffs are needed");
+    }
+    for name in ["corrupt", "rotten", "truncated", "duplicate", "out_of_order", "cross_handoff"] {
+        let label = format!("name=\"{name}\"");
+        assert!(idle.sum("baton_worker_handoff_errors", &[&label]) > 0.0, "{name} was not counted");
+    }
+    assert!(paths["disaggregated"] > handoffs / 2, "{paths:?}");
+    drop(idle);
+    stack.stop();
+}

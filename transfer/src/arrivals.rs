@@ -1,0 +1,103 @@
+//! What a consumer has of one handoff, held against what it must have: the same for every channel.
+
+use crate::{
+    channel::{Pulled, Seal, Subscription, TransferError},
+    frame::{BlockHead, BlocksDigest, SealedFrame},
+};
+
+/// Takes a handoff's blocks one by one, each in its turn.
+#[derive(Debug)]
+pub(crate) struct Arrivals<'a> {
+    subscription: &'a Subscription,
+    next_index: u32,
+    blocks: u32,
+    bytes: u64,
+    digest: BlocksDigest,
+}
+
+impl<'a> Arrivals<'a> {
+    pub(crate) fn new(subscription: &'a Subscription) -> Self {
+        Self {
+            subscription,
+            next_index: subscription.first_block,
+            blocks: 0,
+            bytes: 0,
+            digest: BlocksDigest::default(),
+        }
+    }
+
+    /// Whether the block that is announced is the one that is due, so many others being announced
+    /// `ahead` of it and not placed. To be asked before any of its bytes is taken.
+    pub(crate) fn announced(
+        &self,
+        head: &BlockHead,
+        ahead: u32,
+        longest_bytes: u32,
+    ) -> Result<(), TransferError> {
+        let BlockHead { handoff, index, len, crc: _ } = *head;
+        if handoff != self.subscription.handoff {
+            let due = self.subscription.handoff;
+            return Err(TransferError::ForeignBlock { index, of: handoff, due });
+        }
+        let expected = self.next_index.saturating_add(ahead);
+        if index != expected {
+            return Err(TransferError::UnexpectedBlock { index, expected });
+        }
+        if len > longest_bytes {
+            let excess = format!("block {index} of {len} bytes, {longest_bytes} are the most");
+            return Err(TransferError::Protocol(excess));
+        }
+        Ok(())
+    }
+
+    /// Verifies a block where it now lies, and counts it. Answers the CRC-32 for
+    /// [`BlockSink::verified`](crate::BlockSink::verified).
+    pub(crate) fn placed(&mut self, head: &BlockHead, bytes: &[u8]) -> Result<u32, TransferError> {
+        let BlockHead { index, len, crc, .. } = *head;
+        if bytes.len() as u64 != u64::from(len) {
+            let (bytes, expected) = (bytes.len() as u64, u64::from(len));
+            return Err(TransferError::Truncated { index, bytes, expected });
+        }
+        let crc32 = crc_fast::crc32_iso_hdlc(bytes);
+        let found = crc_fast::crc64_nvme(bytes);
+        if found != crc {
+            return Err(TransferError::Corrupt { index, expected: crc, found });
+        }
+        self.next_index = self.next_index.saturating_add(1);
+        self.blocks += 1;
+        self.bytes += u64::from(len);
+        self.digest.add(index, crc);
+        Ok(crc32)
+    }
+
+    /// Compares the seal with what arrived, and with what was asked for.
+    pub(crate) fn sealed(self, sealed: &SealedFrame) -> Result<Pulled, TransferError> {
+        let SealedFrame { seal, blocks_sent, digest } = sealed;
+        let Seal { prompt_blocks, prompt_tokens, prompt_digest, .. } = seal;
+        let wanted = self.subscription;
+        agree("prompt tokens", prompt_tokens, &wanted.prompt_tokens)?;
+        agree("prompt digest", prompt_digest, &wanted.prompt_digest)?;
+        agree("blocks", blocks_sent, &self.blocks)?;
+        let end = u64::from(wanted.first_block) + u64::from(self.blocks);
+        agree("the prompt's blocks", &u64::from(*prompt_blocks), &end)?;
+        let (blocks, bytes) = (self.blocks, self.bytes);
+        agree("the blocks' digest", &hex(digest), &hex(&self.digest.finish()))?;
+        Ok(Pulled { seal: *seal, blocks, bytes })
+    }
+}
+
+fn agree<T: PartialEq + ToString>(
+    field: &'static str,
+    sealed: &T,
+    found: &T,
+) -> Result<(), TransferError> {
+    if sealed == found {
+        return Ok(());
+    }
+    let (sealed, found) = (sealed.to_string(), found.to_string());
+    Err(TransferError::SealMismatch { field, sealed, found })
+}
+
+fn hex(digest: &[u8; 32]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}

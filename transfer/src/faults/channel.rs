@@ -1,0 +1,85 @@
+//! Between a consumer's channel and its arena.
+
+use std::{future::pending, sync::Arc};
+
+use async_trait::async_trait;
+use baton_arena::{Arena, Landing};
+
+use super::{Disturbance, Fate, Faults};
+use crate::channel::{BlockSink, Channel, PeerAddress, Pulled, Subscription, TransferError};
+
+pub(super) struct FaultyChannel {
+    pub(super) channel: Arc<dyn Channel>,
+    pub(super) faults: Faults,
+}
+
+#[async_trait]
+impl Channel for FaultyChannel {
+    async fn pull(
+        &self,
+        peer: &PeerAddress,
+        subscription: Subscription,
+        sink: &dyn BlockSink,
+    ) -> Result<Pulled, TransferError> {
+        let fate = self.faults.fate(&subscription);
+        let sink = FaultySink { sink, fate, faults: &self.faults };
+        self.channel.pull(peer, subscription, &sink).await
+    }
+
+    fn use_arena(&self, arena: &Arena) {
+        self.channel.use_arena(arena);
+    }
+
+    fn transport(&self) -> &'static str {
+        self.channel.transport()
+    }
+}
+
+struct FaultySink<'a> {
+    sink: &'a dyn BlockSink,
+    fate: Option<Fate>,
+    faults: &'a Faults,
+}
+
+impl FaultySink<'_> {
+    fn fate_of(&self, index: u32) -> Option<Fate> {
+        self.fate.filter(|fate| fate.index == index)
+    }
+}
+
+#[async_trait]
+impl BlockSink for FaultySink<'_> {
+    fn max_block_bytes(&self) -> u32 {
+        self.sink.max_block_bytes()
+    }
+
+    async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError> {
+        match self.fate_of(index).map(|fate| fate.what) {
+            Some(what @ Disturbance::StallConsumer) => {
+                self.faults.did(what);
+                pending().await
+            }
+            Some(what @ Disturbance::CutConsumer) => {
+                self.faults.did(what);
+                Err(TransferError::BrokeOff("the network was cut".to_owned()))
+            }
+            _ => self.sink.reserve(index, len).await,
+        }
+    }
+
+    async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
+        if let Some(Fate { what: what @ Disturbance::Rot, dice, .. }) = self.fate_of(index)
+            && rot(&block, dice).is_some()
+        {
+            self.faults.did(what);
+        }
+        self.sink.verified(index, block, crc32).await
+    }
+}
+
+/// Changes one bit where it lies.
+fn rot(block: &Landing, dice: u64) -> Option<()> {
+    let at = dice / 8 % u64::try_from(block.len_bytes()).ok().filter(|len| *len > 0)?;
+    let byte = block.as_bytes().get(usize::try_from(at).ok()?)? ^ (1 << (dice % 8));
+    block.arena().write(block.slot(), at, &[byte]).ok()
+}
