@@ -25,7 +25,7 @@ pub(crate) struct GoodputOptions {
     fleet: FleetOptions,
     /// Asks this share within both SLOs also of the tenth of requests with the longest inputs, and of
     /// the tenth with the longest outputs.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     min_decile: Option<f64>,
 }
 

@@ -37,16 +37,16 @@ pub(crate) struct FleetOptions {
     #[arg(long)]
     mode: Way,
     /// Milliseconds from a request's arrival to its first token.
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", allow_negative_numbers = true)]
     slo_ttft_ms: f64,
     /// Milliseconds between tokens, held against the mean of a request's longest tenth of gaps.
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", allow_negative_numbers = true)]
     slo_itl_ms: f64,
     /// Allows each request so many times its own unloaded prefill in addition to its TTFT.
-    #[arg(long, value_name = "K", default_value_t = 0.0)]
+    #[arg(long, value_name = "K", default_value_t = 0.0, allow_negative_numbers = true)]
     slo_ttft_prefill_factor: f64,
     /// Multiplies the trace's load.
-    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true)]
     pub(crate) scale: f64,
     /// Equal seeds give equal bytes.
     #[arg(long, default_value_t = 0)]

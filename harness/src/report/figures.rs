@@ -517,7 +517,10 @@ pub(crate) fn timeline(scenario: &Scenario, styles: &Styles, width: Width) -> Ma
     let queues = lines(|moment| moment.fleet.requests_queued);
     panels.push(stack.lines("requests without a first token yet", 100.0, &queues, None, &tick));
     let kv = lines(|moment| moment.fleet.kv_used_ratio);
-    panels.push(stack.lines("KV blocks in use, of all workers", 100.0, &kv, Some(1.0), &percent));
+    let fullest = kv.iter().flat_map(|s| &s.points).map(|(_, used)| *used).fold(0.04, f64::max);
+    // What is near to full is shown against full.
+    let most = if fullest > 0.5 { 1.0 } else { fullest };
+    panels.push(stack.lines("KV blocks in use, of all workers", 100.0, &kv, Some(most), &percent));
     let runs: Vec<_> = runs().collect();
     for (i, (contender, moments)) in runs.iter().enumerate() {
         panels.push(stack.pools(contender, moments, unit_s, i + 1 == runs.len()));
