@@ -11,9 +11,12 @@ mod counters;
 #[cfg(feature = "faults")]
 pub mod faults;
 mod frame;
+#[cfg(test)]
+mod fuzz;
 mod lease;
 mod ledger;
 mod quic;
+mod shm;
 
 pub use channel::{
     BlockSink, Channel, ExportStream, Exported, Exports, Interpose, PeerAddress, Pulled, Refusal,
@@ -23,3 +26,4 @@ pub use counters::LedgerCounters;
 pub use lease::{Ending, HandoffError};
 pub use ledger::Ledger;
 pub use quic::{BindError, QuicChannel, QuicConfig};
+pub use shm::{ShmBindError, ShmChannel, ShmConfig};
