@@ -170,6 +170,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--baton", type=pathlib.Path, default=pathlib.Path("target/release/baton"))
     parser.add_argument("--only", help="scenarios whose name contains this")
+    parser.add_argument("--router", default="", help="routers whose name contains this")
     parser.add_argument("--json", type=pathlib.Path, help="write every measurement there")
     options = parser.parse_args()
     options.baton = options.baton.resolve()
@@ -185,6 +186,7 @@ def main():
             urllib.request.urlopen(f"http://127.0.0.1:8101/__ctl?port=0&itl_us={itl}").read()
             peers = AGGREGATED if scenario.get("aggregated") else SPLIT
             names = [*peers, "baton, workers on the engines' core", "baton, workers on its core"]
+            names = [name for name in names if options.router in name]
             results = {name: [] for name in names}
             for round_number in range(options.rounds):
                 for name in names:

@@ -178,9 +178,9 @@ impl Arena {
         self.shared.map.len()
     }
 
-    /// Nobody else holds a clone of it, nor a view into it.
-    pub fn is_last(&self) -> bool {
-        Arc::strong_count(&self.shared) == 1
+    /// How many clones of it and views into it there are, this one included.
+    pub fn holders(&self) -> usize {
+        Arc::strong_count(&self.shared)
     }
 
     fn locate(&self, slot: Slot, offset: u64, len: u64) -> Result<usize, ArenaError> {

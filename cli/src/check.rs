@@ -44,19 +44,17 @@ fn describe(cluster: &ClusterConfig) -> Vec<String> {
         format!("SLO           TTFT {} ms, ITL {} ms", cluster.slo.ttft_ms, cluster.slo.itl_ms),
         String::new(),
     ];
-    let width = cluster.workers.iter().map(|worker| worker.name.len()).max().unwrap_or(0).max(12);
-    lines.push(
-        faint(&format!("{:width$}  {:7}  {:21}  engine", "worker", "role", "transfer")).to_string(),
-    );
+    let widest = |cell: fn(&WorkerConfig) -> String, least: usize| {
+        cluster.workers.iter().map(|worker| cell(worker).len()).fold(least, usize::max)
+    };
+    let (name, address) = (widest(|worker| worker.name.clone(), 12), widest(transfer, 21));
+    let row = |worker: &str, role: &str, transfer: &str, engine: &str| {
+        format!("{worker:name$}  {role:7}  {transfer:address$}  {engine}")
+    };
+    lines.push(faint(&row("worker", "role", "transfer", "engine")).to_string());
     for worker in &cluster.workers {
-        let transfer = worker.transfer.advertise.clone();
-        lines.push(format!(
-            "{:width$}  {:7}  {:21}  {}",
-            worker.name,
-            worker.role.as_str(),
-            transfer.unwrap_or_else(|| worker.transfer.listen.to_string()),
-            engine(worker),
-        ));
+        let (transfer, engine) = (transfer(worker), engine(worker));
+        lines.push(row(&worker.name, worker.role.as_str(), &transfer, &engine));
     }
     lines.push(String::new());
     for role in Role::ALL {
@@ -67,6 +65,12 @@ fn describe(cluster: &ClusterConfig) -> Vec<String> {
         }
     }
     lines
+}
+
+/// Where other workers find this one.
+fn transfer(worker: &WorkerConfig) -> String {
+    let advertised = worker.transfer.advertise.clone();
+    advertised.unwrap_or_else(|| worker.transfer.listen.to_string())
 }
 
 fn engine(worker: &WorkerConfig) -> String {

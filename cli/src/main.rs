@@ -1,7 +1,14 @@
 //! `baton`: starts a cluster on this machine, runs one process of a cluster, checks a cluster's file.
 
+mod bench;
+mod bench_transfer;
 mod check;
+mod compare;
+mod goodput;
+mod policies;
 mod processes;
+mod profile;
+mod simulate;
 mod terminal;
 mod up;
 
@@ -32,6 +39,12 @@ enum Command {
         /// The cluster's baton.toml.
         file: PathBuf,
     },
+    /// Loads a live endpoint by a trace, or at a rate, and measures what comes.
+    Bench(bench::BenchArguments),
+    /// Fits the step times of an engine: of a live one, or from tables of points.
+    Profile(profile::ProfileArguments),
+    /// Measures how fast KV blocks pass between two processes of this machine.
+    BenchTransfer(bench_transfer::BenchOptions),
     /// Runs the coordinator of a cluster.
     Coordinator {
         /// The cluster's baton.toml.
@@ -44,6 +57,14 @@ enum Command {
     PrefillWorker(WorkerArguments),
     /// Runs one decode worker of a cluster.
     DecodeWorker(WorkerArguments),
+    /// Replays a trace on a simulated fleet, in virtual time.
+    Simulate(simulate::SimulateOptions),
+    /// Finds the highest load that a simulated fleet serves within its SLOs.
+    Goodput(goodput::GoodputOptions),
+    /// Runs an experiment: modes × traces × fleet sizes × SLOs, one table, one report.
+    Compare(compare::CompareOptions),
+    /// Lists the policies that place requests.
+    Policies,
 }
 
 #[derive(clap::Args)]
@@ -62,6 +83,9 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Up(options) => up::run(&options),
         Command::Check { file } => Ok(check::run(&file)),
+        Command::Bench(arguments) => bench::run(&arguments),
+        Command::Profile(arguments) => profile::run(&arguments),
+        Command::BenchTransfer(options) => bench_transfer::run(&options),
         Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
         Command::PrefillWorker(worker) => {
             processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)
@@ -69,6 +93,10 @@ fn main() -> ExitCode {
         Command::DecodeWorker(worker) => {
             processes::worker(&worker.config, &worker.name, Role::Decode, worker.stop_with)
         }
+        Command::Simulate(options) => simulate::run(&options),
+        Command::Goodput(options) => goodput::run(&options),
+        Command::Compare(options) => compare::run(&options),
+        Command::Policies => Ok(policies::run()),
     };
     outcome.unwrap_or_else(|error| {
         terminal::complain(&format!("{error:#}"));

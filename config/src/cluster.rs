@@ -22,6 +22,8 @@ pub struct CoordinatorConfig {
     pub workers_listen: SocketAddr,
     /// Where workers find it: `host:port`; `workers_listen` where not given.
     pub advertise: String,
+    /// Directory of the model's tokenizer and chat template.
+    pub tokenizer: Option<PathBuf>,
     pub limits: LimitsConfig,
 }
 

@@ -184,17 +184,24 @@ impl<'t> Reader<'t> {
     }
 }
 
-/// Names the known key that is nearest to what was written.
-pub(crate) fn unknown<'k>(name: &str, known: impl Iterator<Item = &'k str> + Clone) -> String {
+/// The known name that is most like what was written, if one is alike at all.
+pub fn nearest<'k>(name: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
     const LIKENESS: f64 = 0.7;
-    let nearest = known
-        .clone()
+    known
+        .into_iter()
         .map(|key| (strsim::jaro_winkler(name, key), key))
-        .max_by(|a, b| a.0.total_cmp(&b.0));
-    match nearest {
-        Some((likeness, key)) if likeness >= LIKENESS => {
-            format!("unknown key; did you mean {key:?}?")
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .filter(|(likeness, _)| *likeness >= LIKENESS)
+        .map(|(_, key)| key)
+}
+
+/// Names the known key that is nearest to what was written.
+pub fn unknown<'k>(name: &str, known: impl IntoIterator<Item = &'k str> + Clone) -> String {
+    match nearest(name, known.clone()) {
+        Some(key) => format!("unknown key; did you mean {key:?}?"),
+        None => {
+            let known: Vec<_> = known.into_iter().collect();
+            format!("unknown key; known here: {}", known.join(", "))
         }
-        _ => format!("unknown key; known here: {}", known.collect::<Vec<_>>().join(", ")),
     }
 }

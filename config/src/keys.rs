@@ -17,9 +17,9 @@ use crate::{
         SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
     },
     value::{
-        Address, AnyBytes, Codec, Count, Environment, ExistingFile, FilePath, FixedAddress, Flag,
-        HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative, Port, Positive, Program, RoleName,
-        Seconds, Text, TokenBytes, Url,
+        Address, AnyBytes, Codec, Count, Environment, ExistingDirectory, ExistingFile, FilePath,
+        FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative, Port,
+        Positive, Program, RoleName, Seconds, Text, TokenBytes, Url,
     },
 };
 
@@ -82,6 +82,10 @@ keys! {
         workers_listen => workers_listen: FixedAddress = Required("\"127.0.0.1:7000\"");
         /// HOST:PORT at which workers find it. Default: workers_listen.
         advertise => advertise: HostPort = Optional("\"127.0.0.1:7000\"");
+        /// Directory of the model's tokenizer.json, tokenizer_config.json and chat template. With it
+        /// the coordinator knows which of a prompt's blocks each worker has cached; without it, it
+        /// remembers which texts it sent where.
+        tokenizer => tokenizer: Maybe<ExistingDirectory> = Optional("\"model\"");
     }
 }
 
@@ -329,6 +333,7 @@ pub(crate) fn blank_coordinator() -> CoordinatorConfig {
         listen: NOWHERE,
         workers_listen: NOWHERE,
         advertise: String::new(),
+        tokenizer: None,
         limits: LimitsConfig::default(),
     }
 }

@@ -19,5 +19,6 @@ pub use cluster::{
     ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
     SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
 };
+pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};
 pub use write::sample;

@@ -379,6 +379,25 @@ impl Codec for ExistingFile {
     }
 }
 
+/// The path of a directory that must be there.
+pub(crate) struct ExistingDirectory;
+
+impl Codec for ExistingDirectory {
+    type Value = PathBuf;
+
+    fn read(value: &DeValue<'_>, base: &Path) -> Result<PathBuf, String> {
+        let path = FilePath::read(value, base).map_err(|_| "the path of a directory".to_owned())?;
+        if path.is_dir() {
+            return Ok(path);
+        }
+        Err(format!("an existing directory (looked for {})", path.display()))
+    }
+
+    fn write(value: &PathBuf) -> Option<String> {
+        FilePath::write(value)
+    }
+}
+
 /// A program and its arguments.
 pub(crate) struct Program;
 

@@ -32,6 +32,7 @@ fn default_cluster() -> ClusterConfig {
             listen: "127.0.0.1:8000".parse().unwrap(),
             workers_listen: "127.0.0.1:7000".parse().unwrap(),
             advertise: "127.0.0.1:7000".to_owned(),
+            tokenizer: None,
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
@@ -112,6 +113,7 @@ fn what_the_sample_shows_as_default_is_the_default() {
 #[test]
 fn the_samples_examples_are_right() {
     let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("model")).unwrap();
     for file in ["tls/ca.pem", "tls/host.pem", "tls/host.key", "profile.json"] {
         let path = directory.path().join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();

@@ -10,6 +10,8 @@
 mod client;
 mod fleet;
 mod metrics;
+mod prefixes;
+mod prompt;
 mod shell;
 
 use std::{
@@ -24,6 +26,7 @@ use std::{
 use baton_config::{ClusterConfig, TlsConfig};
 use baton_core::Settings;
 use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
+use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming};
 use tracing::info;
@@ -41,6 +44,8 @@ pub enum CoordinatorError {
     Listen { key: &'static str, address: SocketAddr, source: io::Error },
     #[error("cannot read {path} (tls): {source}", path = path.display())]
     Tls { path: PathBuf, source: io::Error },
+    #[error("coordinator.tokenizer: {0}")]
+    Tokenizer(#[from] baton_tokens::OpenError),
     #[error("the worker listener ended: {0}")]
     Fleet(#[from] tonic::transport::Error),
 }
@@ -56,6 +61,7 @@ pub async fn run(
     let limits = coordinator.limits;
     let settings =
         Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
+    let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
     let shell = Shell::new(settings, config.slo, limits.max_unread_bytes);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
@@ -77,7 +83,7 @@ pub async fn run(
     let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
     let fleet = server.add_service(service).serve_with_incoming(incoming);
 
-    let front = tokio::spawn(client::serve(shell.clone(), limits, clients));
+    let front = tokio::spawn(client::serve(shell.clone(), limits, tokenizer, clients));
     let ticks = tokio::spawn({
         let shell = shell.clone();
         async move {

@@ -110,6 +110,11 @@ struct RoleLabels {
     role: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LegLabels {
+    leg: &'static str,
+}
+
 /// What is observed at each token, looked up once.
 #[derive(Clone, Debug)]
 struct PathMetrics {
@@ -131,6 +136,9 @@ pub(crate) struct Metrics {
     handoff_bytes: Counter,
     handoff_blocks: Counter,
     handoff_blocks_reused: Counter,
+    prompt_tokens: Family<LegLabels, Counter>,
+    prefix_hit_tokens: Family<LegLabels, Counter>,
+    kv_events_gaps: Counter,
     fleet: FleetMetrics,
 }
 
@@ -153,6 +161,8 @@ struct FleetMetrics {
     handoffs_ended: Family<NameLabels, Gauge>,
     arena_slots_used: Family<WorkerLabels, Gauge>,
     arena_slots: Family<WorkerLabels, Gauge>,
+    kv_blocks_cached: Family<WorkerLabels, Gauge>,
+    prefix_blocks: Family<WorkerLabels, Gauge>,
 }
 
 const TTFT_BUCKETS: [f64; 16] = [
@@ -183,6 +193,9 @@ impl Metrics {
         let requests = Family::default();
         let aggregated = Family::default();
         let leg_failures = Family::default();
+        let (prompt_tokens, prefix_hit_tokens) =
+            (Family::<LegLabels, Counter>::default(), Family::<LegLabels, Counter>::default());
+        let kv_events_gaps = Counter::default();
         let fleet = FleetMetrics::default();
 
         let r = &mut registry;
@@ -237,6 +250,21 @@ impl Metrics {
             "Prompt blocks that decode held already",
             handoff_blocks_reused.clone(),
         );
+        r.register(
+            "prompt_tokens",
+            "Tokens of the prompts that legs were started with, where they are known here",
+            prompt_tokens.clone(),
+        );
+        r.register(
+            "prefix_hit_tokens",
+            "Those of them that the leg's worker was predicted to have cached",
+            prefix_hit_tokens.clone(),
+        );
+        r.register(
+            "kv_events_gaps",
+            "Times that news of a worker's prefix cache were missed and asked for anew",
+            kv_events_gaps.clone(),
+        );
         fleet.register(r);
         for (name, help, milliseconds) in [
             ("slo_ttft", "Target for TTFT, as configured", slo.ttft_ms),
@@ -266,6 +294,9 @@ impl Metrics {
             handoff_bytes,
             handoff_blocks,
             handoff_blocks_reused,
+            prompt_tokens,
+            prefix_hit_tokens,
+            kv_events_gaps,
             fleet,
         }
     }
@@ -313,6 +344,17 @@ impl Metrics {
         self.handoff_bytes.inc_by(moved.bytes);
         self.handoff_blocks.inc_by(moved.blocks.into());
         self.handoff_blocks_reused.inc_by(moved.blocks_reused.into());
+    }
+
+    /// A leg was started whose worker was predicted to hold some of its prompt.
+    pub(crate) fn prompt(&self, leg: Leg, prompt_tokens: u32, hit_tokens: u32) {
+        let labels = LegLabels { leg: leg.as_str() };
+        self.prompt_tokens.get_or_create(&labels).inc_by(prompt_tokens.into());
+        self.prefix_hit_tokens.get_or_create(&labels).inc_by(hit_tokens.into());
+    }
+
+    pub(crate) fn kv_events_gap(&self) {
+        self.kv_events_gaps.inc();
     }
 
     /// In Prometheus' text format.
@@ -400,6 +442,16 @@ impl FleetMetrics {
             "Slots of a worker's staging arena",
             self.arena_slots.clone(),
         );
+        r.register(
+            "worker_engine_kv_blocks_cached",
+            "Blocks of the engine's prefix cache, as it says itself",
+            self.kv_blocks_cached.clone(),
+        );
+        r.register(
+            "worker_prefix_blocks",
+            "Blocks of the engine's prefix cache that this coordinator knows of",
+            self.prefix_blocks.clone(),
+        );
     }
 
     fn set(&self, requests_open: usize, workers: &[WorkerStatus]) {
@@ -424,6 +476,8 @@ impl FleetMetrics {
             &self.handoffs_open,
             &self.arena_slots_used,
             &self.arena_slots,
+            &self.kv_blocks_cached,
+            &self.prefix_blocks,
         ];
         per_worker.iter().for_each(|family| family.clear());
         self.kv_used.clear();
@@ -444,6 +498,8 @@ impl FleetMetrics {
                 report.handoffs_open.into(),
                 report.arena_slots_used.into(),
                 report.arena_slots.into(),
+                report.engine_kv_blocks_cached,
+                worker.prefix_blocks as u64,
             ];
             for (family, value) in per_worker.iter().zip(values) {
                 family.get_or_create(&labels).set(gauge(value));

@@ -19,6 +19,8 @@ use crate::{
     client::{Answer, ClientError, Head, broken_stream_event},
     fleet::{Link, PeerInfo},
     metrics::{Metrics, Outcome, Path},
+    prefixes::{CachedPrefix, Prefixes},
+    prompt::Prompt,
 };
 
 /// Shared by every connection of this coordinator.
@@ -33,6 +35,7 @@ pub(crate) struct Shell {
 #[derive(Debug)]
 struct State {
     core: Core,
+    prefixes: Prefixes,
     clients: HashMap<RequestKey, Client>,
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
@@ -56,6 +59,7 @@ struct Client {
     answer: Arc<Answer>,
     /// Kept for another try, until the first answer.
     request: Option<ForwardedRequest>,
+    prompt: Option<KnownPrompt>,
     request_id: HeaderValue,
     streams: bool,
     arrived: Instant,
@@ -71,6 +75,14 @@ struct Relaying {
     last_tokens: Option<Instant>,
 }
 
+/// What is known of a request's prompt, and who holds how much of it.
+#[derive(Debug)]
+struct KnownPrompt {
+    prompt: Prompt,
+    model: Option<String>,
+    cached: CachedPrefix,
+}
+
 /// What goes to the engine: as the client sent it.
 #[derive(Clone, Debug)]
 pub(crate) struct ForwardedRequest {
@@ -83,6 +95,7 @@ pub(crate) struct ForwardedRequest {
 #[derive(Debug)]
 pub(crate) struct IncomingRequest {
     pub(crate) shape: RequestShape,
+    pub(crate) prompt: Option<Prompt>,
     pub(crate) streams: bool,
     pub(crate) request_id: HeaderValue,
     pub(crate) arrived: Instant,
@@ -108,6 +121,7 @@ impl Shell {
         Self {
             state: Arc::new(Mutex::new(State {
                 core: Core::new(settings),
+                prefixes: Prefixes::default(),
                 clients: HashMap::new(),
                 links: HashMap::new(),
                 engine_handoffs: HashMap::new(),
@@ -125,12 +139,18 @@ impl Shell {
         let mut state = self.state.lock();
         let mut actions = std::mem::take(&mut state.actions);
         let now = self.started.elapsed();
+        let prompt = incoming.prompt.map(|prompt| {
+            let model = incoming.shape.model.clone();
+            let cached = state.prefixes.cached(model.as_deref(), &prompt, now);
+            KnownPrompt { prompt, model, cached }
+        });
         let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
         state.clients.insert(
             request,
             Client {
                 answer: answer.clone(),
                 request: Some(incoming.forward),
+                prompt,
                 request_id: incoming.request_id,
                 streams: incoming.streams,
                 arrived: incoming.arrived,
@@ -170,6 +190,7 @@ impl Shell {
         let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
         self.carry_out(&mut state, actions, None);
         state.links.insert(worker, attached);
+        state.prefixes.worker_attached(worker, hello);
         worker
     }
 
@@ -180,11 +201,29 @@ impl Shell {
         }
         self.tell_core(&mut state, Event::WorkerLost { worker }, None);
         state.links.remove(&worker);
+        state.prefixes.worker_gone(worker);
     }
 
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
-        if let Some(attached) = self.state.lock().links.get_mut(&worker) {
+        let mut state = self.state.lock();
+        let is_unheard = state.prefixes.is_unheard(worker);
+        if let Some(attached) = state.links.get_mut(&worker) {
             attached.report = report;
+            if is_unheard {
+                attached.link.restart_kv_events();
+            }
+        }
+    }
+
+    /// What a worker says of its prefix cache.
+    pub(crate) fn kv_events(&self, worker: WorkerKey, events: &wire::KvEvents) {
+        let mut state = self.state.lock();
+        if state.prefixes.kv_events(worker, events)
+            && let Some(attached) = state.links.get(&worker)
+        {
+            warn!("news of a worker's prefix cache were missed: it is asked to tell it anew");
+            self.metrics.kv_events_gap();
+            attached.link.restart_kv_events();
         }
     }
 
@@ -198,7 +237,9 @@ impl Shell {
     }
 
     pub(crate) fn tick(&self) {
-        self.tell_core(&mut self.state.lock(), Event::Tick, None);
+        let mut state = self.state.lock();
+        state.prefixes.tidy(self.started.elapsed());
+        self.tell_core(&mut state, Event::Tick, None);
     }
 
     /// Breaks every open answer off: this coordinator is going.
@@ -246,6 +287,7 @@ impl Shell {
                     name: view.description.name.clone(),
                     role: view.description.role,
                     jobs_running: view.jobs_running,
+                    prefix_blocks: state.prefixes.blocks_of(view.key),
                     report: attached.report.clone(),
                 })
             })
@@ -318,6 +360,7 @@ impl Shell {
         for action in actions.drain(..) {
             match action {
                 Action::Start { worker, job, request, leg, handoff } => {
+                    self.prompt_goes_to(state, worker, request, leg);
                     if let Some(start) = state.start_job(job, request, leg, handoff)
                         && let Some(attached) = state.links.get(&worker)
                     {
@@ -374,6 +417,16 @@ impl Shell {
         state.actions = actions;
     }
 
+    /// A leg reads the prompt on this worker.
+    fn prompt_goes_to(&self, state: &mut State, worker: WorkerKey, request: RequestKey, leg: Leg) {
+        let State { clients, prefixes, .. } = state;
+        let client = clients.get(&request);
+        let Some(known) = client.and_then(|client| client.prompt.as_ref()) else { return };
+        let KnownPrompt { prompt, model, cached } = known;
+        prefixes.routed(worker, model.as_deref(), prompt, self.started.elapsed());
+        self.metrics.prompt(leg, cached.prompt_tokens, cached.held_by(worker));
+    }
+
     fn relay(
         &self,
         state: &mut State,
@@ -419,6 +472,7 @@ impl Shell {
             .and_then(|status| StatusCode::from_u16(status).ok())
             .unwrap_or(StatusCode::BAD_GATEWAY);
         client.request = None;
+        client.prompt = None;
         client.relaying = Some(Relaying {
             job,
             path,
@@ -520,6 +574,8 @@ pub(crate) struct WorkerStatus {
     pub(crate) role: Role,
     pub(crate) jobs_running: u32,
     pub(crate) report: wire::Report,
+    /// Blocks of its prefix cache that are known here.
+    pub(crate) prefix_blocks: usize,
 }
 
 fn end_to_end_headers(headers: &[wire::Header]) -> HeaderMap {

@@ -4,7 +4,7 @@ use futures::stream::BoxStream;
 use http::{HeaderMap, StatusCode};
 use tokio::sync::mpsc;
 
-use crate::kv_port::KvPort;
+use crate::{kv_cache::KvCacheLog, kv_port::KvPort};
 
 /// An OpenAI-compatible engine with a paged KV cache.
 ///
@@ -33,6 +33,11 @@ pub trait Engine: Send + Sync + 'static {
     /// Can be taken once; `None` where the engine takes no part in handoffs.
     fn kv_ports(&self) -> Option<mpsc::Receiver<KvPort>>;
 
+    /// What its prefix cache holds; `None` where it does not tell.
+    fn kv_cache(&self) -> Option<KvCache> {
+        None
+    }
+
     /// Waits until the engine has ended, and says why. Never returns where an engine cannot end by
     /// itself. After it, a new engine must be started.
     async fn ended(&self) -> EngineError {
@@ -44,12 +49,21 @@ pub trait Engine: Send + Sync + 'static {
     async fn stop(&self) {}
 }
 
+/// A prefix cache whose changes can be followed.
+#[derive(Clone, Debug)]
+pub struct KvCache {
+    pub block_size_tokens: u32,
+    pub log: KvCacheLog,
+}
+
 #[derive(Clone, Debug)]
 pub struct EngineDescription {
     /// For people: `vllm 0.32.0`.
     pub engine: String,
     /// Names that a request may give for the model; the first is the one to show.
     pub models: Vec<String>,
+    /// Those of them that are LoRA adapters of the first.
+    pub adapters: Vec<String>,
     /// Longest prompt plus output.
     pub max_model_tokens: u32,
 }

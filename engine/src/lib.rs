@@ -3,11 +3,15 @@
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod contract;
+mod kv_cache;
 mod kv_port;
 pub mod sim;
 mod vllm;
 
-pub use contract::{Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest};
+pub use contract::{
+    Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest, KvCache,
+};
+pub use kv_cache::{KvCacheChanges, KvCacheFollower, KvCacheLog};
 pub use kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, ToEngine};
 pub use sim::SimEngine;
 pub use vllm::VllmEngine;

@@ -1,6 +1,34 @@
 //! What clients ask, and when.
+//!
+//! A [`Trace`] is read from a file in one of these formats, told apart by their content:
+//!
+//! | Format | Looks like | Notes |
+//! |---|---|---|
+//! | Mooncake JSONL | `{"timestamp":0,"input_length":6758,"output_length":500,"hash_ids":[0,1]}` | stamps are rounded to 3 s: equal ones are spread evenly up to the next |
+//! | our JSONL | the same with `phase` or `client`, or without `hash_ids` | stamps are taken as they are |
+//! | Azure CSV | `TIMESTAMP,ContextTokens,GeneratedTokens` | date and time of day |
+//! | BurstGPT CSV | `Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type` | seconds; whole ones are spread too |
+//!
+//! Time starts at the first request, whatever its stamp. JSONL stamps are milliseconds. Mooncake JSONL is
+//! what has `hash_ids` on every line, and neither `phase` nor `client`. Stamps are spread only where the
+//! distinct ones lie a second or more apart.
+
+mod csv_formats;
+mod error;
+mod generate;
+mod jsonl;
+mod read;
+#[cfg(test)]
+mod read_tests;
+mod scale;
+mod spread;
 
 use std::time::Duration;
+
+pub use error::{TraceError, TraceErrors};
+
+/// What Mooncake's `hash_ids` stand for, and ours.
+pub const PREFIX_BLOCK_TOKENS: u32 = 512;
 
 /// Requests in the order of their arrival.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -24,4 +52,23 @@ pub struct TraceRequest {
     pub prefix_blocks: Box<[u64]>,
     /// Index into [`Trace::phases`].
     pub phase: Option<u16>,
+}
+
+impl Trace {
+    /// From the first arrival to the last.
+    pub fn duration(&self) -> Duration {
+        self.requests.last().map_or(Duration::ZERO, |last| last.arrival)
+    }
+
+    /// Whether phases of different traffic follow each other.
+    pub fn is_composite(&self) -> bool {
+        !self.phases.is_empty()
+    }
+
+    /// Arrivals per second between the first and the last; 0 where no time lies between them.
+    pub fn rate_rps(&self) -> f64 {
+        let intervals = self.requests.len().saturating_sub(1);
+        let seconds = self.duration().as_secs_f64();
+        if seconds > 0.0 { intervals as f64 / seconds } else { 0.0 }
+    }
 }

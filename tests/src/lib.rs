@@ -11,4 +11,5 @@ mod vllm;
 pub use answers::{Answer, StreamEvent, read_events, streamed_text};
 pub use cluster::{Cluster, ClusterBuilder, TlsPem};
 pub use metrics::Metrics;
+pub use process::baton;
 pub use vllm::{VllmInstallation, vllm_or_skip};

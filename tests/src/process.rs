@@ -86,7 +86,7 @@ impl Drop for Process {
 }
 
 /// The program, as this build made it.
-fn baton() -> Result<PathBuf> {
+pub fn baton() -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     let target = test.parent().and_then(Path::parent).context("a test lies in target/*/deps")?;
     let baton = target.join("baton");

@@ -103,7 +103,9 @@ async fn a_worker_that_is_told_to_stop_leaves_nothing() {
     let arenas = |cluster: &baton_tests::Cluster| {
         std::fs::read_dir(cluster.directory())
             .unwrap()
-            .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().contains("arena"))
+            .filter(|entry| {
+                entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("baton-kv.")
+            })
             .count()
     };
     assert_eq!(arenas(&cluster), 2);

@@ -26,11 +26,12 @@ impl<'a> Arrivals<'a> {
         }
     }
 
-    /// Whether the block that is announced is the one that is due. To be asked before any of its bytes
-    /// is taken.
+    /// Whether the block that is announced is the one that is due, so many others being announced
+    /// `ahead` of it and not placed. To be asked before any of its bytes is taken.
     pub(crate) fn announced(
         &self,
         head: &BlockHead,
+        ahead: u32,
         longest_bytes: u32,
     ) -> Result<(), TransferError> {
         let BlockHead { handoff, index, len, crc: _ } = *head;
@@ -38,8 +39,9 @@ impl<'a> Arrivals<'a> {
             let due = self.subscription.handoff;
             return Err(TransferError::ForeignBlock { index, of: handoff, due });
         }
-        if index != self.next_index {
-            return Err(TransferError::UnexpectedBlock { index, expected: self.next_index });
+        let expected = self.next_index.saturating_add(ahead);
+        if index != expected {
+            return Err(TransferError::UnexpectedBlock { index, expected });
         }
         if len > longest_bytes {
             let excess = format!("block {index} of {len} bytes, {longest_bytes} are the most");

@@ -1,7 +1,8 @@
 //! Moves KV blocks between workers' staging arenas.
 //!
 //! A producer's [`Ledger`] holds what its engine exported until the one consumer that the handoff is
-//! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network.
+//! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network,
+//! [`UcxChannel`] has UCX write into the consumer's arena.
 
 mod arrivals;
 mod channel;
@@ -17,6 +18,7 @@ mod lease;
 mod ledger;
 mod quic;
 mod shm;
+mod ucx;
 
 pub use channel::{
     BlockSink, Channel, ExportStream, Exported, Exports, Interpose, PeerAddress, Pulled, Refusal,
@@ -27,3 +29,4 @@ pub use lease::{Ending, HandoffError};
 pub use ledger::Ledger;
 pub use quic::{BindError, QuicChannel, QuicConfig};
 pub use shm::{ShmBindError, ShmChannel, ShmConfig};
+pub use ucx::{UcxBindError, UcxChannel, UcxConfig};

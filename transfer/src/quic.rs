@@ -1,10 +1,10 @@
 //! The channel over QUIC: one UDP socket for both directions, one connection to each peer, one
 //! bidirectional stream for each handoff.
 
-mod code;
-mod consume;
+pub(crate) mod code;
+pub(crate) mod consume;
 mod peers;
-mod produce;
+pub(crate) mod produce;
 mod tls;
 mod tuning;
 
@@ -14,9 +14,13 @@ use async_trait::async_trait;
 use quinn::{Connection, Endpoint, Incoming, VarInt};
 use rustls::pki_types::CertificateDer;
 
-use self::{peers::Peers, tls::Identity};
-use crate::channel::{
-    BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError,
+use self::{
+    peers::Peers,
+    tls::{Identity, Protocol},
+};
+use crate::{
+    channel::{BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError},
+    ucx,
 };
 
 /// Far more peers than one worker hands over to; what comes beyond is refused unread.
@@ -57,18 +61,31 @@ pub struct QuicChannel {
 impl QuicChannel {
     /// Starts to listen, in the runtime that it is called in.
     pub fn bind(config: QuicConfig, exports: Arc<dyn Exports>) -> Result<Arc<Self>, BindError> {
+        Self::bind_beside(config, exports, None)
+    }
+
+    /// With UCX, its own pulls are of peers that have UCX, too; who has not is served all the same.
+    pub(crate) fn bind_beside(
+        config: QuicConfig,
+        exports: Arc<dyn Exports>,
+        ucx: Option<Arc<ucx::Data>>,
+    ) -> Result<Arc<Self>, BindError> {
         let QuicConfig { listen, max_mtu_bytes, stall_timeout } = config;
         let refused = |source| BindError::Socket { listen, source };
         let runtime = quinn::default_runtime().ok_or(BindError::NoRuntime)?;
         let identity = Identity::fresh()?;
-        let mut server = identity.server()?;
+        let (spoken, asked_for): (&[_], _) = match ucx {
+            None => (&[Protocol::Blocks], Protocol::Blocks),
+            Some(_) => (&[Protocol::Ucx, Protocol::Blocks], Protocol::Ucx),
+        };
+        let mut server = identity.server(spoken)?;
         server.transport_config(tuning::transport(max_mtu_bytes, false)).migration(false);
         let socket = tuning::socket(listen).map_err(refused)?;
         let endpoint =
             Endpoint::new(tuning::endpoint(max_mtu_bytes), Some(server), socket, runtime)
                 .map_err(refused)?;
         let local = endpoint.local_addr().map_err(refused)?;
-        tokio::spawn(listen_for_consumers(endpoint.clone(), exports, stall_timeout));
+        tokio::spawn(listen_for_consumers(endpoint.clone(), exports, ucx, stall_timeout));
         Ok(Arc::new(Self {
             fingerprint: identity.fingerprint(),
             peers: Peers::new(
@@ -76,6 +93,7 @@ impl QuicChannel {
                 local,
                 identity,
                 tuning::transport(max_mtu_bytes, true),
+                asked_for,
             ),
             endpoint,
             local,
@@ -97,6 +115,10 @@ impl QuicChannel {
     pub async fn close(&self) {
         self.say_goodbye();
         self.endpoint.wait_idle().await;
+    }
+
+    pub(crate) async fn connection(&self, peer: &PeerAddress) -> Result<Connection, TransferError> {
+        self.peers.connection(peer).await
     }
 
     fn say_goodbye(&self) {
@@ -127,18 +149,28 @@ impl Channel for QuicChannel {
     }
 }
 
-async fn listen_for_consumers(endpoint: Endpoint, exports: Arc<dyn Exports>, stall: Duration) {
+async fn listen_for_consumers(
+    endpoint: Endpoint,
+    exports: Arc<dyn Exports>,
+    ucx: Option<Arc<ucx::Data>>,
+    stall: Duration,
+) {
     while let Some(incoming) = endpoint.accept().await {
         if endpoint.open_connections() >= MAX_CONNECTIONS {
             incoming.refuse();
             continue;
         }
-        tokio::spawn(meet(incoming, Arc::clone(&exports), stall));
+        tokio::spawn(meet(incoming, Arc::clone(&exports), ucx.clone(), stall));
     }
 }
 
 /// Serves one peer's handoffs until its connection ends.
-async fn meet(incoming: Incoming, exports: Arc<dyn Exports>, stall: Duration) {
+async fn meet(
+    incoming: Incoming,
+    exports: Arc<dyn Exports>,
+    ucx: Option<Arc<ucx::Data>>,
+    stall: Duration,
+) {
     let from = incoming.remote_address();
     let connection = match incoming.await {
         Ok(connection) => connection,
@@ -151,10 +183,21 @@ async fn meet(incoming: Incoming, exports: Arc<dyn Exports>, stall: Duration) {
         tracing::debug!(%from, "a peer presented no certificate");
         return;
     };
+    let lane = match (Protocol::of(&connection), ucx) {
+        (Some(Protocol::Ucx), Some(ucx)) => Some(Arc::new(ucx::Lane::new(ucx))),
+        _ => None,
+    };
     loop {
         match connection.accept_bi().await {
             Ok(stream) => {
-                tokio::spawn(produce::serve(stream, peer, Arc::clone(&exports), stall));
+                let exports = Arc::clone(&exports);
+                match &lane {
+                    None => tokio::spawn(produce::serve(stream, peer, exports, stall)),
+                    Some(lane) => {
+                        let lane = Arc::clone(lane);
+                        tokio::spawn(ucx::produce::serve(stream, peer, exports, lane, stall))
+                    }
+                };
             }
             Err(error) => {
                 tracing::debug!(%from, %error, "a peer's connection ended");
@@ -170,6 +213,6 @@ fn presented_fingerprint(connection: &Connection) -> Option<[u8; 32]> {
     chain.first().map(tls::fingerprint)
 }
 
-fn stalled(after: Duration) -> TransferError {
+pub(crate) fn stalled(after: Duration) -> TransferError {
     TransferError::Stalled { seconds: u32::try_from(after.as_secs()).unwrap_or(u32::MAX) }
 }

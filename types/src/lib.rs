@@ -1,11 +1,15 @@
 //! The vocabulary that every part of Baton shares. No I/O lives here.
 
+mod block_hash;
 mod compatibility;
 mod fault;
 mod handoff;
 mod role;
+mod step_model;
 
+pub use block_hash::{BlockHash, BlockHasher, BlockScope, BlockUnit};
 pub use compatibility::{Compatibility, CompatibilityMismatch};
 pub use fault::{Fault, FaultKind, Origin};
 pub use handoff::{Epoch, Generation, HandoffId, HandoffKey, ParseIdError, PromptDigest};
 pub use role::{Leg, ParseRoleError, Role};
+pub use step_model::{StepLoad, StepModel};

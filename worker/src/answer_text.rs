@@ -2,11 +2,21 @@
 //! never parsed: a quote inside a JSON string is escaped, so a name with its quotes around it is a
 //! member's name.
 
+use std::sync::LazyLock;
+
 use bytes::Bytes;
-use memchr::memmem;
+use memchr::memmem::{self, Finder};
 
 /// The way an engine's server tells of a failure after the stream's head has gone out.
 const ERROR_EVENT: &[u8] = b"data: {\"error\":";
+
+/// What is looked for in every event: made ready once, which costs more than to look.
+static EMPTY_LINE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\n\n"));
+static NO_CHOICES: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"choices\":[]"));
+static OPENING: LazyLock<Finder<'static>> =
+    LazyLock::new(|| Finder::new(b"\"delta\":{\"role\":\"assistant\""));
+static LATER_ERROR: LazyLock<Finder<'static>> =
+    LazyLock::new(|| Finder::new(b"\n\ndata: {\"error\":"));
 
 /// Output tokens that these events carry: one each, where the event carries text at all.
 pub(crate) fn streamed_tokens(events: &[u8]) -> u32 {
@@ -19,7 +29,7 @@ fn each_event(events: &[u8]) -> impl Iterator<Item = &[u8]> {
         if rest.is_empty() {
             return None;
         }
-        let end = memmem::find(rest, b"\n\n").map_or(rest.len(), |at| at + 2);
+        let end = EMPTY_LINE.find(rest).map_or(rest.len(), |at| at + 2);
         let (event, after) = rest.split_at(end);
         rest = after;
         Some(event)
@@ -35,13 +45,13 @@ fn carries_token(event: &[u8]) -> bool {
     let Some(data) = event.strip_prefix(b"data: ") else { return false };
     !data.starts_with(b"[DONE]")
         && !data.starts_with(b"{\"error\":")
-        && memmem::find(data, b"\"choices\":[]").is_none()
+        && NO_CHOICES.find(data).is_none()
         && !opens_message(data)
 }
 
 /// The first chunk of a chat message says who speaks.
 fn opens_message(data: &[u8]) -> bool {
-    memmem::find(data, b"\"delta\":{\"role\":\"assistant\"").is_some_and(|at| {
+    OPENING.find(data).is_some_and(|at| {
         let delta = &data[at..];
         let delta = &delta[..memchr::memchr(b'}', delta).unwrap_or(delta.len())];
         match memmem::find(delta, b"\"content\":\"") {
@@ -65,11 +75,7 @@ pub(crate) fn answered_tokens(body: &[u8]) -> u32 {
 /// Where an error event begins among these events, and its code: vLLM's server has to say HTTP 200
 /// before it knows how a stream will go.
 pub(crate) fn error_event(events: &[u8]) -> Option<(usize, u32)> {
-    let at = if events.starts_with(ERROR_EVENT) {
-        0
-    } else {
-        memmem::find(events, b"\n\ndata: {\"error\":")? + 2
-    };
+    let at = if events.starts_with(ERROR_EVENT) { 0 } else { LATER_ERROR.find(events)? + 2 };
     let code = memmem::find(&events[at..], b"\"code\":")
         .and_then(|code| number(events, at + code + b"\"code\":".len()))
         .map_or(500, |(code, _)| code);

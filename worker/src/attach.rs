@@ -11,7 +11,7 @@ use tonic::{
     transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
 };
 
-use crate::{jobs::Jobs, life::Life, outbox::Outbox};
+use crate::{jobs::Jobs, kv_telling::KvTelling, life::Life, outbox::Outbox};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
@@ -106,12 +106,16 @@ async fn serve(
 ) -> Result<std::convert::Infallible, AttachError> {
     let jobs = Jobs::new(life.clone(), outbox.clone());
     let every = Duration::from_millis(u64::from(welcome.report_interval_ms.max(10)));
+    let mut kv_events = KvTelling::new(life);
     let mut reports = interval(every);
     reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             frame = next(stream, |status| AttachError::BrokeOff(told(&status))) => match frame? {
-                Frame::Commands(Commands { cancel, start }) => {
+                Frame::Commands(Commands { cancel, start, restart_kv_events }) => {
+                    if restart_kv_events {
+                        kv_events.restart();
+                    }
                     cancel.into_iter().for_each(|job| jobs.cancel(job));
                     start.into_iter().for_each(|job| jobs.start(job));
                 }
@@ -119,6 +123,7 @@ async fn serve(
                 Frame::Welcome(_) => {}
             },
             _ = reports.tick() => outbox.report(life.report()),
+            message = kv_events.next(&outbox) => outbox.kv_events(message),
         }
     }
 }

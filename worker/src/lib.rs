@@ -7,6 +7,7 @@ mod attach;
 mod counters;
 mod handoff;
 mod jobs;
+mod kv_telling;
 mod legs;
 mod life;
 mod outbox;

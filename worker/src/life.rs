@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
-use baton_proto::{Hello, Peer, Report};
+use baton_proto::{Hello, KvCache, Peer, Report};
 use baton_transfer::Ledger;
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin, Role};
 use bytes::Bytes;
@@ -76,6 +76,10 @@ impl Life {
             models: self.description.models.clone(),
             max_model_tokens: self.description.max_model_tokens,
             engine: self.description.engine.clone(),
+            kv_cache: self.engine.kv_cache().map(|cache| KvCache {
+                block_size_tokens: cache.block_size_tokens,
+                adapters: self.description.adapters.clone(),
+            }),
             ..Hello::default()
         };
         match &self.kv {
@@ -108,6 +112,10 @@ impl Life {
             engine_requests_running: load.requests_running,
             engine_requests_waiting: load.requests_waiting,
             engine_kv_used_ratio: load.kv_used_ratio,
+            engine_kv_blocks_cached: self
+                .engine
+                .kv_cache()
+                .map_or(0, |cache| cache.log.len() as u64),
             ..Report::default()
         };
         if let KvSide::Fenced(fenced) = &self.kv {

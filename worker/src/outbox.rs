@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{Event, EventBatch, Hello, Report, WorkerFrame, worker_frame::Frame};
+use baton_proto::{Event, EventBatch, Hello, KvEvents, Report, WorkerFrame, worker_frame::Frame};
 use futures::Stream;
 use parking_lot::Mutex;
 use tokio::{
@@ -46,6 +46,8 @@ struct Shared {
     state: Mutex<State>,
     /// The outbox is no longer full, or it was closed.
     room: Notify,
+    /// The news of the prefix cache left.
+    kv_events_left: Notify,
 }
 
 #[derive(Debug)]
@@ -53,6 +55,7 @@ struct State {
     hello: Option<Hello>,
     events: Vec<Event>,
     report: Option<Report>,
+    kv_events: Option<KvEvents>,
     held_bytes: usize,
     at_once: bool,
     last_batch: Option<Instant>,
@@ -69,6 +72,7 @@ impl Outbox {
             hello: Some(hello),
             events: Vec::new(),
             report: None,
+            kv_events: None,
             held_bytes: 0,
             at_once: false,
             last_batch: None,
@@ -76,7 +80,11 @@ impl Outbox {
             reader: None,
             closed: false,
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), room: Notify::new() });
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            room: Notify::new(),
+            kv_events_left: Notify::new(),
+        });
         (Self { shared: shared.clone() }, Frames { shared, timer: None })
     }
 
@@ -97,6 +105,25 @@ impl Outbox {
     pub(crate) fn report(&self, report: Report) {
         let mut state = self.shared.state.lock();
         state.report = Some(report);
+        state.wake();
+    }
+
+    /// Waits until there is room for news of the prefix cache: one message at a time, so that what
+    /// gathers meanwhile goes together.
+    pub(crate) async fn kv_events_room(&self) {
+        loop {
+            let left = self.shared.kv_events_left.notified();
+            if self.shared.state.lock().kv_events.is_none() {
+                return;
+            }
+            left.await;
+        }
+    }
+
+    /// To be called when there is room.
+    pub(crate) fn kv_events(&self, kv_events: KvEvents) {
+        let mut state = self.shared.state.lock();
+        state.kv_events = Some(kv_events);
         state.wake();
     }
 
@@ -198,6 +225,10 @@ impl Stream for Frames {
         }
         if let Some(report) = state.report.take() {
             return frame(Frame::Report(report));
+        }
+        if let Some(kv_events) = state.kv_events.take() {
+            this.shared.kv_events_left.notify_waiters();
+            return frame(Frame::KvEvents(kv_events));
         }
         state.reader = Some(cx.waker().clone());
         Poll::Pending

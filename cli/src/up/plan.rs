@@ -79,6 +79,7 @@ pub(super) fn plan(
             listen: clients,
             workers_listen,
             advertise: workers_listen.to_string(),
+            tokenizer: vllm.as_ref().and_then(|vllm| vllm.tokenizer()),
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),

@@ -118,6 +118,11 @@ impl VllmPlan {
         &self.model_name
     }
 
+    /// Absent where the model brings a tokenizer of another kind.
+    pub(super) fn tokenizer(&self) -> Option<PathBuf> {
+        self.model.join("tokenizer.json").is_file().then(|| self.model.clone())
+    }
+
     pub(super) fn start_timeout(&self) -> Duration {
         START_TIMEOUT
     }

@@ -4,14 +4,28 @@ use baton_types::{Fault, FaultKind, Generation, HandoffId, Leg, Origin, Role};
 
 use crate::{
     event::{Action, Event, HandoffPlan, Rejection},
-    fleet::{Fleet, WorkerDescription, WorkerKey, WorkerView},
+    fleet::{Fleet, HandoffMode, WorkerDescription, WorkerKey, WorkerView},
     keyed::Keyed,
-    placement::{self, AggregatedReason, NoRoute, Route},
-    request::{Job, JobId, Phase, Request, RequestKey, RequestShape},
+    placement::{self, AggregatedReason, NoRoute, Plan, Route, Split},
+    policy::{Candidate, Choice, POLICIES, Policy, Targets},
+    queue::{Order, Waiting},
+    recent_prefixes::RecentPrefixes,
+    request::{Job, JobId, Phase, Request, RequestKey, RequestShape, Stage},
 };
 
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
+    pub split: Split,
+    pub order: Order,
+    /// The first token is due so long after the arrival, and so many times the prompt's own prefill
+    /// on an idle worker.
+    pub ttft: Duration,
+    pub ttft_prefill_factor: f64,
+    pub targets: Targets,
+    /// Under [`Order::LateLast`]: a worker's engine is given prompts until it has so many tokens of
+    /// them to compute, two prompts at least, so that it never idles between them. The others wait
+    /// here, where their order can still change.
+    pub engine_queue_tokens: u64,
     /// A request with no first token after this time is given up.
     pub first_token_timeout: Duration,
     /// How often a request may be tried again before its first token.
@@ -20,7 +34,16 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { first_token_timeout: Duration::from_secs(300), retries: 1 }
+        Self {
+            split: Split::default(),
+            order: Order::default(),
+            ttft: Duration::from_secs(2),
+            ttft_prefill_factor: 0.0,
+            targets: Targets::default(),
+            engine_queue_tokens: 2048,
+            first_token_timeout: Duration::from_secs(300),
+            retries: 1,
+        }
     }
 }
 
@@ -31,21 +54,33 @@ impl Default for Settings {
 /// - every job runs on a worker that is attached, and belongs to a request that is not over;
 /// - each request ends in exactly one of `Finish`, `Reject`, `BreakOff`, or its client's going;
 /// - a handoff's name is used for one attempt only: each retry is of the next generation;
+/// - a request that has no job waits in the queue of exactly one worker;
 /// - a worker's count of jobs is the number of jobs that were started on it and not ended.
 #[derive(Debug)]
 pub struct Core {
     settings: Settings,
+    policy: Box<dyn Policy>,
     fleet: Fleet,
     requests: Keyed<Request>,
     jobs: Keyed<Job>,
     /// Of the requests that have no answer yet.
     deadlines: BTreeSet<(Duration, RequestKey)>,
+    /// Kept for its memory.
+    candidates: Vec<WorkerKey>,
 }
 
 impl Core {
+    /// With the policy `least-load`.
     pub fn new(settings: Settings) -> Self {
+        let least_load = POLICIES.iter().find(|entry| entry.name == "least-load");
+        Self::with_policy(settings, (least_load.unwrap_or(&POLICIES[0]).make)(0))
+    }
+
+    pub fn with_policy(settings: Settings, policy: Box<dyn Policy>) -> Self {
         Self {
             settings,
+            policy,
+            candidates: Vec::new(),
             fleet: Fleet::default(),
             requests: Keyed::default(),
             jobs: Keyed::default(),
@@ -76,8 +111,13 @@ impl Core {
         actions: &mut Vec<Action>,
     ) -> RequestKey {
         let first_token_deadline = now + self.settings.first_token_timeout;
+        let due = self.due(&shape, now);
         let key = RequestKey(self.requests.insert(Request {
             shape,
+            due,
+            avoid: Vec::new(),
+            plan: Plan::Split,
+            waits_for: None,
             handoff,
             generation: Generation::default(),
             retries_left: self.settings.retries,
@@ -88,18 +128,19 @@ impl Core {
             answering: None,
         }));
         self.deadlines.insert((first_token_deadline, key));
-        self.start_attempt(key, &[], actions);
+        self.start_attempt(key, now, actions);
         key
     }
 
     pub fn handle(&mut self, event: Event, now: Duration, actions: &mut Vec<Action>) {
         match event {
-            Event::WorkerLost { worker } => self.worker_lost(worker, actions),
-            Event::PrefillDone { job } => self.prefill_done(job, actions),
-            Event::Answered { job } => self.answered(job, actions),
-            Event::Ended { job } => self.ended(job, actions),
-            Event::LegFailed { job, fault } => self.leg_failed(job, fault, actions),
-            Event::ClientGone { request } => self.forget(request, actions),
+            Event::WorkerLost { worker } => self.worker_lost(worker, now, actions),
+            Event::Report { worker, report } => self.fleet.report(worker, &report),
+            Event::PrefillDone { job } => self.prefill_done(job, now, actions),
+            Event::Answered { job } => self.answered(job, now, actions),
+            Event::Ended { job } => self.ended(job, now, actions),
+            Event::LegFailed { job, fault } => self.leg_failed(job, fault, now, actions),
+            Event::ClientGone { request } => self.forget(request, now, actions),
             Event::Tick => self.expire(now, actions),
         }
     }
@@ -126,9 +167,26 @@ impl Core {
         self.requests.len()
     }
 
-    fn start_attempt(&mut self, key: RequestKey, avoid: &[WorkerKey], actions: &mut Vec<Action>) {
+    /// By the SLO.
+    fn due(&self, shape: &RequestShape, now: Duration) -> Duration {
+        let Settings { ttft, ttft_prefill_factor, .. } = self.settings;
+        let model = self.fleet.iter().find_map(|(_, worker)| worker.description.model);
+        let alone_ms = model.map_or(0.0, |model| model.prefill_alone_ms(0, shape.prompt_tokens));
+        now + ttft + milliseconds(ttft_prefill_factor * alone_ms)
+    }
+
+    /// Chooses the worker of the first leg, and puts the request into its queue.
+    fn start_attempt(&mut self, key: RequestKey, now: Duration, actions: &mut Vec<Action>) {
         let Some(request) = self.requests.get(key.0) else { return };
-        match placement::place(&self.fleet, &request.shape, avoid) {
+        let mut candidates = std::mem::take(&mut self.candidates);
+        let plan = placement::plan(
+            &self.fleet,
+            &request.shape,
+            &request.avoid,
+            self.settings.split,
+            &mut candidates,
+        );
+        match plan {
             Err(reason) => {
                 let rejection = match reason {
                     NoRoute::NoWorker => Rejection::NoWorker,
@@ -136,64 +194,215 @@ impl Core {
                         model: request.shape.model.clone().unwrap_or_default(),
                     },
                 };
-                self.reject(key, rejection, actions);
+                self.reject(key, rejection, now, actions);
             }
-            Ok(route) => {
-                let (id, generation) = (request.handoff, request.generation);
-                self.start_legs(key, route, id, generation, actions);
+            Ok(plan) => {
+                let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
+                self.fleet.placed(worker);
+                if let Some(request) = self.requests.get_mut(key.0) {
+                    request.plan = plan;
+                }
+                match self.settings.order {
+                    Order::Arrival => self.dispatch(key, worker, now, actions),
+                    Order::LateLast => {
+                        self.enqueue(key, worker);
+                        self.pump(worker, now, actions);
+                    }
+                }
             }
+        }
+        self.candidates = candidates;
+    }
+
+    /// One of the candidates, of which there must be one.
+    fn choose(
+        &mut self,
+        key: RequestKey,
+        leg: Leg,
+        here: Option<WorkerKey>,
+        candidates: &[WorkerKey],
+        now: Duration,
+    ) -> WorkerKey {
+        if let [only] = candidates {
+            return *only;
+        }
+        let Some(request) = self.requests.get(key.0) else { return candidates[0] };
+        let targets = &self.settings.targets;
+        let shown: Vec<Candidate<'_>> = candidates
+            .iter()
+            .filter_map(|worker| Some((*worker, self.fleet.get(*worker)?)))
+            .map(|(key, worker)| Candidate {
+                worker: key,
+                load: &worker.load,
+                hit_tokens: hit_tokens(&worker.prefixes, &request.shape),
+                work_ahead_ms: worker.load.dispatched_left_ms(now, targets)
+                    + worker.queue.work_before_ms(request.due),
+                is_here: here == Some(key),
+            })
+            .collect();
+        let place = self.policy.choose(&Choice {
+            now,
+            leg,
+            request: &request.shape,
+            deadline: Some(request.due),
+            targets,
+            candidates: &shown,
+        });
+        debug_assert!(place < shown.len(), "a policy chooses one of the candidates");
+        candidates[place.min(candidates.len() - 1)]
+    }
+
+    fn enqueue(&mut self, key: RequestKey, worker: WorkerKey) {
+        let (Some(request), Some(on)) = (self.requests.get_mut(key.0), self.fleet.get_mut(worker))
+        else {
+            return;
+        };
+        let tokens = request.shape.prompt_tokens;
+        let work_ms = on.load.prefill_ms(hit_tokens(&on.prefixes, &request.shape), tokens);
+        on.queue.push(key, request.due, Waiting { work_ms, tokens });
+        on.queue_changed();
+        request.waits_for = Some(worker);
+    }
+
+    /// Gives a worker's engine what it has room for.
+    fn pump(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
+        let (targets, most_tokens) = (self.settings.targets, self.settings.engine_queue_tokens);
+        while let Some(on) = self.fleet.get_mut(worker)
+            && on.queue.len() > 0
+        {
+            let load = &on.load;
+            let fixed_ms = load.model.map_or(0.0, |model| model.prefill_ms[0]);
+            let (ahead_ms, rate) =
+                (load.dispatched_left_ms(now, &targets), load.prefill_rate(&targets));
+            let next = on.queue.pop(
+                now,
+                |waiting| fixed_ms + (ahead_ms + waiting.work_ms) / rate,
+                |waiting| {
+                    load.prefills < 2
+                        || load.prefill_tokens + u64::from(waiting.tokens) <= most_tokens
+                },
+            );
+            on.queue_changed();
+            let Some(key) = next else { break };
+            if let Some(request) = self.requests.get_mut(key.0) {
+                request.waits_for = None;
+            }
+            self.dispatch(key, worker, now, actions);
         }
     }
 
-    fn start_legs(
+    /// Starts the legs of a request whose first worker is chosen.
+    fn dispatch(
         &mut self,
         key: RequestKey,
-        route: Route,
-        id: HandoffId,
-        generation: Generation,
+        worker: WorkerKey,
+        now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let (prefill_job, answering_job) = match route {
-            Route::Aggregated { worker, .. } => {
-                (None, Some(self.start(key, worker, Leg::Aggregated, None, actions)))
-            }
-            Route::Disaggregated { prefill, by_engine: true, .. } => {
-                let plan = HandoffPlan::Engine { prefill: None };
-                (Some(self.start(key, prefill, Leg::Prefill, Some(plan), actions)), None)
-            }
-            Route::Disaggregated { prefill, decode, by_engine: false } => {
-                let fenced = |peer| Some(HandoffPlan::Fenced { id, generation, peer });
-                let first = self.start(key, prefill, Leg::Prefill, fenced(decode), actions);
-                let second = self.start(key, decode, Leg::Decode, fenced(prefill), actions);
-                (Some(first), Some(second))
+        let Some(request) = self.requests.get(key.0) else { return };
+        let reason = match request.plan {
+            Plan::Aggregated(reason) => reason,
+            Plan::Split => {
+                let mut partners = Vec::new();
+                placement::partners(
+                    &self.fleet,
+                    &request.shape,
+                    &request.avoid,
+                    self.settings.split,
+                    worker,
+                    &mut partners,
+                );
+                if partners.is_empty() {
+                    // Whoever could decode went away meanwhile.
+                    AggregatedReason::NoDecodeWorker
+                } else {
+                    let decode = self.choose(key, Leg::Decode, Some(worker), &partners, now);
+                    if decode != worker {
+                        self.fleet.placed(decode);
+                        return self.start_split(key, worker, decode, now, actions);
+                    }
+                    AggregatedReason::StaysByPolicy
+                }
             }
         };
+        self.start_aggregated(key, worker, reason, now, actions);
+    }
+
+    fn start_aggregated(
+        &mut self,
+        key: RequestKey,
+        worker: WorkerKey,
+        reason: AggregatedReason,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let job = self.start(key, worker, Leg::Aggregated, None, now, actions);
         if let Some(request) = self.requests.get_mut(key.0) {
-            request.route = Some(route);
-            (request.prefill, request.answering) = (prefill_job, answering_job);
+            request.route = Some(Route::Aggregated { worker, reason });
+            (request.prefill, request.answering) = (None, Some(job));
+        }
+    }
+
+    fn start_split(
+        &mut self,
+        key: RequestKey,
+        prefill: WorkerKey,
+        decode: WorkerKey,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(request) = self.requests.get(key.0) else { return };
+        let (id, generation) = (request.handoff, request.generation);
+        let mode = self.fleet.get(prefill).map(|worker| worker.description.handoff);
+        let by_engine = mode == Some(HandoffMode::Engine);
+        let jobs = if by_engine {
+            let plan = HandoffPlan::Engine { prefill: None };
+            (self.start(key, prefill, Leg::Prefill, Some(plan), now, actions), None)
+        } else {
+            let fenced = |peer| Some(HandoffPlan::Fenced { id, generation, peer });
+            let first = self.start(key, prefill, Leg::Prefill, fenced(decode), now, actions);
+            let second = self.start(key, decode, Leg::Decode, fenced(prefill), now, actions);
+            (first, Some(second))
+        };
+        if let Some(request) = self.requests.get_mut(key.0) {
+            request.route = Some(Route::Disaggregated { prefill, decode, by_engine });
+            (request.prefill, request.answering) = (Some(jobs.0), jobs.1);
         }
     }
 
     fn start(
         &mut self,
-        request: RequestKey,
+        key: RequestKey,
         worker: WorkerKey,
         leg: Leg,
         handoff: Option<HandoffPlan>,
+        now: Duration,
         actions: &mut Vec<Action>,
     ) -> JobId {
-        let job = JobId(self.jobs.insert(Job { request, worker, leg, computing: true }));
-        self.fleet.job_started(worker, leg);
-        actions.push(Action::Start { worker, job, request, leg, handoff });
-        job
+        let mut job = Job {
+            request: key,
+            worker,
+            leg,
+            stage: if leg == Leg::Decode { Stage::Decoding } else { Stage::Prefilling },
+            prompt_tokens: 0,
+            work_ms: 0.0,
+        };
+        if let (Some(request), Some(on)) = (self.requests.get(key.0), self.fleet.get_mut(worker)) {
+            let shape = &request.shape;
+            job.prompt_tokens = shape.prompt_tokens;
+            job.work_ms = on.load.prefill_ms(hit_tokens(&on.prefixes, shape), shape.prompt_tokens);
+            on.prefixes.used(&shape.prefix_blocks, shape.prefix_block_tokens);
+        }
+        let id = JobId(self.jobs.insert(job));
+        self.fleet.job_started(&job, now);
+        actions.push(Action::Start { worker, job: id, request: key, leg, handoff });
+        id
     }
 
     /// The job is over, of itself or by our will: nothing that its worker still says of it counts.
-    fn close(&mut self, id: JobId) -> Option<Job> {
+    fn close(&mut self, id: JobId, now: Duration) -> Option<Job> {
         let job = self.jobs.remove(id.0)?;
-        if job.computing {
-            self.fleet.job_ended(job.worker, job.leg);
-        }
+        self.fleet.job_ended(&job, now);
         if let Some(request) = self.requests.get_mut(job.request.0) {
             for place in [&mut request.prefill, &mut request.answering] {
                 if *place == Some(id) {
@@ -204,28 +413,44 @@ impl Core {
         Some(job)
     }
 
-    fn cancel(&mut self, id: JobId, actions: &mut Vec<Action>) {
-        if let Some(job) = self.close(id) {
+    /// The job goes on in another way.
+    fn advance(&mut self, id: JobId, stage: Stage, now: Duration) {
+        let Some(job) = self.jobs.get_mut(id.0).filter(|job| job.stage != stage) else { return };
+        self.fleet.job_ended(job, now);
+        job.stage = stage;
+        self.fleet.job_started(job, now);
+    }
+
+    fn cancel(&mut self, id: JobId, now: Duration, actions: &mut Vec<Action>) {
+        if let Some(job) = self.close(id, now) {
             actions.push(Action::Cancel { worker: job.worker, job: id });
+            self.pump(job.worker, now, actions);
         }
     }
 
-    fn cancel_all(&mut self, key: RequestKey, actions: &mut Vec<Action>) {
-        let Some(request) = self.requests.get(key.0) else { return };
-        for job in [request.prefill, request.answering].into_iter().flatten() {
-            self.cancel(job, actions);
+    /// Nothing is done for the request any more, and it waits for nobody.
+    fn withdraw(&mut self, key: RequestKey, now: Duration, actions: &mut Vec<Action>) {
+        let Some(request) = self.requests.get_mut(key.0) else { return };
+        let (jobs, due) = ([request.prefill, request.answering], request.due);
+        if let Some(worker) = request.waits_for.take()
+            && let Some(on) = self.fleet.get_mut(worker)
+        {
+            on.queue.remove(key, due);
+            on.queue_changed();
+        }
+        for job in jobs.into_iter().flatten() {
+            self.cancel(job, now, actions);
         }
     }
 
-    fn prefill_done(&mut self, id: JobId, actions: &mut Vec<Action>) {
-        let Some(job) = self.jobs.get_mut(id.0).filter(|job| job.leg == Leg::Prefill) else {
+    fn prefill_done(&mut self, id: JobId, now: Duration, actions: &mut Vec<Action>) {
+        let Some(&Job { request: key, worker, .. }) =
+            self.jobs.get(id.0).filter(|job| job.leg == Leg::Prefill)
+        else {
             return;
         };
-        let Job { request: key, worker, leg, computing } = *job;
-        job.computing = false;
-        if computing {
-            self.fleet.job_ended(worker, leg);
-        }
+        self.advance(id, Stage::Holding, now);
+        self.pump(worker, now, actions);
         let Some(request) = self.requests.get(key.0) else { return };
         match request.route {
             // The worker keeps the exports until decode has them all; the job stays ours until decode
@@ -235,11 +460,11 @@ impl Core {
                 if self.fleet.get(decode).is_none() {
                     let message = "the decode worker went away during prefill";
                     let fault = Fault::new(Origin::Worker, FaultKind::Unavailable, message);
-                    return self.leg_failed(id, fault, actions);
+                    return self.leg_failed(id, fault, now, actions);
                 }
-                self.close(id);
+                self.close(id, now);
                 let plan = HandoffPlan::Engine { prefill: Some(id) };
-                let job = self.start(key, decode, Leg::Decode, Some(plan), actions);
+                let job = self.start(key, decode, Leg::Decode, Some(plan), now, actions);
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.answering = Some(job);
                 }
@@ -250,8 +475,8 @@ impl Core {
         }
     }
 
-    fn answered(&mut self, id: JobId, actions: &mut Vec<Action>) {
-        let Some(&Job { request: key, .. }) = self.jobs.get(id.0) else { return };
+    fn answered(&mut self, id: JobId, now: Duration, actions: &mut Vec<Action>) {
+        let Some(&Job { request: key, worker, .. }) = self.jobs.get(id.0) else { return };
         let Some(request) = self.requests.get_mut(key.0) else { return };
         if request.phase == Phase::Relaying {
             return;
@@ -268,12 +493,14 @@ impl Core {
             request.prefill
         };
         if let Some(sibling) = sibling {
-            self.cancel(sibling, actions);
+            self.cancel(sibling, now, actions);
         }
+        self.advance(id, Stage::Decoding, now);
         actions.push(Action::Relay { request: key, job: id, route });
+        self.pump(worker, now, actions);
     }
 
-    fn ended(&mut self, id: JobId, actions: &mut Vec<Action>) {
+    fn ended(&mut self, id: JobId, now: Duration, actions: &mut Vec<Action>) {
         let Some(&Job { request: key, worker, .. }) = self.jobs.get(id.0) else { return };
         let Some(request) = self.requests.get(key.0) else { return };
         if request.answering != Some(id) {
@@ -286,15 +513,30 @@ impl Core {
                 FaultKind::Failed,
                 format!("{} ended the request without an answer", self.name(worker)),
             );
-            return self.leg_failed(id, fault, actions);
+            return self.leg_failed(id, fault, now, actions);
         }
-        self.close(id);
-        self.forget(key, actions);
+        self.close(id, now);
+        self.forget(key, now, actions);
         actions.push(Action::Finish { request: key });
+        self.pump(worker, now, actions);
     }
 
-    fn leg_failed(&mut self, id: JobId, fault: Fault, actions: &mut Vec<Action>) {
-        let Some(Job { request: key, worker, leg, .. }) = self.close(id) else { return };
+    fn leg_failed(&mut self, id: JobId, fault: Fault, now: Duration, actions: &mut Vec<Action>) {
+        let Some(Job { request: key, worker, leg, .. }) = self.close(id, now) else { return };
+        self.leg_lost(key, worker, leg, fault, now, actions);
+        self.pump(worker, now, actions);
+    }
+
+    /// What becomes of a request that lost a leg.
+    fn leg_lost(
+        &mut self,
+        key: RequestKey,
+        worker: WorkerKey,
+        leg: Leg,
+        fault: Fault,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         let Some(request) = self.requests.get_mut(key.0) else { return };
         actions.push(Action::Blame { leg, fault: fault.clone() });
 
@@ -303,7 +545,7 @@ impl Core {
                 // A prefill that fails after decode has answered harms nobody.
                 return;
             }
-            self.forget(key, actions);
+            self.forget(key, now, actions);
             actions.push(Action::BreakOff { request: key, fault });
             return;
         }
@@ -320,26 +562,25 @@ impl Core {
             }
             _ => None,
         };
-        let (id, generation) = (request.handoff, request.generation);
         // A handoff that failed says nothing of which side was at fault: keep away from both.
-        let avoid: Vec<WorkerKey> = match (fault.origin, request.route) {
+        request.avoid = match (fault.origin, request.route) {
             (Origin::Handoff, Some(Route::Disaggregated { prefill, decode, .. })) => {
                 vec![prefill, decode]
             }
             _ => vec![worker],
         };
-        self.cancel_all(key, actions);
+        self.withdraw(key, now, actions);
         if may_retry {
-            self.start_attempt(key, &avoid, actions);
+            self.start_attempt(key, now, actions);
         } else if let Some(worker) = in_one.filter(|worker| self.fleet.get(*worker).is_some()) {
             let reason = AggregatedReason::HandoffFailed;
-            self.start_legs(key, Route::Aggregated { worker, reason }, id, generation, actions);
+            self.start_aggregated(key, worker, reason, now, actions);
         } else {
-            self.reject(key, Rejection::LegFailed { leg, fault }, actions);
+            self.reject(key, Rejection::LegFailed { leg, fault }, now, actions);
         }
     }
 
-    fn worker_lost(&mut self, worker: WorkerKey, actions: &mut Vec<Action>) {
+    fn worker_lost(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
         let Some(lost) = self.fleet.detach(worker) else { return };
         let jobs: Vec<JobId> = self
             .jobs
@@ -350,15 +591,28 @@ impl Core {
         for job in jobs {
             let message = format!("worker {} went away", lost.description.name);
             let fault = Fault::new(Origin::Worker, FaultKind::Unavailable, message);
-            self.leg_failed(job, fault, actions);
+            self.leg_failed(job, fault, now, actions);
+        }
+        // Nothing of theirs was begun: no try is lost.
+        for key in lost.queue.keys() {
+            if let Some(request) = self.requests.get_mut(key.0) {
+                request.waits_for = None;
+                self.start_attempt(key, now, actions);
+            }
         }
         // Nobody is there to hear it.
         actions
             .retain(|action| !matches!(action, Action::Cancel { worker: w, .. } if *w == worker));
     }
 
-    fn reject(&mut self, key: RequestKey, rejection: Rejection, actions: &mut Vec<Action>) {
-        self.forget(key, actions);
+    fn reject(
+        &mut self,
+        key: RequestKey,
+        rejection: Rejection,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        self.forget(key, now, actions);
         actions.push(Action::Reject { request: key, rejection });
     }
 
@@ -366,13 +620,13 @@ impl Core {
         while let Some(&(deadline, key)) = self.deadlines.first()
             && deadline <= now
         {
-            self.reject(key, Rejection::FirstTokenTimeout, actions);
+            self.reject(key, Rejection::FirstTokenTimeout, now, actions);
         }
     }
 
     /// The request is over.
-    fn forget(&mut self, key: RequestKey, actions: &mut Vec<Action>) {
-        self.cancel_all(key, actions);
+    fn forget(&mut self, key: RequestKey, now: Duration, actions: &mut Vec<Action>) {
+        self.withdraw(key, now, actions);
         if let Some(request) = self.requests.remove(key.0) {
             self.deadlines.remove(&(request.first_token_deadline, key));
         }
@@ -395,13 +649,22 @@ impl Core {
         }
         for (key, request) in self.requests.iter() {
             let jobs = [request.prefill, request.answering];
-            assert!(jobs.iter().any(Option::is_some), "request {key} waits for something");
+            let has_jobs = jobs.iter().any(Option::is_some);
+            assert!(has_jobs != request.waits_for.is_some(), "request {key} waits for something");
+            if let Some(worker) = request.waits_for {
+                let worker = self.fleet.get(worker).expect("a queue is a worker's");
+                let places = worker.queue.keys().filter(|waiting| waiting.0 == key).count();
+                assert_eq!(places, 1, "who waits has one place");
+            }
             for job in jobs.into_iter().flatten() {
                 assert!(self.jobs.get(job.0).is_some(), "a request's jobs are open");
             }
         }
-        let running: u32 = self.fleet.iter().map(|(_, worker)| worker.jobs_running()).sum();
-        let computing = self.jobs.iter().filter(|(_, job)| job.computing).count();
+        let waiting: usize = self.fleet.iter().map(|(_, worker)| worker.queue.len()).sum();
+        let waits = |(_, request): &(u64, &Request)| request.waits_for.is_some();
+        assert_eq!(waiting, self.requests.iter().filter(waits).count(), "nobody gone is queued");
+        let running: u32 = self.fleet.iter().map(|(_, worker)| worker.jobs_running).sum();
+        let computing = self.jobs.iter().filter(|(_, job)| job.stage.is_running()).count();
         assert_eq!(running as usize, computing, "counts agree");
         let open = self.requests.iter().filter(|(_, request)| request.phase == Phase::Open).count();
         assert_eq!(self.deadlines.len(), open, "who has no answer has a deadline");
@@ -409,7 +672,26 @@ impl Core {
 }
 
 fn view(key: WorkerKey, worker: &crate::fleet::Worker) -> WorkerView<'_> {
-    WorkerView { key, description: &worker.description, jobs_running: worker.jobs_running() }
+    WorkerView {
+        key,
+        description: &worker.description,
+        jobs_running: worker.jobs_running,
+        load: &worker.load,
+    }
+}
+
+/// Tokens of the prompt's start whose KV a worker is believed to hold.
+fn hit_tokens(prefixes: &RecentPrefixes, shape: &RequestShape) -> u32 {
+    if shape.prefix_blocks.is_empty() {
+        return 0;
+    }
+    let blocks = u32::try_from(prefixes.matched(&shape.prefix_blocks)).unwrap_or(u32::MAX);
+    let tokens = blocks.saturating_mul(shape.prefix_block_tokens);
+    tokens.min(shape.prompt_tokens.saturating_sub(1))
+}
+
+fn milliseconds(milliseconds: f64) -> Duration {
+    Duration::try_from_secs_f64(milliseconds / 1000.0).unwrap_or(Duration::MAX)
 }
 
 #[cfg(test)]

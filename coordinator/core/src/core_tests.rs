@@ -16,6 +16,8 @@ fn worker(name: &str, role: Role) -> WorkerDescription {
         role,
         models: vec!["m".into()],
         handoff: FENCED,
+        model: None,
+        kv_capacity_tokens: None,
     }
 }
 

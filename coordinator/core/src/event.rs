@@ -1,7 +1,7 @@
 use baton_types::{Fault, Generation, HandoffId, Leg};
 
 use crate::{
-    fleet::WorkerKey,
+    fleet::{WorkerKey, WorkerReport},
     placement::Route,
     request::{JobId, RequestKey},
 };
@@ -11,6 +11,11 @@ use crate::{
 pub enum Event {
     WorkerLost {
         worker: WorkerKey,
+    },
+    /// What a worker says of its engine.
+    Report {
+        worker: WorkerKey,
+        report: WorkerReport,
     },
     /// The prefill leg is through: its engine has computed the prompt.
     PrefillDone {

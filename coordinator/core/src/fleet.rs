@@ -1,6 +1,14 @@
-use baton_types::{Epoch, Leg, Role};
+use std::time::Duration;
 
-use crate::keyed::Keyed;
+use baton_types::{Epoch, Role, StepModel};
+
+use crate::{
+    keyed::Keyed,
+    policy::Targets,
+    queue::Queue,
+    recent_prefixes::RecentPrefixes,
+    request::{Job, Stage},
+};
 
 /// One attachment of a worker: a worker that comes back has a new key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -25,29 +33,186 @@ pub struct WorkerDescription {
     pub role: Role,
     pub models: Vec<String>,
     pub handoff: HandoffMode,
+    /// How long its engine's steps take, where that is known.
+    pub model: Option<StepModel>,
+    pub kv_capacity_tokens: Option<u64>,
+}
+
+/// What a worker says of its engine, now and then.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct WorkerReport {
+    /// Tokens before those of the next step, over all sequences that decode.
+    pub decode_context_tokens: u64,
+    pub kv_used_tokens: u64,
+}
+
+/// What a worker has to do: what it was given and has not ended, and what it last said of itself.
+#[derive(Clone, Debug, Default)]
+pub struct Load {
+    /// Prompts that its engine has and has not computed.
+    pub prefills: u32,
+    pub prefill_tokens: u64,
+    /// Sequences that decode there, or whose KV is on its way there.
+    pub decodes: u32,
+    /// Prompts that wait for it here.
+    pub queued: u32,
+    pub model: Option<StepModel>,
+    /// When it was last given work, counted in placements: equals take turns.
+    pub last_placed: u64,
+    kv_capacity_tokens: Option<u64>,
+    /// Milliseconds of the prompts that its engine has.
+    dispatched_work_ms: f64,
+    queued_work_ms: f64,
+    /// Since when it has worked on the first of them.
+    working_since: Duration,
+    decode_prompt_tokens: u64,
+    /// What decodes have added to their prompts, as last reported.
+    decode_output_tokens: u64,
+    kv_used_tokens: u64,
+    /// Of prompts that were sent there since `kv_used_tokens` was reported.
+    kv_coming_tokens: u64,
+}
+
+impl Load {
+    pub fn jobs(&self) -> u32 {
+        self.prefills + self.decodes + self.queued
+    }
+
+    /// A decode step with so much more in it; 0 where the worker's model is not known.
+    pub fn decode_step_ms(&self, more_sequences: u32, more_context_tokens: u32) -> f64 {
+        let sequences = self.decodes + more_sequences;
+        match &self.model {
+            Some(model) if sequences > 0 => {
+                let context = self.decode_prompt_tokens
+                    + self.decode_output_tokens
+                    + u64::from(more_context_tokens);
+                model.decode_step_ms(sequences, context)
+            }
+            _ => 0.0,
+        }
+    }
+
+    /// What a prompt costs of which so much is cached. Where the worker's model is not known a token
+    /// counts as a millisecond: enough to compare by.
+    pub fn prefill_ms(&self, cached_tokens: u32, prompt_tokens: u32) -> f64 {
+        let cached = cached_tokens.min(prompt_tokens.saturating_sub(1));
+        match &self.model {
+            Some(model) => model.prefill_work_ms(cached, prompt_tokens),
+            None => f64::from(prompt_tokens - cached),
+        }
+    }
+
+    /// Milliseconds of prefill that are dispatched or wait.
+    pub fn prefill_work_ms(&self) -> f64 {
+        self.dispatched_work_ms + self.queued_work_ms
+    }
+
+    /// The part of its time that the worker has for prefill, beside its decodes.
+    pub fn prefill_rate(&self, targets: &Targets) -> f64 {
+        // Alone, what is not prefill is the fixed part of each batch.
+        let Some(model) = self.model.filter(|_| self.decodes > 0) else { return 0.95 };
+        let slack_ms = targets.step_ms - self.decode_step_ms(0, 0);
+        let factor = model.prefill_interference_factor.max(1e-3);
+        (slack_ms / (targets.step_ms * factor)).clamp(0.02, 1.0 / factor)
+    }
+
+    pub fn has_kv_room(&self, tokens: u32, up_to: f64) -> bool {
+        let Some(capacity) = self.kv_capacity_tokens else { return true };
+        let used = self.kv_used_tokens + self.kv_coming_tokens + u64::from(tokens);
+        #[allow(clippy::cast_precision_loss)]
+        let fits = used as f64 <= capacity as f64 * up_to;
+        fits
+    }
+
+    /// Of what was dispatched, what is left by now.
+    pub(crate) fn dispatched_left_ms(&self, now: Duration, targets: &Targets) -> f64 {
+        let elapsed_ms = now.saturating_sub(self.working_since).as_secs_f64() * 1000.0;
+        let done_ms = elapsed_ms * self.prefill_rate(targets);
+        (self.dispatched_work_ms - done_ms).max(0.05 * self.dispatched_work_ms)
+    }
+
+    fn enter(&mut self, job: &Job, now: Duration) {
+        match job.stage {
+            Stage::Prefilling => {
+                if self.prefills == 0 {
+                    self.working_since = now;
+                }
+                self.prefills += 1;
+                self.prefill_tokens += u64::from(job.prompt_tokens);
+                self.dispatched_work_ms += job.work_ms;
+                self.kv_coming_tokens += u64::from(job.prompt_tokens);
+            }
+            Stage::Decoding => {
+                self.decodes += 1;
+                self.decode_prompt_tokens += u64::from(job.prompt_tokens);
+                self.kv_coming_tokens += u64::from(job.prompt_tokens);
+            }
+            Stage::Holding => {}
+        }
+    }
+
+    fn leave(&mut self, job: &Job, now: Duration) {
+        match job.stage {
+            Stage::Prefilling => {
+                self.prefills = self.prefills.saturating_sub(1);
+                self.prefill_tokens =
+                    self.prefill_tokens.saturating_sub(u64::from(job.prompt_tokens));
+                self.dispatched_work_ms = if self.prefills == 0 {
+                    // Nothing is left of rounding.
+                    0.0
+                } else {
+                    (self.dispatched_work_ms - job.work_ms).max(0.0)
+                };
+                self.working_since = now;
+                self.forget_kv(job.prompt_tokens);
+            }
+            Stage::Decoding => {
+                self.decodes = self.decodes.saturating_sub(1);
+                self.decode_prompt_tokens =
+                    self.decode_prompt_tokens.saturating_sub(u64::from(job.prompt_tokens));
+                if self.decodes == 0 {
+                    self.decode_output_tokens = 0;
+                }
+                self.forget_kv(job.prompt_tokens);
+            }
+            Stage::Holding => {}
+        }
+    }
+
+    fn forget_kv(&mut self, tokens: u32) {
+        let tokens = u64::from(tokens);
+        let coming = tokens.min(self.kv_coming_tokens);
+        self.kv_coming_tokens -= coming;
+        self.kv_used_tokens = self.kv_used_tokens.saturating_sub(tokens - coming);
+    }
+
+    fn report(&mut self, report: &WorkerReport) {
+        self.decode_output_tokens =
+            report.decode_context_tokens.saturating_sub(self.decode_prompt_tokens);
+        self.kv_used_tokens = report.kv_used_tokens;
+        self.kv_coming_tokens = 0;
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) description: WorkerDescription,
-    /// Jobs started and not ended, by leg.
-    jobs: [u32; 3],
-    /// When it was last given work, counted in placements: equals take turns.
-    last_placed: u64,
+    pub(crate) load: Load,
+    pub(crate) queue: Queue,
+    pub(crate) prefixes: RecentPrefixes,
+    /// Jobs at which its engine is at work.
+    pub(crate) jobs_running: u32,
 }
 
 impl Worker {
-    pub(crate) fn jobs_running(&self) -> u32 {
-        self.jobs.iter().sum()
-    }
-
     pub(crate) fn serves(&self, model: Option<&str>) -> bool {
         model.is_none_or(|model| self.description.models.iter().any(|name| name == model))
     }
 
-    /// Less loaded first, then the one that waited longest.
-    pub(crate) fn load_order(&self) -> (u32, u64) {
-        (self.jobs_running(), self.last_placed)
+    /// Called whenever the queue changed.
+    pub(crate) fn queue_changed(&mut self) {
+        self.load.queued = u32::try_from(self.queue.len()).unwrap_or(u32::MAX);
+        self.load.queued_work_ms = self.queue.work_ms();
     }
 }
 
@@ -57,6 +222,7 @@ pub struct WorkerView<'a> {
     pub key: WorkerKey,
     pub description: &'a WorkerDescription,
     pub jobs_running: u32,
+    pub load: &'a Load,
 }
 
 /// The workers that are attached now.
@@ -68,7 +234,19 @@ pub(crate) struct Fleet {
 
 impl Fleet {
     pub(crate) fn attach(&mut self, description: WorkerDescription) -> WorkerKey {
-        WorkerKey(self.workers.insert(Worker { description, jobs: [0; 3], last_placed: 0 }))
+        let load = Load {
+            model: description.model,
+            kv_capacity_tokens: description.kv_capacity_tokens,
+            ..Load::default()
+        };
+        let prefixes = RecentPrefixes::new(description.kv_capacity_tokens);
+        WorkerKey(self.workers.insert(Worker {
+            description,
+            load,
+            queue: Queue::default(),
+            prefixes,
+            jobs_running: 0,
+        }))
     }
 
     pub(crate) fn detach(&mut self, key: WorkerKey) -> Option<Worker> {
@@ -77,6 +255,10 @@ impl Fleet {
 
     pub(crate) fn get(&self, key: WorkerKey) -> Option<&Worker> {
         self.workers.get(key.0)
+    }
+
+    pub(crate) fn get_mut(&mut self, key: WorkerKey) -> Option<&mut Worker> {
+        self.workers.get_mut(key.0)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (WorkerKey, &Worker)> {
@@ -95,20 +277,34 @@ impl Fleet {
         self.workers.len()
     }
 
-    pub(crate) fn job_started(&mut self, key: WorkerKey, leg: Leg) {
+    /// A worker was chosen: it waited least of all now.
+    pub(crate) fn placed(&mut self, key: WorkerKey) {
         self.placements += 1;
         let placements = self.placements;
         if let Some(worker) = self.workers.get_mut(key.0) {
-            worker.jobs[leg as usize] += 1;
-            worker.last_placed = placements;
+            worker.load.last_placed = placements;
         }
     }
 
-    pub(crate) fn job_ended(&mut self, key: WorkerKey, leg: Leg) {
+    pub(crate) fn job_started(&mut self, job: &Job, now: Duration) {
+        if let Some(worker) = self.workers.get_mut(job.worker.0) {
+            worker.jobs_running += u32::from(job.stage.is_running());
+            worker.load.enter(job, now);
+        }
+    }
+
+    pub(crate) fn job_ended(&mut self, job: &Job, now: Duration) {
+        if let Some(worker) = self.workers.get_mut(job.worker.0) {
+            let running = u32::from(job.stage.is_running());
+            debug_assert!(worker.jobs_running >= running, "a job ends once");
+            worker.jobs_running = worker.jobs_running.saturating_sub(running);
+            worker.load.leave(job, now);
+        }
+    }
+
+    pub(crate) fn report(&mut self, key: WorkerKey, report: &WorkerReport) {
         if let Some(worker) = self.workers.get_mut(key.0) {
-            let jobs = &mut worker.jobs[leg as usize];
-            debug_assert!(*jobs > 0, "a job ends once");
-            *jobs = jobs.saturating_sub(1);
+            worker.load.report(report);
         }
     }
 }

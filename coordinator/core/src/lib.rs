@@ -13,12 +13,18 @@ mod event;
 mod fleet;
 mod keyed;
 mod placement;
+pub mod policy;
+mod prefix_index;
+mod queue;
+mod recent_prefixes;
 mod request;
 
 pub use crate::{
     core::{Core, Settings},
     event::{Action, Event, HandoffPlan, Rejection},
-    fleet::{HandoffMode, WorkerDescription, WorkerKey, WorkerView},
-    placement::{AggregatedReason, Route},
+    fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
+    placement::{AggregatedReason, Route, Split},
+    prefix_index::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits},
+    queue::Order,
     request::{JobId, RequestKey, RequestShape},
 };

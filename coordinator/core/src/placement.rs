@@ -1,8 +1,5 @@
-//! Where the legs of a request run.
-//!
-//! The simplest rule that is fair: the worker with the fewest jobs, and among equals the one that waited
-//! longest. A request that can be split is split whenever a prefill and a decode worker can hand over to
-//! each other.
+//! Where the legs of a request may run: which workers are candidates. Which of them it is, a
+//! [policy](crate::policy) says.
 
 use std::fmt;
 
@@ -12,6 +9,19 @@ use crate::{
     fleet::{Fleet, HandoffMode, Worker, WorkerKey},
     request::RequestShape,
 };
+
+/// Which requests are split.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Split {
+    /// All that can be, between the two pools.
+    #[default]
+    Always,
+    /// None: each worker does both legs, whatever its role.
+    Never,
+    /// Each worker may do any leg; the policy decides by each request whether its answer stays on the
+    /// worker that prefilled it.
+    PerRequest,
+}
 
 /// The way of one attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +41,10 @@ pub enum AggregatedReason {
     NoDecodeWorker,
     /// There are both, but none can take the other's KV.
     NoCompatiblePair,
+    /// Splitting is turned off.
+    TurnedOff,
+    /// Its policy found that a handoff would cost more than it gains.
+    StaysByPolicy,
     /// It was split, and its KV did not come.
     HandoffFailed,
 }
@@ -44,6 +58,8 @@ impl AggregatedReason {
             Self::NoPrefillWorker => "no_prefill_worker",
             Self::NoDecodeWorker => "no_decode_worker",
             Self::NoCompatiblePair => "no_compatible_pair",
+            Self::TurnedOff => "turned_off",
+            Self::StaysByPolicy => "stays_by_policy",
             Self::HandoffFailed => "handoff_failed",
         }
     }
@@ -61,77 +77,133 @@ pub(crate) enum NoRoute {
     UnknownModel,
 }
 
-/// Finds a route that keeps away from `avoid` (workers that failed this request) where it can.
-pub(crate) fn place(
+/// What an attempt shall be, before its workers are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Plan {
+    Split,
+    Aggregated(AggregatedReason),
+}
+
+/// Decides whether a request is split, and writes down who could do its first leg.
+pub(crate) fn plan(
     fleet: &Fleet,
     shape: &RequestShape,
     avoid: &[WorkerKey],
-) -> Result<Route, NoRoute> {
+    split: Split,
+    candidates: &mut Vec<WorkerKey>,
+) -> Result<Plan, NoRoute> {
     if fleet.len() == 0 {
         return Err(NoRoute::NoWorker);
     }
-    let pool = |role| best(fleet, shape, avoid, |worker| worker.description.role == role);
-    let aggregated = |preferred: Role, reason| {
-        let worker = pool(preferred)
-            .or_else(|| best(fleet, shape, avoid, |_| true))
-            .ok_or(NoRoute::UnknownModel)?;
-        Ok(Route::Aggregated { worker, reason })
+    let aggregated = |preferred: Option<Role>, reason, candidates: &mut Vec<WorkerKey>| {
+        select(fleet, shape, avoid, candidates, |worker| {
+            preferred.is_none_or(|role| worker.description.role == role)
+        });
+        if candidates.is_empty() {
+            select(fleet, shape, avoid, candidates, |_| true);
+        }
+        if candidates.is_empty() {
+            Err(NoRoute::UnknownModel)
+        } else {
+            Ok(Plan::Aggregated(reason))
+        }
     };
+    let by_role = |role| if split == Split::Always { Some(role) } else { None };
 
     if let Some(what) = shape.unsplittable {
-        return aggregated(Role::Decode, AggregatedReason::Unsplittable(what));
+        let reason = AggregatedReason::Unsplittable(what);
+        return aggregated(by_role(Role::Decode), reason, candidates);
     }
     if shape.max_output_tokens == Some(1) {
-        return aggregated(Role::Prefill, AggregatedReason::OneToken);
+        return aggregated(by_role(Role::Prefill), AggregatedReason::OneToken, candidates);
     }
-    let Some(first_prefill) = pool(Role::Prefill) else {
-        return aggregated(Role::Decode, AggregatedReason::NoPrefillWorker);
-    };
-    if pool(Role::Decode).is_none() {
-        return aggregated(Role::Prefill, AggregatedReason::NoDecodeWorker);
+    match split {
+        Split::Never => return aggregated(None, AggregatedReason::TurnedOff, candidates),
+        Split::PerRequest => {
+            select(fleet, shape, avoid, candidates, |_| true);
+            return if candidates.is_empty() {
+                Err(NoRoute::UnknownModel)
+            } else {
+                Ok(Plan::Split)
+            };
+        }
+        Split::Always => {}
     }
-    pair_with(fleet, shape, avoid, first_prefill)
-        .or_else(|| {
-            // The best prefill worker finds no partner: any that does is better than none.
-            fleet
-                .iter()
-                .filter(|(_, worker)| worker.description.role == Role::Prefill)
-                .filter(|(_, worker)| worker.serves(shape.model.as_deref()))
-                .filter_map(|(key, worker)| {
-                    let order = (avoid.contains(&key), worker.load_order());
-                    Some((order, pair_with(fleet, shape, avoid, key)?))
-                })
-                .min_by_key(|(order, _)| *order)
-                .map(|(_, route)| route)
+    let is_served_by = |role| {
+        fleet.iter().any(|(_, worker)| {
+            worker.description.role == role && worker.serves(shape.model.as_deref())
         })
-        .map_or_else(|| aggregated(Role::Decode, AggregatedReason::NoCompatiblePair), Ok)
-}
-
-fn pair_with(
-    fleet: &Fleet,
-    shape: &RequestShape,
-    avoid: &[WorkerKey],
-    prefill: WorkerKey,
-) -> Option<Route> {
-    let handoff = fleet.get(prefill)?.description.handoff;
-    if handoff == HandoffMode::None {
-        return None;
+    };
+    if !is_served_by(Role::Prefill) {
+        return aggregated(Some(Role::Decode), AggregatedReason::NoPrefillWorker, candidates);
     }
-    let decode = best(fleet, shape, avoid, |worker| {
-        worker.description.role == Role::Decode && worker.description.handoff == handoff
-    })?;
-    Some(Route::Disaggregated { prefill, decode, by_engine: handoff == HandoffMode::Engine })
+    if !is_served_by(Role::Decode) {
+        return aggregated(Some(Role::Prefill), AggregatedReason::NoDecodeWorker, candidates);
+    }
+    // There are few of them, in most fleets one, and many workers.
+    let mut modes = Vec::new();
+    for (_, worker) in fleet.iter() {
+        let handoff = worker.description.handoff;
+        let decodes =
+            worker.description.role == Role::Decode && worker.serves(shape.model.as_deref());
+        if decodes && handoff != HandoffMode::None && !modes.contains(&handoff) {
+            modes.push(handoff);
+        }
+    }
+    select(fleet, shape, avoid, candidates, |worker| {
+        worker.description.role == Role::Prefill && modes.contains(&worker.description.handoff)
+    });
+    if candidates.is_empty() {
+        return aggregated(Some(Role::Decode), AggregatedReason::NoCompatiblePair, candidates);
+    }
+    Ok(Plan::Split)
 }
 
-fn best(
+/// Who could decode what this worker prefills.
+pub(crate) fn partners(
     fleet: &Fleet,
     shape: &RequestShape,
     avoid: &[WorkerKey],
+    split: Split,
+    prefill: WorkerKey,
+    candidates: &mut Vec<WorkerKey>,
+) {
+    candidates.clear();
+    let Some(worker) = fleet.get(prefill) else { return };
+    select(fleet, shape, avoid, candidates, |other| is_partner(worker, other, shape, split));
+    if split == Split::PerRequest && !candidates.contains(&prefill) {
+        candidates.push(prefill);
+    }
+}
+
+fn is_partner(prefill: &Worker, decode: &Worker, shape: &RequestShape, split: Split) -> bool {
+    let handoff = prefill.description.handoff;
+    handoff != HandoffMode::None
+        && decode.description.handoff == handoff
+        && (split == Split::PerRequest || decode.description.role == Role::Decode)
+        && decode.serves(shape.model.as_deref())
+}
+
+/// Those that serve the model and are admitted, but for `avoid` (workers that failed this request)
+/// where there are others.
+fn select(
+    fleet: &Fleet,
+    shape: &RequestShape,
+    avoid: &[WorkerKey],
+    candidates: &mut Vec<WorkerKey>,
     admits: impl Fn(&Worker) -> bool,
-) -> Option<WorkerKey> {
-    fleet
-        .iter()
-        .filter(|(_, worker)| admits(worker) && worker.serves(shape.model.as_deref()))
-        .min_by_key(|(key, worker)| (avoid.contains(key), worker.load_order()))
-        .map(|(key, _)| key)
+) {
+    let model = shape.model.as_deref();
+    let admitted = |worker: &Worker| admits(worker) && worker.serves(model);
+    candidates.clear();
+    candidates.extend(
+        fleet
+            .iter()
+            .filter(|(key, worker)| !avoid.contains(key) && admitted(worker))
+            .map(|(key, _)| key),
+    );
+    if candidates.is_empty() && !avoid.is_empty() {
+        let admitted = fleet.iter().filter(|(_, worker)| admitted(worker));
+        candidates.extend(admitted.map(|(key, _)| key));
+    }
 }

@@ -1,8 +1,11 @@
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use baton_types::{Generation, HandoffId, Leg};
 
-use crate::{fleet::WorkerKey, placement::Route};
+use crate::{
+    fleet::WorkerKey,
+    placement::{Plan, Route},
+};
 
 /// One request, from its arrival to the last byte of its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -20,6 +23,12 @@ pub struct RequestShape {
     pub unsplittable: Option<&'static str>,
     /// At most this many output tokens, where the client said so.
     pub max_output_tokens: Option<u64>,
+    /// As far as it is known.
+    pub prompt_tokens: u32,
+    /// Names of the prompt's full blocks, each of which stands for all tokens up to its end.
+    pub prefix_blocks: Arc<[u64]>,
+    /// Tokens of one of them.
+    pub prefix_block_tokens: u32,
 }
 
 #[derive(Debug)]
@@ -29,6 +38,13 @@ pub(crate) struct Request {
     pub(crate) generation: Generation,
     pub(crate) retries_left: u32,
     pub(crate) first_token_deadline: Duration,
+    /// When the first token is due, by the SLO.
+    pub(crate) due: Duration,
+    /// Workers that failed it.
+    pub(crate) avoid: Vec<WorkerKey>,
+    pub(crate) plan: Plan,
+    /// The worker in whose queue it waits.
+    pub(crate) waits_for: Option<WorkerKey>,
     pub(crate) route: Option<Route>,
     pub(crate) phase: Phase,
     /// The jobs of the current attempt that have neither ended nor been cancelled.
@@ -49,6 +65,23 @@ pub(crate) struct Job {
     pub(crate) request: RequestKey,
     pub(crate) worker: WorkerKey,
     pub(crate) leg: Leg,
-    /// Its engine is at work. A prefill that is through only keeps its exports.
-    pub(crate) computing: bool,
+    pub(crate) stage: Stage,
+    pub(crate) prompt_tokens: u32,
+    /// What its prefill costs, predicted.
+    pub(crate) work_ms: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Prefilling,
+    /// Or waiting for the KV to do so.
+    Decoding,
+    /// A prefill that is through only keeps its exports.
+    Holding,
+}
+
+impl Stage {
+    pub(crate) fn is_running(self) -> bool {
+        self != Self::Holding
+    }
 }

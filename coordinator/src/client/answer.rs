@@ -9,6 +9,9 @@ use http::{HeaderMap, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 
+/// An answer that comes whole is sent in frames of this size.
+const FRAME_BYTES: usize = 64 << 10;
+
 /// The place where a request's answer is laid down by the worker's stream and picked up by the
 /// client's connection. It holds at most what the client may leave unread, so a slow client costs its
 /// own buffer and nobody's time.
@@ -118,14 +121,16 @@ impl<G: Unpin> Body for AnswerBody<G> {
     type Data = Bytes;
     type Error = BrokenOff;
 
-    /// All that lies there becomes one frame, however many tokens it holds.
+    /// All that lies there becomes one frame, however many tokens it holds, up to a size that the
+    /// connection can buffer.
     fn poll_frame(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
         let mut state = self.answer.state.lock();
         if !state.unread.is_empty() && state.end != Some(End::Broken) {
-            return Poll::Ready(Some(Ok(Frame::data(state.unread.split().freeze()))));
+            let len = state.unread.len().min(FRAME_BYTES);
+            return Poll::Ready(Some(Ok(Frame::data(state.unread.split_to(len).freeze()))));
         }
         match state.end {
             Some(End::Complete) => Poll::Ready(None),
@@ -192,6 +197,24 @@ mod tests {
         let body = AnswerBody { answer, _guard: () };
         assert_eq!(body.size_hint().exact(), Some(3));
         assert_eq!(body.collect().await.unwrap().to_bytes(), "abc");
+    }
+
+    #[tokio::test]
+    async fn a_large_answer_comes_in_frames_that_a_connection_can_buffer() {
+        let answer = Answer::new(1 << 20);
+        answer.begin(head());
+        let large: Vec<u8> = (0..=u8::MAX).cycle().take(2 * FRAME_BYTES + 1).collect();
+        answer.push(&large).unwrap();
+        answer.complete();
+        let mut body = AnswerBody { answer, _guard: () };
+        let (mut lengths, mut whole) = (Vec::new(), Vec::new());
+        while let Some(frame) = body.frame().await {
+            let data = frame.unwrap().into_data().unwrap();
+            lengths.push(data.len());
+            whole.extend_from_slice(&data);
+        }
+        assert_eq!(lengths, [FRAME_BYTES, FRAME_BYTES, 1]);
+        assert!(whole == large);
     }
 
     #[tokio::test]

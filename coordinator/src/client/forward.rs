@@ -12,25 +12,24 @@ use super::{
     answer::AnswerBody,
     error::ClientError,
     peek::{Endpoint, peek},
+    server::Front,
 };
-use crate::shell::{ForwardedRequest, IncomingRequest, Shell};
+use crate::{
+    prompt,
+    shell::{ForwardedRequest, IncomingRequest},
+};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Takes a request to the workers and their answer back.
-pub(super) async fn forward(
-    shell: &Shell,
-    limits: &LimitsConfig,
-    endpoint: Endpoint,
-    request: Request,
-) -> Response {
+pub(super) async fn forward(front: &Front, endpoint: Endpoint, request: Request) -> Response {
     let arrived = Instant::now();
     let request_id = request.headers().get(&REQUEST_ID).cloned().unwrap_or_else(|| {
         // A UUID is a valid header value.
         HeaderValue::from_str(&Uuid::new_v4().simple().to_string())
             .unwrap_or(HeaderValue::from_static(""))
     });
-    match try_forward(shell, limits, endpoint, request, request_id.clone(), arrived).await {
+    match try_forward(front, endpoint, request, request_id.clone(), arrived).await {
         Ok(response) => response,
         Err(error) => {
             let mut response = refuse(&error);
@@ -41,15 +40,14 @@ pub(super) async fn forward(
 }
 
 async fn try_forward(
-    shell: &Shell,
-    limits: &LimitsConfig,
+    front: &Front,
     endpoint: Endpoint,
     request: Request,
     request_id: HeaderValue,
     arrived: Instant,
 ) -> Result<Response, ClientError> {
     let (parts, body) = request.into_parts();
-    let body = read_body(body, &parts.headers, limits).await?;
+    let body = read_body(body, &parts.headers, &front.limits).await?;
     let is_json = endpoint == Endpoint::Generation || content_is_json(&parts.headers);
     // What is not JSON (an upload of speech, say) is the engine's to read.
     let (shape, streams) = if is_json {
@@ -59,10 +57,15 @@ async fn try_forward(
         let unsplittable = Some("endpoint");
         (baton_core::RequestShape { unsplittable, ..Default::default() }, false)
     };
+    let prompt = match endpoint {
+        Endpoint::Generation => prompt::read(&body, front.tokenizer.as_ref()).await,
+        Endpoint::Whole => None,
+    };
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let headers = forwarded_headers(&parts.headers, &request_id);
-    let (answer, in_flight) = shell.arrive(IncomingRequest {
+    let (answer, in_flight) = front.shell.arrive(IncomingRequest {
         shape,
+        prompt,
         streams,
         request_id,
         arrived,

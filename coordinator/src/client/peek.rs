@@ -19,6 +19,7 @@ pub(super) fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError>
                     max_output_tokens: fields.max_completion_tokens.or(fields.max_tokens),
                     unsplittable: fields.unsplittable(),
                     model: fields.model.map(Cow::into_owned),
+                    ..RequestShape::default()
                 },
             })
         }
@@ -31,6 +32,7 @@ pub(super) fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError>
                     max_output_tokens: None,
                     unsplittable: Some("endpoint"),
                     model: fields.model.map(Cow::into_owned),
+                    ..RequestShape::default()
                 },
             })
         }

@@ -7,6 +7,7 @@ use axum::{
     routing::{MethodFilter, get, on},
 };
 use baton_config::LimitsConfig;
+use baton_tokens::PromptTokenizer;
 use http::Method;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::Semaphore};
@@ -21,21 +22,36 @@ use super::{
 };
 use crate::shell::Shell;
 
+/// What a connection holds of its request's head, and of its answer on the way out. A token's frame is
+/// copied into it and written as one piece: that costs less than to gather the pieces in the kernel.
+const BUFFER_BYTES: usize = 64 << 10;
+
 /// What every handler has at hand.
 #[derive(Clone, Debug)]
 pub(super) struct Front {
     pub(super) shell: Shell,
     pub(super) limits: Arc<LimitsConfig>,
+    /// Where prompts are tokenized here.
+    pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
 }
 
 /// Accepts clients until it is dropped. One hyper connection each, since `axum::serve` costs 8 KB more
 /// a stream.
-pub(crate) async fn serve(shell: Shell, limits: LimitsConfig, listener: TcpListener) {
+pub(crate) async fn serve(
+    shell: Shell,
+    limits: LimitsConfig,
+    tokenizer: Option<PromptTokenizer>,
+    listener: TcpListener,
+) {
     let connections = Arc::new(Semaphore::new(limits.max_connections as usize));
     let limits = Arc::new(limits);
-    let router = router(Front { shell, limits: limits.clone() });
+    let router =
+        router(Front { shell, limits: limits.clone(), tokenizer: tokenizer.map(Arc::new) });
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
+    http.timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout)
+        .max_buf_size(BUFFER_BYTES)
+        .writev(false);
     loop {
         // The semaphore is never closed.
         let Ok(permit) = connections.clone().acquire_owned().await else { return };
@@ -99,11 +115,11 @@ where
 }
 
 async fn generation(State(front): State<Front>, request: Request) -> Response {
-    forward(&front.shell, &front.limits, Endpoint::Generation, request).await
+    forward(&front, Endpoint::Generation, request).await
 }
 
 async fn whole(State(front): State<Front>, request: Request) -> Response {
-    forward(&front.shell, &front.limits, Endpoint::Whole, request).await
+    forward(&front, Endpoint::Whole, request).await
 }
 
 async fn no_such_path(method: Method, request: Request) -> Response {

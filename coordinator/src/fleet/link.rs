@@ -51,6 +51,11 @@ impl Link {
         });
     }
 
+    /// Asks a worker to tell of its prefix cache anew.
+    pub(crate) fn restart_kv_events(&self) {
+        self.change(|state| state.commands.restart_kv_events = true);
+    }
+
     /// Ends the stream of a worker whose place another took, and tells it so.
     pub(crate) fn dismiss(&self, reason: String) {
         self.change(|state| {
@@ -92,7 +97,7 @@ impl Stream for LinkStream {
         let mut state = self.0.state.lock();
         let frame = state.first.take().or_else(|| {
             let commands = std::mem::take(&mut state.commands);
-            let any = !commands.start.is_empty() || !commands.cancel.is_empty();
+            let any = commands != wire::Commands::default();
             any.then_some(wire::coordinator_frame::Frame::Commands(commands))
         });
         match frame {

@@ -66,6 +66,9 @@ async fn read(
             Ok(Some(wire::WorkerFrame { frame })) => match frame {
                 Some(wire::worker_frame::Frame::Events(batch)) => shell.events(worker, batch),
                 Some(wire::worker_frame::Frame::Report(report)) => shell.report(worker, report),
+                Some(wire::worker_frame::Frame::KvEvents(events)) => {
+                    shell.kv_events(worker, &events);
+                }
                 Some(wire::worker_frame::Frame::Hello(_)) | None => {
                     warn!("a worker sent a frame that has no place here: its stream is closed");
                     break;
@@ -116,6 +119,8 @@ fn introduce(hello: &wire::Hello) -> Result<(WorkerDescription, Option<PeerInfo>
         role: Role::try_from(hello.role())?,
         models: hello.models.clone(),
         handoff,
+        model: None,
+        kv_capacity_tokens: None,
     };
     Ok((description, peer))
 }

@@ -3,6 +3,8 @@ use std::{
     hash::{BuildHasherDefault, Hasher},
 };
 
+use crate::kv_cache::KvCacheLog;
+
 /// One block of the paged KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockId(pub u32);
@@ -10,6 +12,13 @@ pub struct BlockId(pub u32);
 /// Names a full block by its tokens and those of every block before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockHash(pub u64);
+
+impl BlockHash {
+    /// As others know it.
+    fn to_tell(self) -> Option<baton_types::BlockHash> {
+        baton_types::BlockHash::new(self.0)
+    }
+}
 
 /// Counts who uses each block. A block that nobody uses keeps its contents, and can be found by its
 /// hash, until it is the one that was not used for the longest time and somebody needs a block.
@@ -21,6 +30,8 @@ pub(super) struct BlockPool {
     front: Option<BlockId>,
     back: Option<BlockId>,
     free: u32,
+    /// Where it is told which blocks can be found.
+    log: Option<KvCacheLog>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -39,11 +50,17 @@ impl BlockPool {
             front: None,
             back: None,
             free: 0,
+            log: None,
         };
         for index in 0..blocks {
             pool.push_back(BlockId(index));
         }
         pool
+    }
+
+    /// Tells from now on which blocks can be found.
+    pub(super) fn tell(&mut self, log: KvCacheLog) {
+        self.log = Some(log);
     }
 
     pub(super) fn total(&self) -> u32 {
@@ -71,6 +88,9 @@ impl BlockPool {
         entry.users = 1;
         if let Some(hash) = entry.hash.take() {
             self.by_hash.remove(&hash);
+            if let Some((log, hash)) = self.log.as_ref().zip(hash.to_tell()) {
+                log.removed(hash);
+            }
         }
         Some(block)
     }
@@ -103,6 +123,9 @@ impl BlockPool {
         if let std::collections::hash_map::Entry::Vacant(vacant) = self.by_hash.entry(hash) {
             vacant.insert(block);
             self.blocks[block.0 as usize].hash = Some(hash);
+            if let Some((log, hash)) = self.log.as_ref().zip(hash.to_tell()) {
+                log.stored(hash);
+            }
         }
     }
 

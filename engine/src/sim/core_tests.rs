@@ -28,6 +28,7 @@ impl Rig {
             kv_blocks: 32,
             max_seqs: 8,
             max_step_tokens: 8,
+            reserves_output: false,
         };
         let store = KvStore::new("m", limits.kv_blocks, BLOCK_TOKENS, ENTRY_BYTES);
         let core = Core::new(Scheduler::new(limits), store, arena);
@@ -41,7 +42,7 @@ impl Rig {
         part: Option<Part>,
     ) -> UnboundedReceiver<ChoiceEvent> {
         let (events, receiver) = unbounded_channel();
-        let mut hasher = BlockHasher::new(None);
+        let mut hasher = BlockHasher::new("m", None);
         let full_blocks = prompt.chunks_exact(BLOCK_TOKENS as usize);
         self.requests += 1;
         self.core.submit(Submission {
@@ -241,7 +242,7 @@ fn one_slow_consumer_leaves_slots_to_others() {
         choice: 0,
         prompt: numbers(3),
         block_hashes: Vec::new(),
-        hasher: BlockHasher::new(None),
+        hasher: BlockHasher::new("m", None),
         sampling: Sampling { max_tokens: 1, ..Sampling::default() },
         handoff: Some(Handoff {
             name: HandoffName { generation: Generation(2), ..name() },

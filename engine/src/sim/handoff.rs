@@ -1,4 +1,4 @@
-use baton_types::{Generation, HandoffId, PromptDigest};
+use baton_types::{BlockScope, BlockUnit, Generation, HandoffId, PromptDigest};
 use sha2::{Digest, Sha256};
 
 use super::block_pool::BlockHash;
@@ -28,32 +28,24 @@ pub(super) fn prompt_digest(tokens: &[u32], cache_salt: Option<&str>) -> PromptD
     PromptDigest(hasher.finalize().into())
 }
 
-/// Names full blocks, each by its tokens and the name of the block before it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct BlockHasher {
-    parent: BlockHash,
-}
+/// Names full blocks as a coordinator does, which is told of them.
+#[derive(Clone, Debug)]
+pub(super) struct BlockHasher(baton_types::BlockHasher);
 
 impl BlockHasher {
     /// Prompts of different salts share no blocks.
-    pub(super) fn new(cache_salt: Option<&str>) -> Self {
-        let hash = cache_salt.map_or(0, |salt| first_eight(blake3::hash(salt.as_bytes())));
-        Self { parent: BlockHash(hash) }
+    pub(super) fn new(model: &str, cache_salt: Option<&str>) -> Self {
+        Self(baton_types::BlockHasher::new(&BlockScope {
+            unit: BlockUnit::Tokens,
+            model,
+            adapter: "",
+            salt: cache_salt.unwrap_or_default(),
+        }))
     }
 
     pub(super) fn next(&mut self, tokens: &[u32]) -> BlockHash {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&self.parent.0.to_le_bytes());
-        let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-        hasher.update(&bytes);
-        self.parent = BlockHash(first_eight(hasher.finalize()));
-        self.parent
+        BlockHash(self.0.tokens(tokens).get())
     }
-}
-
-fn first_eight(hash: blake3::Hash) -> u64 {
-    let bytes: [u8; 8] = std::array::from_fn(|index| hash.as_bytes()[index]);
-    u64::from_le_bytes(bytes)
 }
 
 #[cfg(test)]
@@ -73,7 +65,7 @@ mod tests {
     #[test]
     fn a_block_is_named_by_all_before_it_too() {
         let name = |salt, blocks: &[&[u32]]| {
-            let mut hasher = BlockHasher::new(salt);
+            let mut hasher = BlockHasher::new("m", salt);
             blocks.iter().map(|block| hasher.next(block)).last()
         };
         assert_eq!(name(None, &[&[1, 2], &[3, 4]]), name(None, &[&[1, 2], &[3, 4]]));

@@ -37,11 +37,15 @@ pub use self::{
     block_pool::{BlockHash, BlockId},
     profile::{Profile, ProfileError},
     scheduler::{
-        Admission, NeverFits, NewSequence, Scheduler, SchedulerLimits, SequenceId, Step, Work,
+        Admission, NeverFits, NewSequence, PrefillPace, Scheduler, SchedulerLimits, SequenceId,
+        Step, Work,
     },
 };
 use crate::{
-    contract::{Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest},
+    contract::{
+        Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest, KvCache,
+    },
+    kv_cache::KvCacheLog,
     kv_port::KvPort,
     vllm::arena_files,
 };
@@ -66,6 +70,7 @@ pub struct SimEngine {
     description: EngineDescription,
     gauges: Arc<Gauges>,
     kv_blocks: u32,
+    kv_cache: KvCache,
     ports: Mutex<Option<mpsc::Receiver<KvPort>>>,
 }
 
@@ -99,6 +104,7 @@ impl SimEngine {
             kv_blocks: config.kv_blocks,
             max_seqs: config.max_seqs,
             max_step_tokens: config.max_step_tokens,
+            reserves_output: false,
         };
         let store = KvStore::new(
             &config.model,
@@ -120,8 +126,11 @@ impl SimEngine {
 
         let (commands, commands_receiver) = mpsc::unbounded_channel();
         let gauges = Arc::new(Gauges::default());
+        let log = KvCacheLog::default();
+        let mut scheduler = Scheduler::new(limits);
+        scheduler.tell(log.clone());
         let stepper = Stepper {
-            core: Core::new(Scheduler::new(limits), store, arena),
+            core: Core::new(scheduler, store, arena),
             profile,
             time_scale: config.time_scale,
             commands: commands_receiver,
@@ -137,10 +146,12 @@ impl SimEngine {
             description: EngineDescription {
                 engine: concat!("sim ", env!("CARGO_PKG_VERSION")).to_owned(),
                 models: vec![config.model.clone()],
+                adapters: Vec::new(),
                 max_model_tokens: config.max_model_tokens,
             },
             gauges,
             kv_blocks: config.kv_blocks,
+            kv_cache: KvCache { block_size_tokens: config.block_size_tokens, log },
             ports: Mutex::new(Some(ports_receiver)),
         })
     }
@@ -185,6 +196,10 @@ impl Engine for SimEngine {
 
     fn kv_ports(&self) -> Option<mpsc::Receiver<KvPort>> {
         self.ports.lock().take()
+    }
+
+    fn kv_cache(&self) -> Option<KvCache> {
+        Some(self.kv_cache.clone())
     }
 }
 

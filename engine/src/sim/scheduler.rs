@@ -3,9 +3,12 @@
 
 use std::collections::VecDeque;
 
-use super::block_pool::{BlockHash, BlockId, BlockPool};
+use baton_types::{StepLoad, StepModel};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+use super::block_pool::{BlockHash, BlockId, BlockPool};
+use crate::kv_cache::KvCacheLog;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SchedulerLimits {
     pub block_size_tokens: u32,
     pub kv_blocks: u32,
@@ -13,12 +16,36 @@ pub struct SchedulerLimits {
     pub max_seqs: u32,
     /// Prefill and decode tokens computed in one step.
     pub max_step_tokens: u32,
+    /// Blocks for all of a sequence's tokens are held from its admission on, so that nobody is ever
+    /// preempted; vLLM takes them as they are needed.
+    pub reserves_output: bool,
+}
+
+/// How much prefill a step takes in, said in time: what the decodes beside it can bear. Without one,
+/// [`SchedulerLimits::max_step_tokens`] alone limits a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PrefillPace {
+    /// A step with decodes in it ends within this time.
+    pub step_ms: f64,
+    /// By this model.
+    pub model: StepModel,
+    /// A shorter chunk waits for a step with more room, unless it is the end of its prompt.
+    pub min_chunk_tokens: u32,
+    /// Without decodes, further prompts join the first while the step has fewer tokens than these.
+    pub batch_tokens: u32,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId {
     index: u32,
     life: u32,
+}
+
+impl SequenceId {
+    /// Below the most sequences that were there at once; used again once its sequence is gone.
+    pub fn index(self) -> usize {
+        self.index as usize
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -47,6 +74,54 @@ pub struct Step {
     pub admitted: Vec<Admission>,
     /// Sequences that lost their blocks; they will be computed again.
     pub preempted: Vec<SequenceId>,
+    prompts: u32,
+    prompts_begun: u32,
+    decode_sequences: u32,
+    decode_context_tokens: u64,
+}
+
+impl Step {
+    /// What the step costs its engine.
+    pub fn load(&self, model: &StepModel) -> StepLoad {
+        let mut load = StepLoad {
+            prompts_begun: self.prompts_begun,
+            prompts: self.prompts,
+            prefill_work_ms: 0.0,
+            decode_sequences: self.decode_sequences,
+            decode_context_tokens: self.decode_context_tokens,
+        };
+        if load.prompts > 0 {
+            for work in self.work.iter().filter(|work| !work.is_decode()) {
+                load.prefill_work_ms +=
+                    model.prefill_work_ms(work.first_token, work.first_token + work.tokens);
+            }
+        }
+        load
+    }
+
+    /// Tokens before those of this step, over all its decodes.
+    pub fn decode_context_tokens(&self) -> u64 {
+        self.decode_context_tokens
+    }
+
+    fn clear(&mut self) {
+        self.work.clear();
+        self.admitted.clear();
+        self.preempted.clear();
+        (self.prompts, self.prompts_begun) = (0, 0);
+        (self.decode_sequences, self.decode_context_tokens) = (0, 0);
+    }
+
+    fn push(&mut self, work: Work, begins: bool) {
+        if work.is_decode() {
+            self.decode_sequences += 1;
+            self.decode_context_tokens += u64::from(work.first_token);
+        } else {
+            self.prompts += 1;
+            self.prompts_begun += u32::from(begins);
+        }
+        self.work.push(work);
+    }
 }
 
 /// Tokens `first_token .. first_token + tokens` of a sequence.
@@ -81,6 +156,7 @@ pub struct Admission {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: SchedulerLimits,
+    pace: Option<PrefillPace>,
     pool: BlockPool,
     sequences: Vec<Entry>,
     unused_entries: Vec<u32>,
@@ -106,6 +182,10 @@ struct Sequence {
     tokens: u32,
     /// Those of them whose KV is in `blocks`.
     computed: u32,
+    /// Prompt and output, at most.
+    max_tokens: u32,
+    /// A chunk of it was computed since it was admitted.
+    begun: bool,
     blocks: Vec<BlockId>,
     hashes: Vec<BlockHash>,
     /// Blocks that the prefix cache knows.
@@ -113,6 +193,50 @@ struct Sequence {
     remote_kv: bool,
     waits_for_remote: bool,
     planned_in_step: u64,
+}
+
+/// What is left of a step while it is planned.
+struct Budget {
+    tokens: u32,
+    pace: Option<PrefillPace>,
+    /// Of prefill, in milliseconds.
+    work_ms: f64,
+}
+
+impl Budget {
+    fn decodes_planned(&mut self, step: &Step) {
+        if let Some(PrefillPace { step_ms, model, .. }) = self.pace
+            && step.decode_sequences > 0
+        {
+            let base = model.decode_step_ms(step.decode_sequences, step.decode_context_tokens);
+            self.work_ms = (step_ms - base) / model.prefill_interference_factor.max(1e-3);
+        }
+    }
+
+    /// How many tokens of a prompt the step takes in.
+    fn chunk(&self, from: u32, remaining: u32, step: &Step) -> u32 {
+        let Some(PrefillPace { model, min_chunk_tokens, batch_tokens, .. }) = self.pace else {
+            return remaining.min(self.tokens);
+        };
+        if self.work_ms.is_infinite() {
+            let taken: u32 = step.work.iter().map(|work| work.tokens).sum();
+            let joins = taken == 0 || taken + remaining.min(self.tokens) <= batch_tokens;
+            return if joins { remaining.min(self.tokens) } else { 0 };
+        }
+        let within = model.prefill_tokens_within(self.work_ms, from);
+        let tokens = remaining.min(self.tokens).min(within);
+        if tokens < remaining && tokens < min_chunk_tokens { 0 } else { tokens }
+    }
+
+    fn take(&mut self, work: &Work) {
+        self.tokens -= work.tokens;
+        if let Some(pace) = &self.pace
+            && !work.is_decode()
+        {
+            let end = work.first_token + work.tokens;
+            self.work_ms -= pace.model.prefill_work_ms(work.first_token, end);
+        }
+    }
 }
 
 /// Which of the running sequences a pass over them plans.
@@ -123,9 +247,15 @@ enum Pass {
 }
 
 impl Scheduler {
+    /// Tells from now on which blocks its prefix cache holds.
+    pub fn tell(&mut self, log: KvCacheLog) {
+        self.pool.tell(log);
+    }
+
     pub fn new(limits: SchedulerLimits) -> Self {
         Self {
             limits,
+            pace: None,
             pool: BlockPool::new(limits.kv_blocks),
             sequences: Vec::new(),
             unused_entries: Vec::new(),
@@ -148,6 +278,8 @@ impl Scheduler {
         let sequence = Sequence {
             tokens: new.prompt_tokens,
             computed: 0,
+            max_tokens,
+            begun: false,
             blocks: Vec::new(),
             hashes: new.block_hashes,
             named: 0,
@@ -186,24 +318,36 @@ impl Scheduler {
     /// be finished before the next is. A step without work means that nothing can go on before
     /// something is added, removed or completed, unless somebody was preempted in it.
     pub fn plan_step(&mut self) -> Step {
-        self.steps += 1;
         let mut step = Step::default();
-        let mut budget = self.limits.max_step_tokens;
-        let mut starved = self.plan_running(Pass::Decodes, &mut step, &mut budget);
-        starved |= self.plan_running(Pass::Prefills, &mut step, &mut budget);
-        self.admit_loaded(&mut step, &mut budget);
+        self.plan_step_into(&mut step);
+        step
+    }
+
+    /// [`Self::plan_step`] into a step that was used before.
+    pub fn plan_step_into(&mut self, step: &mut Step) {
+        self.steps += 1;
+        step.clear();
+        let mut budget =
+            Budget { tokens: self.limits.max_step_tokens, pace: self.pace, work_ms: f64::INFINITY };
+        let mut starved = self.plan_running(Pass::Decodes, step, &mut budget);
+        self.admit_loaded(step, &mut budget);
+        budget.decodes_planned(step);
+        starved |= self.plan_running(Pass::Prefills, step, &mut budget);
         if !starved && step.preempted.is_empty() {
-            self.admit_waiting(&mut step, &mut budget);
+            self.admit_waiting(step, &mut budget);
         }
         if step.work.is_empty() && !self.loaded.is_empty() {
             // All seats are taken by sequences without blocks, and the blocks by sequences without
             // a seat: somebody must give way.
             if let Some(last) = self.running.pop() {
-                self.preempt(last, &mut step);
-                self.admit_loaded(&mut step, &mut budget);
+                self.preempt(last, step);
+                self.admit_loaded(step, &mut budget);
             }
         }
-        step
+    }
+
+    pub fn set_pace(&mut self, pace: Option<PrefillPace>) {
+        self.pace = pace;
     }
 
     /// The step's work is computed: what it filled can be found from now on, and each sequence that
@@ -235,6 +379,7 @@ impl Scheduler {
         }
         sequence.waits_for_remote = false;
         sequence.remote_kv = false;
+        sequence.begun = true;
         sequence.computed = sequence.tokens.saturating_sub(1);
         name_full_blocks(&mut self.pool, sequence, self.limits.block_size_tokens);
         self.loaded.push_back(id);
@@ -278,10 +423,10 @@ impl Scheduler {
     }
 
     /// Plans those of one kind, and says whether somebody found no block.
-    fn plan_running(&mut self, pass: Pass, step: &mut Step, budget: &mut u32) -> bool {
+    fn plan_running(&mut self, pass: Pass, step: &mut Step, budget: &mut Budget) -> bool {
         let mut starved = false;
         let mut position = 0;
-        while position < self.running.len() && *budget > 0 {
+        while position < self.running.len() && budget.tokens > 0 {
             let id = self.running[position];
             position += 1;
             let Some(sequence) = get_mut(&mut self.sequences, id) else { continue };
@@ -290,8 +435,18 @@ impl Scheduler {
                 continue;
             }
             let (computed, held) = (sequence.computed, sequence.blocks.len());
-            let wanted = remaining.min(*budget);
+            let wanted = match pass {
+                Pass::Decodes => 1,
+                Pass::Prefills => budget.chunk(computed, remaining, step),
+            };
+            if wanted == 0 {
+                continue;
+            }
             let missing = self.missing_blocks(computed + wanted, held);
+            if missing == 0 {
+                self.plan(id, wanted, step, budget);
+                continue;
+            }
             while self.pool.free() < missing && self.preempt_after(position, step) {}
             let room = u64::from(self.pool.free()) + held as u64;
             let room = room * u64::from(self.limits.block_size_tokens) - u64::from(computed);
@@ -323,13 +478,14 @@ impl Scheduler {
             sequence.blocks.clear();
             sequence.computed = 0;
             sequence.named = 0;
+            sequence.begun = false;
             self.waiting.push_front(id);
             step.preempted.push(id);
         }
     }
 
-    fn admit_loaded(&mut self, step: &mut Step, budget: &mut u32) {
-        while self.has_seat() && *budget > 0 {
+    fn admit_loaded(&mut self, step: &mut Step, budget: &mut Budget) {
+        while self.has_seat() && budget.tokens > 0 {
             let Some(id) = self.loaded.pop_front() else { break };
             if get_mut(&mut self.sequences, id).is_some() {
                 self.running.push(id);
@@ -338,7 +494,7 @@ impl Scheduler {
         }
     }
 
-    fn admit_waiting(&mut self, step: &mut Step, budget: &mut u32) {
+    fn admit_waiting(&mut self, step: &mut Step, budget: &mut Budget) {
         while let Some(id) = self.waiting.front().copied() {
             let Some(sequence) = get_mut(&mut self.sequences, id) else {
                 self.waiting.pop_front();
@@ -351,11 +507,21 @@ impl Scheduler {
             let cached_tokens = hit_blocks * block_size;
             let remaining = tokens - cached_tokens;
             let waits_for_remote = sequence.remote_kv && remaining > 1;
-            if !waits_for_remote && (!self.has_seat() || *budget == 0) {
+            let planned = if waits_for_remote {
+                remaining
+            } else if self.has_seat() {
+                budget.chunk(cached_tokens, remaining, step)
+            } else {
+                0
+            };
+            if planned == 0 {
                 break;
             }
-            let planned = if waits_for_remote { remaining } else { remaining.min(*budget) };
-            let missing = self.missing_blocks(cached_tokens + planned, hits.len());
+            let held = match get_mut(&mut self.sequences, id) {
+                Some(sequence) if self.limits.reserves_output => sequence.max_tokens,
+                _ => cached_tokens + planned,
+            };
+            let missing = self.missing_blocks(held, hits.len());
             let unused_hits = hits.iter().filter(|hit| !self.pool.is_used(**hit)).count() as u64;
             if u64::from(self.pool.free()) < u64::from(missing) + unused_hits {
                 break;
@@ -372,6 +538,9 @@ impl Scheduler {
                 sequence.remote_kv = waits_for_remote;
             }
             step.admitted.push(Admission { sequence: id, cached_tokens, waits_for_remote });
+            if self.limits.reserves_output {
+                self.grow(id, held);
+            }
             if waits_for_remote {
                 self.grow(id, tokens);
             } else {
@@ -382,16 +551,21 @@ impl Scheduler {
     }
 
     /// The blocks must be there.
-    fn plan(&mut self, id: SequenceId, tokens: u32, step: &mut Step, budget: &mut u32) {
+    fn plan(&mut self, id: SequenceId, tokens: u32, step: &mut Step, budget: &mut Budget) {
         let now = self.steps;
         let Some(sequence) = get_mut(&mut self.sequences, id) else { return };
         sequence.planned_in_step = now;
+        let begins = !std::mem::replace(&mut sequence.begun, true);
         let first_token = sequence.computed;
         let end = first_token + tokens;
         let samples = end == sequence.tokens;
-        self.grow(id, end);
-        *budget -= tokens;
-        step.work.push(Work { sequence: id, first_token, tokens, samples });
+        if u64::from(end) > sequence.blocks.len() as u64 * u64::from(self.limits.block_size_tokens)
+        {
+            self.grow(id, end);
+        }
+        let work = Work { sequence: id, first_token, tokens, samples };
+        budget.take(&work);
+        step.push(work, begins);
     }
 
     fn grow(&mut self, id: SequenceId, tokens: u32) {

@@ -5,7 +5,13 @@ use proptest::prelude::*;
 use super::*;
 
 fn limits(kv_blocks: u32, max_seqs: u32, max_step_tokens: u32) -> SchedulerLimits {
-    SchedulerLimits { block_size_tokens: 4, kv_blocks, max_seqs, max_step_tokens }
+    SchedulerLimits {
+        block_size_tokens: 4,
+        kv_blocks,
+        max_seqs,
+        max_step_tokens,
+        reserves_output: false,
+    }
 }
 
 /// A prompt of which each token is another, but for those of equal `family`.

@@ -5,20 +5,25 @@ pub(crate) mod arena_files;
 mod connector;
 mod frames;
 mod http;
+mod kv_events;
 mod probe;
 mod process;
 mod sse;
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::OnceLock, time::Duration};
 
 use async_trait::async_trait;
 use baton_config::{ArenaConfig, VllmConfig, VllmSource};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use crate::{Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest, KvPort};
+use crate::{
+    Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest, KvCache, KvCacheLog,
+    KvPort,
+};
 use connector::ConnectorListener;
 use http::EngineHttp;
+use kv_events::{EventSockets, KvEventsFollower};
 use process::EngineProcess;
 
 /// An engine that somebody else runs is looked at this often.
@@ -34,6 +39,10 @@ pub struct VllmEngine {
     /// Absent where somebody else runs the server.
     process: Option<EngineProcess>,
     ports: Mutex<Option<mpsc::Receiver<KvPort>>>,
+    /// Where it was told to publish KV events.
+    event_sockets: Option<EventSockets>,
+    /// Known once the engine serves.
+    kv_cache: OnceLock<(KvCache, KvEventsFollower)>,
     _connector: Option<ConnectorListener>,
 }
 
@@ -52,6 +61,12 @@ impl VllmEngine {
                 (Some(receiver), Some(listener))
             }
         };
+        let event_sockets = match &config.source {
+            VllmSource::Command { command, .. } if !has_own_events(command) => {
+                EventSockets::beside(&arena.directory, worker_name)
+            }
+            VllmSource::Command { .. } | VllmSource::Url(_) => None,
+        };
         let (address, process) = match &config.source {
             VllmSource::Url(url) => (http::authority(url)?, None),
             VllmSource::Command { command, environment, port } => {
@@ -59,7 +74,7 @@ impl VllmEngine {
                 let launch = process::Launch {
                     command,
                     environment,
-                    arguments: serve_arguments(*port, socket),
+                    arguments: serve_arguments(*port, socket, event_sockets.as_ref()),
                     port: *port,
                     worker_name,
                 };
@@ -71,8 +86,33 @@ impl VllmEngine {
             start_timeout: config.start_timeout,
             process,
             ports: Mutex::new(ports),
+            event_sockets,
+            kv_cache: OnceLock::new(),
             _connector: connector,
         })
+    }
+
+    async fn follow_kv_events(&self, description: &EngineDescription) {
+        let (Some(sockets), Some(model)) = (&self.event_sockets, description.models.first()) else {
+            return;
+        };
+        let block_size_tokens = match probe::block_size_tokens(&self.http).await {
+            Ok(block_size_tokens) => block_size_tokens,
+            Err(error) => {
+                tracing::warn!(%error, "vLLM's prefix cache is not followed");
+                return;
+            }
+        };
+        self.kv_cache.get_or_init(|| {
+            let log = KvCacheLog::default();
+            let follower = KvEventsFollower::start(
+                sockets.clone(),
+                model.clone(),
+                block_size_tokens,
+                log.clone(),
+            );
+            (KvCache { block_size_tokens, log }, follower)
+        });
     }
 
     async fn process_ended(&self) -> EngineError {
@@ -84,7 +124,11 @@ impl VllmEngine {
 }
 
 /// What the worker adds to the user's command.
-fn serve_arguments(port: u16, connector_socket: Option<&Path>) -> Vec<String> {
+fn serve_arguments(
+    port: u16,
+    connector_socket: Option<&Path>,
+    event_sockets: Option<&EventSockets>,
+) -> Vec<String> {
     let mut arguments =
         vec!["--host".into(), "127.0.0.1".into(), "--port".into(), port.to_string()];
     if let Some(socket) = connector_socket {
@@ -100,7 +144,15 @@ fn serve_arguments(port: u16, connector_socket: Option<&Path>) -> Vec<String> {
         });
         arguments.extend(["--kv-transfer-config".into(), transfer.to_string()]);
     }
+    if let Some(sockets) = event_sockets {
+        arguments.extend(["--kv-events-config".into(), sockets.argument()]);
+    }
     arguments
+}
+
+/// Somebody else follows the events of this vLLM, who may count on their address.
+fn has_own_events(command: &[String]) -> bool {
+    command.iter().any(|argument| argument.starts_with("--kv-events-config"))
 }
 
 #[async_trait]
@@ -111,7 +163,11 @@ impl Engine for VllmEngine {
             biased;
             error = self.process_ended() => Err(error),
             healthy = started => match healthy {
-                Ok(()) => probe::describe(&self.http).await,
+                Ok(()) => {
+                    let description = probe::describe(&self.http).await?;
+                    self.follow_kv_events(&description).await;
+                    Ok(description)
+                }
                 Err(_) => Err(EngineError::NotStarted(format!(
                     "vLLM at {} does not answer /health after {} s",
                     self.http.address(),
@@ -131,6 +187,10 @@ impl Engine for VllmEngine {
 
     fn kv_ports(&self) -> Option<mpsc::Receiver<KvPort>> {
         self.ports.lock().take()
+    }
+
+    fn kv_cache(&self) -> Option<KvCache> {
+        self.kv_cache.get().map(|(cache, _)| cache.clone())
     }
 
     async fn ended(&self) -> EngineError {
@@ -165,8 +225,8 @@ mod tests {
 
     #[test]
     fn the_connector_is_asked_for_only_where_it_has_a_socket() {
-        assert_eq!(serve_arguments(8101, None), ["--host", "127.0.0.1", "--port", "8101"]);
-        let with = serve_arguments(8101, Some(Path::new("/run/baton/p0.sock")));
+        assert_eq!(serve_arguments(8101, None, None), ["--host", "127.0.0.1", "--port", "8101"]);
+        let with = serve_arguments(8101, Some(Path::new("/run/baton/p0.sock")), None);
         assert_eq!(with[4], "--kv-transfer-config");
         let config: serde_json::Value = serde_json::from_str(&with[5]).unwrap();
         assert_eq!(config["kv_load_failure_policy"], "fail");

@@ -29,6 +29,9 @@ struct Models {
 #[derive(Deserialize)]
 struct Model {
     id: String,
+    /// The base model, of an adapter.
+    #[serde(default)]
+    parent: Option<String>,
     /// Absent for an adapter in older versions.
     max_model_len: Option<u32>,
 }
@@ -42,12 +45,14 @@ pub(super) async fn describe(engine: &EngineHttp) -> Result<EngineDescription, E
     let models: Models = read(engine, "/v1/models").await?;
     let version: Version = read(engine, "/version").await?;
     let max_model_tokens = models.data.iter().filter_map(|model| model.max_model_len).max();
+    let adapters = models.data.iter().filter(|model| model.parent.is_some());
     let missing =
         |reason: &str| EngineError::Unexpected { what: "/v1/models", reason: reason.to_owned() };
     Ok(EngineDescription {
         engine: format!("vllm {}", version.version),
         max_model_tokens: max_model_tokens.ok_or_else(|| missing("no max_model_len"))?,
-        models: models.data.into_iter().map(|model| model.id).collect(),
+        adapters: adapters.map(|model| model.id.clone()).collect(),
+        models: models.data.iter().map(|model| model.id.clone()).collect(),
     })
 }
 
@@ -57,6 +62,24 @@ pub(super) async fn load(engine: &EngineHttp) -> Result<EngineLoad, EngineError>
         return Err(unexpected("/metrics", status));
     }
     Ok(parse_load(&String::from_utf8_lossy(&metrics)))
+}
+
+/// Tokens of one KV block.
+pub(super) async fn block_size_tokens(engine: &EngineHttp) -> Result<u32, EngineError> {
+    let (status, metrics) = engine.ask("/metrics").await?;
+    if !status.is_success() {
+        return Err(unexpected("/metrics", status));
+    }
+    parse_block_size(&String::from_utf8_lossy(&metrics)).ok_or(EngineError::Unexpected {
+        what: "/metrics",
+        reason: "no block_size in vllm:cache_config_info".to_owned(),
+    })
+}
+
+fn parse_block_size(metrics: &str) -> Option<u32> {
+    let info = metrics.lines().find(|line| line.starts_with("vllm:cache_config_info{"))?;
+    let (_, rest) = info.split_once("{block_size=\"").or(info.split_once(",block_size=\""))?;
+    rest.split('"').next()?.parse().ok()
 }
 
 /// With several engines behind one server (data parallel), requests add up and the fullest cache
@@ -102,6 +125,16 @@ fn unexpected(what: &'static str, status: StatusCode) -> EngineError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_block_size_is_read_from_vllms_metrics() {
+        let metrics = "# TYPE vllm:cache_config_info gauge\n\
+            vllm:cache_config_info{_block_size_resolved=\"True\",block_size=\"128\",\
+            cache_dtype=\"auto\",hash_block_size=\"None\"} 1.0\n";
+        assert_eq!(parse_block_size(metrics), Some(128));
+        assert_eq!(parse_block_size("vllm:cache_config_info{block_size=\"16\"} 1.0"), Some(16));
+        assert_eq!(parse_block_size("vllm:cache_config_info{} 1.0"), None);
+    }
 
     #[test]
     fn the_load_is_read_from_vllms_metrics() {

@@ -2,7 +2,7 @@
 /// First a Hello, then the others in any order.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WorkerFrame {
-    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3")]
+    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3, 4")]
     pub frame: ::core::option::Option<worker_frame::Frame>,
 }
 /// Nested message and enum types in `WorkerFrame`.
@@ -15,6 +15,8 @@ pub mod worker_frame {
         Events(super::EventBatch),
         #[prost(message, tag = "3")]
         Report(super::Report),
+        #[prost(message, tag = "4")]
+        KvEvents(super::KvEvents),
     }
 }
 /// First a Welcome or a Refusal, then Commands; last a Refusal, where another worker took the name.
@@ -62,6 +64,17 @@ pub struct Hello {
     /// For people: "vllm 0.32.0", "sim 0.1.0".
     #[prost(string, tag = "10")]
     pub engine: ::prost::alloc::string::String,
+    /// Present where this worker tells of its prefix cache.
+    #[prost(message, optional, tag = "11")]
+    pub kv_cache: ::core::option::Option<KvCache>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct KvCache {
+    #[prost(uint32, tag = "1")]
+    pub block_size_tokens: u32,
+    /// Those of Hello.models that are LoRA adapters.
+    #[prost(string, repeated, tag = "2")]
+    pub adapters: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// How another worker reaches this one to take KV over.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -117,6 +130,9 @@ pub struct Commands {
     pub cancel: ::prost::alloc::vec::Vec<u64>,
     #[prost(message, repeated, tag = "2")]
     pub start: ::prost::alloc::vec::Vec<StartJob>,
+    /// Tell of the whole prefix cache anew: something was missed.
+    #[prost(bool, tag = "3")]
+    pub restart_kv_events: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct StartJob {
@@ -217,6 +233,22 @@ pub struct HandoffResult {
     #[prost(string, tag = "5")]
     pub transport: ::prost::alloc::string::String,
 }
+/// Changes of a worker's prefix cache, in order. Blocks go by their `baton_types::BlockHash`: XXH3 over
+/// token ids, chained from a root of the model, the adapter and the cache salt.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct KvEvents {
+    /// One more than that of the message before on this stream.
+    #[prost(uint64, tag = "1")]
+    pub sequence: u64,
+    /// The cache holds nothing but what this message, and those after it, tell. Always set in the first.
+    #[prost(bool, tag = "2")]
+    pub restart: bool,
+    /// Removed first, then stored.
+    #[prost(fixed64, repeated, tag = "3")]
+    pub removed: ::prost::alloc::vec::Vec<u64>,
+    #[prost(fixed64, repeated, tag = "4")]
+    pub stored: ::prost::alloc::vec::Vec<u64>,
+}
 /// The state of a worker, sent at the interval that the coordinator asked for.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Report {
@@ -246,11 +278,14 @@ pub struct Report {
     /// 0 to 1.
     #[prost(float, tag = "12")]
     pub engine_kv_used_ratio: f32,
+    /// Blocks in the engine's prefix cache, where it tells of them.
+    #[prost(uint64, tag = "13")]
+    pub engine_kv_blocks_cached: u64,
     /// Handoffs to this worker that failed, by why: "corrupt", "cross_epoch", ….
-    #[prost(map = "string, uint64", tag = "13")]
+    #[prost(map = "string, uint64", tag = "14")]
     pub handoff_errors: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
     /// Handoffs from this worker that have ended, by how: "acked", "aborted", "expired", "broken".
-    #[prost(map = "string, uint64", tag = "14")]
+    #[prost(map = "string, uint64", tag = "15")]
     pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]

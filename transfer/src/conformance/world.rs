@@ -169,6 +169,11 @@ impl Consumer {
         Self { node, staging: Arc::new(staging) }
     }
 
+    /// No import slot is in use, or soon so: a channel may keep one until its producer has let go.
+    pub(super) async fn holds_nothing(&self) {
+        eventually("the consumer holds nothing", || self.staging.slots.used() == 0).await;
+    }
+
     pub(super) fn fingerprint(&self) -> [u8; 32] {
         self.node.address.certificate_fingerprint
     }

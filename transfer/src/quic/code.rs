@@ -5,7 +5,7 @@ use quinn::{ConnectionError, ReadError, VarInt, WriteError};
 use crate::channel::{Refusal, TransferError};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Code {
+pub(crate) enum Code {
     Cancelled,
     Aborted,
     Stalled,
@@ -35,12 +35,12 @@ impl Code {
         }
     }
 
-    pub(super) fn wire(self) -> VarInt {
+    pub(crate) fn wire(self) -> VarInt {
         VarInt::from_u32(self.value())
     }
 
     /// What to tell the peer of an error that arose here.
-    pub(super) fn of(error: &TransferError) -> Self {
+    pub(crate) fn of(error: &TransferError) -> Self {
         match error {
             TransferError::Version { .. }
             | TransferError::Protocol(_)
@@ -72,12 +72,12 @@ impl Code {
     }
 }
 
-pub(super) fn lost(error: &ConnectionError) -> TransferError {
+pub(crate) fn lost(error: &ConnectionError) -> TransferError {
     TransferError::BrokeOff(error.to_string())
 }
 
 /// A stream that failed while reading.
-pub(super) fn read_failed(error: &ReadError) -> TransferError {
+pub(crate) fn read_failed(error: &ReadError) -> TransferError {
     match error {
         ReadError::Reset(code) => Code::heard(*code),
         ReadError::ConnectionLost(error) => lost(error),
@@ -86,7 +86,7 @@ pub(super) fn read_failed(error: &ReadError) -> TransferError {
 }
 
 /// A stream that failed while writing.
-pub(super) fn write_failed(error: &WriteError) -> TransferError {
+pub(crate) fn write_failed(error: &WriteError) -> TransferError {
     match error {
         WriteError::Stopped(code) => Code::heard(*code),
         WriteError::ConnectionLost(error) => lost(error),
@@ -95,6 +95,6 @@ pub(super) fn write_failed(error: &WriteError) -> TransferError {
 }
 
 /// A reset that a side was told of while it was not reading.
-pub(super) fn was_reset(code: VarInt) -> TransferError {
+pub(crate) fn was_reset(code: VarInt) -> TransferError {
     Code::heard(code)
 }

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// How often the producer is told that blocks are being placed.
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+pub(crate) const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Subscribes, places every block, verifies, acknowledges.
 pub(super) async fn pull(
@@ -91,7 +91,7 @@ impl Producer {
         arrivals: &mut Arrivals<'_>,
         head: &BlockHead,
     ) -> Result<(), TransferError> {
-        arrivals.announced(head, sink.max_block_bytes())?;
+        arrivals.announced(head, 0, sink.max_block_bytes())?;
         let chunks = self.exactly(head.len as usize).await?;
         let block = self.attend(sink.reserve(head.index, head.len)).await?;
         let slices: Vec<&[u8]> = chunks.iter().map(AsRef::as_ref).collect();
@@ -185,6 +185,6 @@ impl Drop for Producer {
     }
 }
 
-fn ended_early() -> TransferError {
+pub(crate) fn ended_early() -> TransferError {
     TransferError::BrokeOff("its stream ended before the seal".to_owned())
 }

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use quinn::{Connection, Endpoint, TransportConfig};
 use tokio::time::timeout;
 
-use super::tls::{CERTIFICATE_NAME, Identity};
+use super::tls::{CERTIFICATE_NAME, Identity, Protocol};
 use crate::channel::{PeerAddress, TransferError};
 
 /// For the name's look-up and the handshake together.
@@ -37,6 +37,7 @@ struct Dialler {
     local: SocketAddr,
     identity: Identity,
     transport: Arc<TransportConfig>,
+    spoken: Protocol,
 }
 
 impl Peers {
@@ -45,8 +46,9 @@ impl Peers {
         local: SocketAddr,
         identity: Identity,
         transport: Arc<TransportConfig>,
+        spoken: Protocol,
     ) -> Self {
-        let dialler = Arc::new(Dialler { endpoint, local, identity, transport });
+        let dialler = Arc::new(Dialler { endpoint, local, identity, transport, spoken });
         Self { dialler, dials: Mutex::new(HashMap::new()) }
     }
 
@@ -91,7 +93,7 @@ impl Dialler {
             .map_err(unreachable)?;
         let (mut config, mismatch) = self
             .identity
-            .client(peer.certificate_fingerprint)
+            .client(peer.certificate_fingerprint, self.spoken)
             .map_err(|error| unreachable(error.to_string()))?;
         config.transport_config(Arc::clone(&self.transport));
         let connecting = self

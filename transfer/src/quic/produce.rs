@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// How often a consumer is told that this side lives, while there is nothing else to tell.
-const WAITING_INTERVAL: Duration = Duration::from_millis(250);
+pub(crate) const WAITING_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Answers one subscription.
 pub(super) async fn serve(

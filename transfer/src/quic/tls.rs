@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering::Relaxed},
 };
 
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme,
     client::{
@@ -21,8 +21,30 @@ use sha2::{Digest, Sha256};
 
 use super::BindError;
 
-/// Peers that speak something else do not get past the handshake.
-const ALPN: &[u8] = b"baton-kv";
+/// What passes over a connection. Peers that speak nothing in common do not get past the handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    /// Blocks on the handoff's own stream.
+    Blocks,
+    /// UCX writes the blocks; the stream carries what is said about them.
+    Ucx,
+}
+
+impl Protocol {
+    fn alpn(self) -> Vec<u8> {
+        match self {
+            Self::Blocks => b"baton-kv".to_vec(),
+            Self::Ucx => b"baton-kv-ucx".to_vec(),
+        }
+    }
+
+    /// What was agreed on.
+    pub(super) fn of(connection: &quinn::Connection) -> Option<Self> {
+        let data = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
+        let agreed = data.protocol?;
+        [Self::Blocks, Self::Ucx].into_iter().find(|protocol| protocol.alpn() == agreed)
+    }
+}
 
 /// Certificates are known by fingerprint; the name in them says nothing.
 pub(super) const CERTIFICATE_NAME: &str = "baton";
@@ -57,7 +79,7 @@ impl Identity {
 
     /// Takes connections from anyone who proves to hold the key of the certificate presented;
     /// whether a handoff is meant for that certificate is decided for each handoff.
-    pub(super) fn server(&self) -> Result<quinn::ServerConfig, BindError> {
+    pub(super) fn server(&self, spoken: &[Protocol]) -> Result<quinn::ServerConfig, BindError> {
         let refused = |error: &dyn ToString| BindError::Certificate(error.to_string());
         let verifier = Arc::new(AnyClient(Arc::clone(&self.provider)));
         let mut tls = rustls::ServerConfig::builder_with_provider(Arc::clone(&self.provider))
@@ -66,7 +88,7 @@ impl Identity {
             .with_client_cert_verifier(verifier)
             .with_single_cert(vec![self.certificate.clone()], self.key.clone_key())
             .map_err(|error| refused(&error))?;
-        tls.alpn_protocols = vec![ALPN.to_vec()];
+        tls.alpn_protocols = spoken.iter().map(|protocol| protocol.alpn()).collect();
         tls.send_tls13_tickets = 0;
         let crypto = QuicServerConfig::try_from(tls).map_err(|error| refused(&error))?;
         Ok(quinn::ServerConfig::with_crypto(Arc::new(crypto)))
@@ -77,6 +99,7 @@ impl Identity {
     pub(super) fn client(
         &self,
         fingerprint: [u8; 32],
+        spoken: Protocol,
     ) -> Result<(quinn::ClientConfig, Arc<AtomicBool>), Error> {
         let mismatch = Arc::new(AtomicBool::new(false));
         let verifier = PinnedServer {
@@ -89,7 +112,7 @@ impl Identity {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_auth_cert(vec![self.certificate.clone()], self.key.clone_key())?;
-        tls.alpn_protocols = vec![ALPN.to_vec()];
+        tls.alpn_protocols = vec![spoken.alpn()];
         tls.resumption = Resumption::disabled();
         let crypto =
             QuicClientConfig::try_from(tls).map_err(|error| Error::General(error.to_string()))?;

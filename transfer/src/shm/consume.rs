@@ -133,7 +133,7 @@ impl Producer {
         arrivals: &mut Arrivals<'_>,
         copy: impl FnOnce(&Landing) -> Result<(), TransferError>,
     ) -> Result<(), TransferError> {
-        arrivals.announced(head, self.max_block_bytes)?;
+        arrivals.announced(head, 0, self.max_block_bytes)?;
         let landing = self.attend(sink.reserve(head.index, head.len)).await?;
         copy(&landing)?;
         let verified = arrivals.placed(head, landing.as_bytes());

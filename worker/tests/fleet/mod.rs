@@ -69,7 +69,8 @@ pub struct Attached {
 
 impl Attached {
     pub async fn command(&self, cancel: Vec<u64>, start: Vec<StartJob>) {
-        let frame = coordinator_frame::Frame::Commands(Commands { cancel, start });
+        let frame =
+            coordinator_frame::Frame::Commands(Commands { cancel, start, ..Commands::default() });
         let frame = Ok(CoordinatorFrame { frame: Some(frame) });
         self.commands.as_ref().unwrap().send(frame).await.unwrap();
     }

@@ -27,12 +27,13 @@ pub(super) struct Generation {
 impl Generation {
     pub(super) fn begin(
         request: u64,
+        model: &str,
         asked: &GenerationRequest,
         block_size_tokens: u32,
         commands: &UnboundedSender<Command>,
     ) -> Self {
         let (events_sender, events) = mpsc::unbounded_channel();
-        let mut submissions = submissions(request, asked, block_size_tokens, &events_sender);
+        let mut submissions = submissions(request, model, asked, block_size_tokens, &events_sender);
         let open_choices = u32::try_from(submissions.len()).unwrap_or(u32::MAX);
         let consumes = asked.handoff.is_some_and(|(_, part)| part == Part::Consume);
         let later = if consumes { submissions.split_off(1) } else { Vec::new() };
@@ -100,6 +101,7 @@ pub(super) enum FirstEvent {
 
 fn submissions(
     request: u64,
+    model: &str,
     asked: &GenerationRequest,
     block_size_tokens: u32,
     events: &UnboundedSender<ChoiceEvent>,
@@ -110,7 +112,7 @@ fn submissions(
     });
     let mut submissions = Vec::new();
     for (prompt, choices_before) in asked.prompts.iter().zip((0..).step_by(asked.n as usize)) {
-        let mut hasher = BlockHasher::new(asked.cache_salt.as_deref());
+        let mut hasher = BlockHasher::new(model, asked.cache_salt.as_deref());
         let full_blocks = prompt.chunks_exact(block_size_tokens as usize);
         let block_hashes: Vec<_> = full_blocks.map(|block| hasher.next(block)).collect();
         for index in 0..asked.n {
@@ -126,7 +128,7 @@ fn submissions(
                 choice: choices_before + index,
                 prompt: prompt.clone(),
                 block_hashes: block_hashes.clone(),
-                hasher,
+                hasher: hasher.clone(),
                 sampling: Sampling {
                     salt,
                     ignore_eos: asked.ignore_eos,

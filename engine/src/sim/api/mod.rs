@@ -124,7 +124,7 @@ impl Api {
         };
         let number = self.next_request.fetch_add(1, Relaxed);
         let mut generation =
-            Generation::begin(number, &asked, self.block_size_tokens, &self.commands);
+            Generation::begin(number, &head.model, &asked, self.block_size_tokens, &self.commands);
         generation.first().await.map_err(|instead| match instead {
             FirstEvent::Failed(reason) => NoAnswer::Api(ApiError::internal(reason)),
             FirstEvent::EngineEnded => {

@@ -1,0 +1,245 @@
+//! `baton simulate`, and what it shares with `baton goodput`: how a simulated fleet is described.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context as _, bail};
+use baton_engine::sim::Profile;
+use baton_harness::{
+    compare::{Single, TraceFile, Way, WayKind},
+    fleet::{Late, Setup, simulate},
+    outcome::Slo,
+    report::{
+        RunFindings,
+        number::{bytes, figures, percent, span, span_tick},
+    },
+    summary::{Percentiles, Summary},
+    trace::Trace,
+};
+
+use crate::terminal::{Terminal, bad, faint, good, strong};
+
+/// A simulated fleet and what it is asked.
+#[derive(clap::Args)]
+pub(crate) struct FleetOptions {
+    /// Requests: Mooncake or Baton JSONL, Azure or BurstGPT CSV.
+    #[arg(long, value_name = "FILE")]
+    trace: PathBuf,
+    /// How long the engine's steps take (JSON).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) profile: PathBuf,
+    /// How many workers the fleet has.
+    #[arg(long, value_name = "N")]
+    workers: u32,
+    /// aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, or adaptive.
+    #[arg(long)]
+    mode: Way,
+    /// Milliseconds from a request's arrival to its first token.
+    #[arg(long, value_name = "MS")]
+    slo_ttft_ms: f64,
+    /// Milliseconds between tokens, held against the mean of a request's longest tenth of gaps.
+    #[arg(long, value_name = "MS")]
+    slo_itl_ms: f64,
+    /// Allows each request so many times its own unloaded prefill in addition to its TTFT.
+    #[arg(long, value_name = "K", default_value_t = 0.0)]
+    slo_ttft_prefill_factor: f64,
+    /// Multiplies the trace's load.
+    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    pub(crate) scale: f64,
+    /// Equal seeds give equal bytes.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Requests predicted to miss their TTFT are served as they came (fifo), or after all that can
+    /// still make it (last).
+    #[arg(long, value_name = "fifo|last", default_value_t)]
+    late: Late,
+    /// Places requests by this one of `baton policies`.
+    #[arg(long, value_name = "NAME")]
+    policy: Option<String>,
+    /// Writes report.html, results.json and results.csv here.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Prints one JSON object and nothing else.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct SimulateOptions {
+    #[command(flatten)]
+    fleet: FleetOptions,
+}
+
+impl FleetOptions {
+    pub(crate) fn trace(&self) -> anyhow::Result<TraceFile> {
+        if !(self.scale.is_finite() && self.scale > 0.0) {
+            bail!("--scale is {}: expected a number above 0", self.scale);
+        }
+        let trace = Trace::read(&self.trace)?;
+        Ok(TraceFile { file: self.trace.clone(), trace })
+    }
+
+    /// The setups that the mode may stand for, each of which can be run.
+    pub(crate) fn candidates(&self) -> anyhow::Result<Vec<Setup>> {
+        let profile = Profile::read(&self.profile)?;
+        let slo = Slo {
+            ttft_ms: self.slo_ttft_ms,
+            itl_ms: self.slo_itl_ms,
+            ttft_prefill_factor: self.slo_ttft_prefill_factor,
+        };
+        let mut way = self.mode.clone();
+        if self.policy.is_some() {
+            way.policy.clone_from(&self.policy);
+        }
+        let mut plain =
+            Setup::new(profile, self.workers, baton_harness::fleet::Mode::Adaptive, slo);
+        plain.late = self.late;
+        plain.seed = self.seed;
+        plain.check()?;
+        let candidates = way.candidates(&plain);
+        if candidates.is_empty() {
+            bail!("--mode {way} parts the workers in two pools, and there is {}", self.workers);
+        }
+        for candidate in &candidates {
+            candidate.check()?;
+        }
+        Ok(candidates)
+    }
+
+    pub(crate) fn way(&self) -> &Way {
+        &self.mode
+    }
+}
+
+pub(crate) fn run(options: &SimulateOptions) -> anyhow::Result<ExitCode> {
+    let fleet = &options.fleet;
+    let mut candidates = fleet.candidates()?;
+    let setup = match (fleet.way().kind, candidates.len()) {
+        (_, 1) => candidates.remove(0),
+        // A simulation of one setup searches nothing: vLLM's own default.
+        (WayKind::Aggregated { .. }, _) => Setup { chunk_tokens: 2048, ..candidates.remove(0) },
+        _ => bail!(
+            "--mode best-static is what `baton goodput` finds; simulate one split, as static:7P1D"
+        ),
+    };
+    let trace = fleet.trace()?;
+    let scaled = trace.trace.scaled(fleet.scale, setup.seed);
+    let run = simulate(&scaled, &setup)?;
+    let summary = run.summary(&scaled, &setup);
+    let mut terminal = Terminal::stdout();
+    if fleet.json {
+        terminal.say(&serde_json::to_string(&summary)?);
+    } else {
+        let offered = scaled.rate_rps();
+        terminal.say(&heading(&trace.trace, &setup, offered));
+        terminal.say(&describe(&summary, &setup));
+    }
+    if let Some(directory) = &fleet.out {
+        let findings = RunFindings::new(summary, &run.outcomes, &run.facts.samples);
+        let single = Single {
+            trace: &trace,
+            profile_file: &fleet.profile,
+            setup: &setup,
+            scale: fleet.scale,
+            goodput: None,
+            min_decile: None,
+            run: Some(findings),
+        };
+        write(single, directory, fleet.json.then_some(()), &mut terminal)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the three files; says so, unless stdout belongs to JSON.
+pub(crate) fn write(
+    single: Single<'_>,
+    directory: &Path,
+    silent: Option<()>,
+    terminal: &mut Terminal,
+) -> anyhow::Result<()> {
+    let report = single.into_report(&command_line())?;
+    report.write(directory).with_context(|| format!("cannot write to {}", directory.display()))?;
+    if silent.is_none() {
+        terminal.say(&told(directory));
+    }
+    Ok(())
+}
+
+pub(crate) fn told(directory: &Path) -> String {
+    format!("\n{}", faint(&format!("report: {}", directory.join("report.html").display())))
+}
+
+/// What was typed, fit to be typed again.
+pub(crate) fn command_line() -> String {
+    let plain = |text: &str| {
+        !text.is_empty()
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c))
+    };
+    let quoted = |text: String| {
+        if plain(&text) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    };
+    let typed = std::env::args_os().skip(1).map(|text| quoted(text.to_string_lossy().into_owned()));
+    std::iter::once("baton".to_owned()).chain(typed).collect::<Vec<_>>().join(" ")
+}
+
+pub(crate) fn heading(trace: &Trace, setup: &Setup, offered_rps: f64) -> String {
+    let workers = if setup.workers == 1 { "worker" } else { "workers" };
+    format!(
+        "{}  {} requests/s on {} {workers}, {}, {}",
+        strong(&trace.name),
+        figures(offered_rps),
+        setup.workers,
+        setup.mode,
+        faint(&format!("{} tokens a step, by {}", setup.chunk_tokens, setup.policy_name())),
+    )
+}
+
+pub(crate) fn describe(summary: &Summary, setup: &Setup) -> String {
+    let slo = setup.slo;
+    let attained = percent(summary.attainment);
+    let attained = if summary.attainment >= 0.9 { good(&attained) } else { bad(&attained) };
+    let plus = match slo.ttft_prefill_factor {
+        0.0 => String::new(),
+        factor => format!(" + {factor} × prefill"),
+    };
+    let row = |name: &str, values: &Percentiles| {
+        let Percentiles { p50, p90, p99 } = *values;
+        let [p50, p90, p99] = [p50, p90, p99]
+            .map(|ms| if summary.completed == 0 { "no data".to_owned() } else { span(ms) });
+        format!("{name:12}{p50:>10}{p90:>10}{p99:>10}")
+    };
+    let head = format!("{:12}{:>10}{:>10}{:>10}", "", "p50", "p90", "p99");
+    [
+        String::new(),
+        format!(
+            "within SLOs {attained:>10}   TTFT {}{plus}: {}, ITL {}: {}",
+            span_tick(slo.ttft_ms),
+            percent(summary.attainment_ttft),
+            span_tick(slo.itl_ms),
+            percent(summary.attainment_tbt),
+        ),
+        format!("{:12}{:>10} requests/s within both", "goodput", figures(summary.goodput_rps)),
+        format!(
+            "{:12}{:>10} of {}, {} rejected, {} unfinished",
+            "completed", summary.completed, summary.requests, summary.rejected, summary.unfinished
+        ),
+        String::new(),
+        faint(&head).to_string(),
+        row("TTFT", &summary.ttft_ms),
+        row("TBT", &summary.tbt_ms),
+        row("TPOT", &summary.tpot_ms),
+        row("end to end", &summary.e2e_ms),
+        String::new(),
+        format!(
+            "{} tokens/s, {} of prompts cached, {} requests split, {} of KV moved, {} flips",
+            figures(summary.output_tokens_per_s),
+            percent(summary.prefix_hit_ratio),
+            summary.disaggregated,
+            bytes(summary.kv_bytes_moved),
+            summary.flips,
+        ),
+    ]
+    .join("\n")
+}

@@ -1,0 +1,94 @@
+use baton_types::Leg;
+
+use super::{Candidate, Choice, Policy, least};
+
+/// A decode is put only where its steps stay below this part of the target, so that they can grow.
+const DECODE_HEADROOM: f64 = 0.9;
+/// Below this efficiency of prefilling beside decodes it pays to keep the two apart.
+const PACK_BELOW: f64 = 0.85;
+/// KV may be used up to this part.
+const KV_HIGH: f64 = 0.97;
+
+/// Prefill goes where the first token is predicted soonest: work ahead and its own, over the part of
+/// time that the decodes there leave to prefill. A decode stays where its prompt was prefilled, or
+/// decodes are packed on few workers, by which of the two the ITL target makes cheaper.
+///
+/// Of each `T` milliseconds (the target of a step) a worker with decodes loses the fixed part of the
+/// decode step, and what it prefills costs `f` of what it costs alone: its efficiency is
+/// `e = (1 − fixed/T) / f`. With a tight target the fixed part weighs: pack. With a loose one staying
+/// is cheaper, and nothing is moved.
+#[derive(Debug)]
+pub(super) struct Slack;
+
+impl Policy for Slack {
+    fn choose(&mut self, choice: &Choice<'_>) -> usize {
+        match choice.leg {
+            Leg::Decode => decode(choice),
+            Leg::Prefill | Leg::Aggregated => prefill(choice),
+        }
+    }
+}
+
+fn prefill(choice: &Choice<'_>) -> usize {
+    let tokens = choice.request.prompt_tokens;
+    least(choice, |candidate| {
+        let work_ms = candidate.load.prefill_ms(candidate.hit_tokens, tokens);
+        (candidate.work_ahead_ms + work_ms) / candidate.load.prefill_rate(choice.targets)
+    })
+}
+
+fn decode(choice: &Choice<'_>) -> usize {
+    let tokens = choice.request.prompt_tokens;
+    let targets = choice.targets;
+    let here = choice.candidates.iter().position(|candidate| candidate.is_here);
+    let feasible = |candidate: &Candidate<'_>| {
+        let load = candidate.load;
+        let step_ms = load.decode_step_ms(1, tokens);
+        step_ms <= DECODE_HEADROOM * targets.step_ms && load.has_kv_room(tokens, KV_HIGH)
+    };
+    let any = choice.candidates.iter().any(feasible);
+    let cost = |candidate: &Candidate<'_>| {
+        if any && !feasible(candidate) {
+            return f64::INFINITY;
+        }
+        let load = candidate.load;
+        load.decode_step_ms(1, tokens) + 0.02 * load.prefill_work_ms() / load.prefill_rate(targets)
+    };
+    if !pays_to_pack(choice) {
+        return match here {
+            Some(here) if !any || feasible(&choice.candidates[here]) => here,
+            _ => least(choice, cost),
+        };
+    }
+    let handoff_ms =
+        targets.handoff_ms + targets.handoff_ms_per_thousand_tokens * f64::from(tokens) / 1000.0;
+    let decodes_here =
+        |candidate: &Candidate<'_>| candidate.load.decodes > 0 && feasible(candidate);
+    if choice.candidates.iter().any(decodes_here) {
+        return least(choice, |candidate| {
+            if !decodes_here(candidate) {
+                return f64::INFINITY;
+            }
+            // The fullest. Staying is preferred by what the handoff would cost.
+            let stays = if candidate.is_here { handoff_ms / 10.0 } else { 0.0 };
+            -candidate.load.decode_step_ms(1, tokens) - stays
+        });
+    }
+    match here {
+        Some(here) if !any || feasible(&choice.candidates[here]) => here,
+        _ => least(choice, |candidate| {
+            if any && !feasible(candidate) {
+                f64::INFINITY
+            } else {
+                candidate.load.prefill_work_ms()
+            }
+        }),
+    }
+}
+
+fn pays_to_pack(choice: &Choice<'_>) -> bool {
+    let models = || choice.candidates.iter().filter_map(|candidate| candidate.load.model);
+    let Some(model) = models().next() else { return false };
+    let fixed = model.decode_ms[0] / choice.targets.step_ms;
+    (1.0 - fixed) / model.prefill_interference_factor.max(1e-3) < PACK_BELOW
+}

@@ -1,0 +1,371 @@
+//! The index is held against a model of it that is too simple to be wrong: each worker's set of blocks
+//! as its engine had it when the last message that arrived was sent.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use baton_types::BlockHash;
+use proptest::{prelude::*, sample::Index};
+
+use super::{table::SHARDS, *};
+
+fn block(number: u64) -> BlockHash {
+    // Few shards and many collisions of homes: every way through the table is taken.
+    BlockHash::new(number % 7 << 61 | number % 3 | (number + 1) << 8).unwrap()
+}
+
+fn blocks(numbers: impl IntoIterator<Item = u64>) -> Vec<BlockHash> {
+    numbers.into_iter().map(block).collect()
+}
+
+fn matched(index: &PrefixIndex<u32>, prompt: &[BlockHash]) -> BTreeMap<u32, u32> {
+    let mut held = Vec::new();
+    index.matched(prompt, &mut held);
+    let count = held.len();
+    let held: BTreeMap<_, _> = held.into_iter().collect();
+    assert_eq!(held.len(), count, "each worker once");
+    held
+}
+
+/// A message as it was sent, with what its engine held then.
+#[derive(Clone, Debug)]
+struct Sent {
+    sequence: u64,
+    restart: bool,
+    removed: Vec<BlockHash>,
+    stored: Vec<BlockHash>,
+    truth: BTreeSet<BlockHash>,
+}
+
+/// An engine, its words on the way, and what the index may know of it.
+#[derive(Debug, Default)]
+struct Model {
+    held: BTreeSet<BlockHash>,
+    sequence: u64,
+    on_the_way: VecDeque<Sent>,
+    /// What the engine held when it sent the last message that arrived.
+    last_arrived: BTreeSet<BlockHash>,
+}
+
+impl Model {
+    fn say(&mut self, restart: bool, removed: Vec<BlockHash>, stored: Vec<BlockHash>) {
+        self.sequence += 1;
+        let truth = self.held.clone();
+        let sequence = self.sequence;
+        self.on_the_way.push_back(Sent { sequence, restart, removed, stored, truth });
+    }
+
+    fn restart(&mut self) {
+        let held: Vec<_> = self.held.iter().copied().collect();
+        // Told in two parts, as a large cache is.
+        let (first, second) = held.split_at(held.len() / 2);
+        let whole = self.held.clone();
+        self.held = first.iter().copied().collect();
+        self.say(true, Vec::new(), first.to_vec());
+        self.held = whole;
+        self.say(false, Vec::new(), second.to_vec());
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    /// The engine caches a stretch of a chain.
+    Store {
+        worker: u32,
+        chain: u64,
+        from: u64,
+        len: u64,
+    },
+    /// It evicts some of what it holds, from anywhere.
+    Evict {
+        worker: u32,
+        which: Vec<Index>,
+    },
+    Clear {
+        worker: u32,
+    },
+    /// The next message arrives.
+    Deliver {
+        worker: u32,
+    },
+    Lose {
+        worker: u32,
+    },
+    /// The worker comes back with an empty engine; what was on the way is void.
+    Restart {
+        worker: u32,
+    },
+    Leave {
+        worker: u32,
+    },
+    Tidy,
+}
+
+const WORKERS: u32 = 80;
+const CHAIN_BLOCKS: u64 = 12;
+
+fn chain_blocks(chain: u64, from: u64, len: u64) -> Vec<BlockHash> {
+    // All chains share their first blocks.
+    blocks(
+        (from..CHAIN_BLOCKS.min(from + len)).map(|at| if at < 4 { at } else { chain * 100 + at }),
+    )
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    // Most of it happens to few workers; the others make crowds.
+    let worker = || prop_oneof![3 => 0..3_u32, 1 => 0..WORKERS];
+    let step = prop_oneof![
+        6 => (worker(), 0..3_u64, 0..CHAIN_BLOCKS, 1..CHAIN_BLOCKS)
+            .prop_map(|(worker, chain, from, len)| Step::Store { worker, chain, from, len }),
+        4 => (worker(), prop::collection::vec(any::<Index>(), 1..4))
+            .prop_map(|(worker, which)| Step::Evict { worker, which }),
+        1 => worker().prop_map(|worker| Step::Clear { worker }),
+        12 => worker().prop_map(|worker| Step::Deliver { worker }),
+        1 => worker().prop_map(|worker| Step::Lose { worker }),
+        1 => worker().prop_map(|worker| Step::Restart { worker }),
+        1 => worker().prop_map(|worker| Step::Leave { worker }),
+        1 => Just(Step::Tidy),
+    ];
+    prop::collection::vec(step, 0..200)
+}
+
+#[derive(Debug, Default)]
+struct World {
+    index: PrefixIndex<u32>,
+    models: BTreeMap<u32, Model>,
+}
+
+impl World {
+    fn model(&mut self, worker: u32) -> &mut Model {
+        let Self { index, models } = self;
+        models.entry(worker).or_insert_with(|| {
+            index.worker_joined(worker);
+            let mut model = Model::default();
+            model.restart();
+            model
+        })
+    }
+
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Store { worker, chain, from, len } => {
+                let model = self.model(worker);
+                let stored = chain_blocks(chain, from, len);
+                model.held.extend(&stored);
+                model.say(false, Vec::new(), stored);
+            }
+            Step::Evict { worker, which } => {
+                let model = self.model(worker);
+                let held: Vec<_> = model.held.iter().copied().collect();
+                if !held.is_empty() {
+                    let gone: Vec<_> = which.iter().map(|at| *at.get(&held)).collect();
+                    model.held.retain(|block| !gone.contains(block));
+                    model.say(false, gone, Vec::new());
+                }
+            }
+            Step::Clear { worker } => {
+                let model = self.model(worker);
+                model.held.clear();
+                model.say(true, Vec::new(), Vec::new());
+            }
+            Step::Deliver { worker } => self.deliver(worker),
+            Step::Lose { worker } => drop(self.model(worker).on_the_way.pop_front()),
+            Step::Restart { worker } => {
+                self.models.remove(&worker);
+                self.model(worker);
+            }
+            Step::Leave { worker } => {
+                self.models.remove(&worker);
+                self.index.worker_gone(worker);
+            }
+            Step::Tidy => self.index.tidy(),
+        }
+    }
+
+    fn deliver(&mut self, worker: u32) {
+        let Some(sent) = self.model(worker).on_the_way.pop_front() else { return };
+        let update = KvUpdate {
+            sequence: sent.sequence,
+            restart: sent.restart,
+            removed: &sent.removed,
+            stored: &sent.stored,
+        };
+        let heard = self.index.apply(worker, &update);
+        let model = self.model(worker);
+        model.last_arrived = sent.truth;
+        if heard == Heard::NeedsRestart {
+            model.restart();
+        }
+    }
+
+    fn deliver_all(&mut self, worker: u32) {
+        while !self.model(worker).on_the_way.is_empty() {
+            self.deliver(worker);
+        }
+    }
+
+    fn check(&self) -> Result<(), TestCaseError> {
+        for chain in 0..3 {
+            let prompt = chain_blocks(chain, 0, CHAIN_BLOCKS);
+            let found = matched(&self.index, &prompt);
+            for worker in 0..WORKERS {
+                let Some(model) = self.models.get(&worker) else {
+                    prop_assert!(!found.contains_key(&worker), "one that left");
+                    continue;
+                };
+                let held = prompt.iter().take_while(|block| model.last_arrived.contains(block));
+                let held = u32::try_from(held.count()).unwrap();
+                let said = found.get(&worker).copied().unwrap_or(0);
+                prop_assert!(said <= held, "worker {worker} holds {held}, not {said}");
+                if self.index.is_heard(worker) {
+                    prop_assert_eq!(said, held, "all was heard of worker {}", worker);
+                    prop_assert_eq!(self.index.blocks_of(worker), model.last_arrived.len());
+                } else {
+                    prop_assert_eq!(self.index.blocks_of(worker), 0);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn what_is_said_is_what_was_told(steps in steps()) {
+        let mut world = World::default();
+        for step in steps {
+            world.step(step);
+            world.check()?;
+        }
+        // Everything arrives, and what was lost is asked for: then all is known.
+        let workers: Vec<_> = world.models.keys().copied().collect();
+        for worker in workers {
+            // A message at the end shows the loss of those before it.
+            world.model(worker).say(false, Vec::new(), Vec::new());
+            world.deliver_all(worker);
+            // A restart may have been lost: it is asked for again.
+            if !world.index.is_heard(worker) {
+                world.model(worker).restart();
+                world.deliver_all(worker);
+            }
+            prop_assert!(world.index.is_heard(worker));
+        }
+        world.check()?;
+        let truth: usize = world.models.values().map(|model| model.held.len()).sum();
+        prop_assert_eq!(world.index.len(), truth);
+    }
+
+    #[test]
+    fn crowds_of_any_size_are_kept(
+        changes in prop::collection::vec((0..200_u32, 0..3_u64, prop::bool::weighted(0.7)), 0..900)
+    ) {
+        let mut index = PrefixIndex::default();
+        let mut held: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
+        for worker in 0..200 {
+            index.worker_joined(worker);
+        }
+        for (worker, number, stored) in changes {
+            let holders = held.entry(number).or_default();
+            if stored {
+                holders.insert(worker);
+                index.stored(worker, &[block(number)]);
+            } else {
+                holders.remove(&worker);
+                index.removed(worker, &[block(number)]);
+            }
+        }
+        for (number, holders) in held {
+            let found: BTreeSet<_> = matched(&index, &[block(number)]).into_keys().collect();
+            prop_assert_eq!(found, holders);
+        }
+    }
+}
+
+#[test]
+fn a_prefix_ends_where_a_block_is_missing() {
+    let mut index = PrefixIndex::default();
+    let prompt = blocks(1..=5);
+    for worker in 0..4 {
+        index.worker_joined(worker);
+    }
+    index.stored(0, &prompt);
+    index.stored(1, &prompt[..3]);
+    index.stored(2, &prompt);
+    index.removed(2, &prompt[1..2]);
+    index.stored(3, &prompt[1..]);
+    assert_eq!(matched(&index, &prompt), [(0, 5), (1, 3), (2, 1)].into());
+    index.stored(2, &prompt[1..2]);
+    assert_eq!(matched(&index, &prompt), [(0, 5), (1, 3), (2, 5)].into());
+    assert_eq!(matched(&index, &[]), [].into());
+}
+
+#[test]
+fn what_a_worker_left_behind_is_given_back() {
+    let mut index = PrefixIndex::default();
+    index.worker_joined(0);
+    let empty = index.memory_bytes();
+    let many: Vec<_> = (1..200_000_u64)
+        .map(|number| BlockHash::new(number.wrapping_mul(0x9e37_79b9_7f4a_7c15)).unwrap())
+        .collect();
+    index.stored(0, &many);
+    let full = index.memory_bytes();
+    assert!(full > empty + 16 * many.len());
+    index.cleared(0);
+    assert_eq!((index.len(), matched(&index, &many)), (0, [].into()));
+    for _ in 0..SHARDS {
+        index.tidy();
+    }
+    // The shards keep their smallest size.
+    assert!(index.memory_bytes() < empty + SHARDS * 8 * 16 + 1024, "{}", index.memory_bytes());
+}
+
+#[test]
+fn numbers_of_workers_are_used_again_without_what_they_stood_for() {
+    let mut index = PrefixIndex::default();
+    index.worker_joined(0);
+    // More lives than there are numbers.
+    for life in 0..70_000_u64 {
+        let (old, new) = (block(life), block(life + 1));
+        index.stored(0, &[new]);
+        assert_eq!(matched(&index, &[old]), [].into());
+        assert_eq!(matched(&index, &[new]), [(0, 1)].into());
+        index.cleared(0);
+    }
+}
+
+#[test]
+fn what_was_routed_is_remembered_for_a_while() {
+    let seconds = Duration::from_secs;
+    let limits = RoutedLimits { blocks_per_worker: 6, expires_after: seconds(10) };
+    let mut index = RoutedIndex::new(limits);
+    let matched = |index: &mut RoutedIndex<u32>, prompt: &[BlockHash], now| {
+        let mut held = Vec::new();
+        index.matched(prompt, seconds(now), &mut held);
+        held.sort_unstable();
+        held
+    };
+    let (first, second) = (blocks([1, 2, 3]), blocks([1, 2, 4, 5]));
+    index.routed(0, &first, seconds(0));
+    index.routed(0, &second, seconds(6));
+    index.routed(1, &first, seconds(6));
+    assert_eq!(matched(&mut index, &first, 9), [(0, 3), (1, 3)]);
+    // The first prompt has expired; what it shared with the second has not.
+    assert_eq!(matched(&mut index, &first, 10), [(0, 2), (1, 3)]);
+    assert_eq!(matched(&mut index, &second, 15), [(0, 4), (1, 2)]);
+    assert_eq!(matched(&mut index, &second, 16), []);
+
+    index.routed(0, &blocks(10..14), seconds(20));
+    index.routed(0, &blocks(20..24), seconds(21));
+    assert_eq!(index.blocks_of(0), 4, "there was no room for both");
+    assert_eq!(matched(&mut index, &blocks(20..24), 21), [(0, 4)]);
+    index.routed(0, &blocks(30..50), seconds(22));
+    assert_eq!(matched(&mut index, &blocks(30..50), 22), [(0, 6)]);
+    index.worker_gone(0);
+    assert_eq!(matched(&mut index, &blocks(30..50), 22), []);
+    index.tidy(seconds(40));
+    assert_eq!(index.blocks_of(1), 0);
+}

@@ -1,0 +1,324 @@
+//! What of a prompt the workers have cached: the index of what they tell, and beside it the guess for
+//! those that do not.
+
+use std::{collections::HashMap, time::Duration};
+
+use baton_core::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits, WorkerKey};
+use baton_proto as wire;
+use baton_types::{BlockHash, BlockHasher, BlockScope, BlockUnit};
+
+use crate::prompt::{Prompt, PromptContent};
+
+/// Blocks of a prompt whose tokens are not known have about as many bytes as an engine's have tokens,
+/// times this: English text in a current vocabulary.
+const BYTES_PER_TOKEN: u32 = 4;
+/// Of engines that do not say: what vLLM takes where it is not told otherwise.
+const USUAL_BLOCK_SIZE_TOKENS: u32 = 16;
+
+#[derive(Debug)]
+pub(crate) struct Prefixes {
+    told: PrefixIndex<WorkerKey>,
+    routed: RoutedIndex<WorkerKey>,
+    /// Each kind of worker once.
+    families: Vec<Family>,
+    members: HashMap<WorkerKey, usize>,
+    updates: Updates,
+}
+
+/// Workers of equal blocks: a prompt is cut and named once for all of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Family {
+    /// As in the hello: the base model first.
+    models: Vec<String>,
+    adapters: Vec<String>,
+    block_size_tokens: u32,
+    /// Its members tell of their caches.
+    tells: bool,
+}
+
+/// Kept between messages for its memory.
+#[derive(Debug, Default)]
+struct Updates {
+    removed: Vec<BlockHash>,
+    stored: Vec<BlockHash>,
+}
+
+/// What workers hold of one prompt.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct CachedPrefix {
+    /// Of the whole prompt; a guess where its tokens are not known.
+    pub(crate) prompt_tokens: u32,
+    /// Tokens from the first on, of each worker that holds any.
+    pub(crate) held_tokens: Vec<(WorkerKey, u32)>,
+}
+
+impl CachedPrefix {
+    pub(crate) fn held_by(&self, worker: WorkerKey) -> u32 {
+        let held = self.held_tokens.iter().find(|(holder, _)| *holder == worker);
+        held.map_or(0, |(_, tokens)| *tokens)
+    }
+}
+
+impl Default for Prefixes {
+    fn default() -> Self {
+        Self {
+            told: PrefixIndex::default(),
+            routed: RoutedIndex::new(RoutedLimits::default()),
+            families: Vec::new(),
+            members: HashMap::new(),
+            updates: Updates::default(),
+        }
+    }
+}
+
+impl Prefixes {
+    pub(crate) fn worker_attached(&mut self, worker: WorkerKey, hello: &wire::Hello) {
+        let cache = hello.kv_cache.as_ref();
+        let family = Family {
+            models: hello.models.clone(),
+            adapters: cache.map(|cache| cache.adapters.clone()).unwrap_or_default(),
+            block_size_tokens: cache
+                .map_or(USUAL_BLOCK_SIZE_TOKENS, |cache| cache.block_size_tokens.max(1)),
+            tells: cache.is_some(),
+        };
+        let known = self.families.iter().position(|known| *known == family);
+        let family = known.unwrap_or_else(|| {
+            self.families.push(family);
+            self.families.len() - 1
+        });
+        self.members.insert(worker, family);
+        self.told.worker_joined(worker);
+    }
+
+    pub(crate) fn worker_gone(&mut self, worker: WorkerKey) {
+        self.members.remove(&worker);
+        self.told.worker_gone(worker);
+        self.routed.worker_gone(worker);
+    }
+
+    /// Takes a worker's news. Whether it must tell everything anew.
+    pub(crate) fn kv_events(&mut self, worker: WorkerKey, events: &wire::KvEvents) -> bool {
+        let Updates { removed, stored } = &mut self.updates;
+        for (names, numbers) in [(&mut *removed, &events.removed), (&mut *stored, &events.stored)] {
+            names.clear();
+            names.extend(numbers.iter().copied().filter_map(BlockHash::new));
+        }
+        let update =
+            KvUpdate { sequence: events.sequence, restart: events.restart, removed, stored };
+        self.told.apply(worker, &update) == Heard::NeedsRestart
+    }
+
+    /// Whether a worker tells of its cache and was not heard: it is to be asked again.
+    pub(crate) fn is_unheard(&self, worker: WorkerKey) -> bool {
+        let family = self.members.get(&worker).map(|family| &self.families[*family]);
+        family.is_some_and(|family| family.tells) && !self.told.is_heard(worker)
+    }
+
+    /// Blocks that a worker is known to hold.
+    pub(crate) fn blocks_of(&self, worker: WorkerKey) -> usize {
+        self.told.blocks_of(worker)
+    }
+
+    /// What each worker that serves the model holds of the prompt.
+    pub(crate) fn cached(
+        &mut self,
+        model: Option<&str>,
+        prompt: &Prompt,
+        now: Duration,
+    ) -> CachedPrefix {
+        let mut cached =
+            CachedPrefix { prompt_tokens: prompt_tokens(&prompt.content), ..Default::default() };
+        let mut held = Vec::new();
+        for (index, family) in self.families.iter().enumerate() {
+            if !family.serves(model) {
+                continue;
+            }
+            let blocks = family.blocks(model, prompt);
+            held.clear();
+            if family.follows(&prompt.content) {
+                self.told.matched(&blocks, &mut held);
+            } else {
+                self.routed.matched(&blocks, now, &mut held);
+            }
+            let members =
+                held.iter().filter(|(worker, _)| self.members.get(worker) == Some(&index));
+            cached.held_tokens.extend(members.map(|(worker, blocks)| {
+                let tokens = blocks.saturating_mul(family.block_size_tokens);
+                (*worker, tokens.min(cached.prompt_tokens))
+            }));
+        }
+        cached
+    }
+
+    /// A prompt went to a worker.
+    pub(crate) fn routed(
+        &mut self,
+        worker: WorkerKey,
+        model: Option<&str>,
+        prompt: &Prompt,
+        now: Duration,
+    ) {
+        let Some(family) = self.members.get(&worker).map(|family| &self.families[*family]) else {
+            return;
+        };
+        if !family.follows(&prompt.content) {
+            self.routed.routed(worker, &family.blocks(model, prompt), now);
+        }
+    }
+
+    /// Gives back what is no longer needed, a little at a time.
+    pub(crate) fn tidy(&mut self, now: Duration) {
+        self.told.tidy();
+        self.routed.tidy(now);
+    }
+}
+
+impl Family {
+    fn serves(&self, model: Option<&str>) -> bool {
+        model.is_none_or(|model| self.models.iter().any(|name| name == model))
+    }
+
+    /// Whether the prompt's blocks can be found among those that its members tell of.
+    fn follows(&self, content: &PromptContent) -> bool {
+        self.tells && matches!(content, PromptContent::Tokens(_))
+    }
+
+    fn blocks(&self, model: Option<&str>, prompt: &Prompt) -> Vec<BlockHash> {
+        let adapter = model.filter(|model| self.adapters.iter().any(|adapter| adapter == model));
+        let scope = BlockScope {
+            unit: BlockUnit::Tokens,
+            model: self.models.first().map_or("", String::as_str),
+            adapter: adapter.unwrap_or_default(),
+            salt: &prompt.cache_salt,
+        };
+        let size = self.block_size_tokens as usize;
+        match &prompt.content {
+            PromptContent::Tokens(tokens) => BlockHasher::of_tokens(&scope, tokens, size),
+            PromptContent::Bytes(bytes) => {
+                let scope = BlockScope { unit: BlockUnit::Bytes, ..scope };
+                BlockHasher::of_bytes(&scope, bytes, size * BYTES_PER_TOKEN as usize)
+            }
+        }
+    }
+}
+
+fn prompt_tokens(content: &PromptContent) -> u32 {
+    let count = match content {
+        PromptContent::Tokens(tokens) => tokens.len(),
+        PromptContent::Bytes(bytes) => bytes.len().div_ceil(BYTES_PER_TOKEN as usize),
+    };
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_core::{Core, HandoffMode, Settings, WorkerDescription};
+    use baton_types::{Epoch, Role};
+
+    use super::*;
+
+    /// Keys of workers that are attached.
+    fn workers(names: &[&str]) -> Vec<WorkerKey> {
+        let mut core = Core::new(Settings::default());
+        let mut actions = Vec::new();
+        names
+            .iter()
+            .map(|name| {
+                let description = WorkerDescription {
+                    name: (*name).to_owned(),
+                    epoch: Epoch::random(),
+                    role: Role::Decode,
+                    models: vec!["m".into()],
+                    handoff: HandoffMode::None,
+                    model: None,
+                    kv_capacity_tokens: None,
+                };
+                core.attach(description, Duration::ZERO, &mut actions)
+            })
+            .collect()
+    }
+
+    fn hello(models: &[&str], block_size_tokens: Option<u32>, adapters: &[&str]) -> wire::Hello {
+        let strings = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+        wire::Hello {
+            models: strings(models),
+            kv_cache: block_size_tokens.map(|block_size_tokens| wire::KvCache {
+                block_size_tokens,
+                adapters: strings(adapters),
+            }),
+            ..wire::Hello::default()
+        }
+    }
+
+    fn tokens(tokens: impl IntoIterator<Item = u32>) -> Prompt {
+        let content = PromptContent::Tokens(tokens.into_iter().collect());
+        Prompt { content, cache_salt: String::new() }
+    }
+
+    fn told(adapter: &str, block_size: usize, prompt: &[u32]) -> wire::KvEvents {
+        let scope = BlockScope { unit: BlockUnit::Tokens, model: "m", adapter, salt: "" };
+        let stored = BlockHasher::of_tokens(&scope, prompt, block_size);
+        wire::KvEvents {
+            sequence: 1,
+            restart: true,
+            removed: Vec::new(),
+            stored: stored.into_iter().map(BlockHash::get).collect(),
+        }
+    }
+
+    #[test]
+    fn what_workers_tell_is_found_whatever_their_block_size() {
+        let [a, b, c] = workers(&["a", "b", "c"])[..] else { panic!() };
+        let mut prefixes = Prefixes::default();
+        prefixes.worker_attached(a, &hello(&["m", "alias", "lora"], Some(16), &["lora"]));
+        prefixes.worker_attached(b, &hello(&["m"], Some(32), &[]));
+        prefixes.worker_attached(c, &hello(&["m"], None, &[]));
+        assert!(prefixes.is_unheard(a) && prefixes.is_unheard(b) && !prefixes.is_unheard(c));
+        let prompt: Vec<u32> = (0..100).collect();
+        assert!(!prefixes.kv_events(a, &told("", 16, &prompt)));
+        assert!(!prefixes.kv_events(b, &told("", 32, &prompt)));
+        assert_eq!((prefixes.blocks_of(a), prefixes.blocks_of(b)), (6, 3));
+
+        let longer = tokens(0..1000);
+        let cached = prefixes.cached(Some("m"), &longer, Duration::ZERO);
+        assert_eq!(cached.prompt_tokens, 1000);
+        assert_eq!([a, b, c].map(|worker| cached.held_by(worker)), [96, 96, 0]);
+        let cached = prefixes.cached(Some("alias"), &longer, Duration::ZERO);
+        assert_eq!([a, b, c].map(|worker| cached.held_by(worker)), [96, 0, 0]);
+        // What was computed without the adapter is of no use with it.
+        assert_eq!(prefixes.cached(Some("lora"), &longer, Duration::ZERO).held_by(a), 0);
+
+        // c does not tell: what was routed to it is there.
+        prefixes.routed(a, Some("m"), &longer, Duration::ZERO);
+        prefixes.routed(c, Some("m"), &longer, Duration::ZERO);
+        let cached = prefixes.cached(Some("m"), &longer, Duration::ZERO);
+        assert_eq!([a, b, c].map(|worker| cached.held_by(worker)), [96, 96, 992]);
+
+        // A gap.
+        let mut later = told("", 16, &prompt);
+        (later.sequence, later.restart) = (3, false);
+        assert!(prefixes.kv_events(a, &later));
+        assert!(prefixes.is_unheard(a));
+        prefixes.worker_gone(b);
+        let cached = prefixes.cached(Some("m"), &longer, Duration::ZERO);
+        assert_eq!([a, b, c].map(|worker| cached.held_by(worker)), [0, 0, 992]);
+    }
+
+    #[test]
+    fn bytes_stand_in_for_tokens() {
+        let [a, b] = workers(&["a", "b"])[..] else { panic!() };
+        let mut prefixes = Prefixes::default();
+        prefixes.worker_attached(a, &hello(&["m"], Some(16), &[]));
+        prefixes.worker_attached(b, &hello(&["m"], Some(16), &[]));
+        let prompt = |text: &str| Prompt {
+            content: PromptContent::Bytes(text.as_bytes().to_vec()),
+            cache_salt: String::new(),
+        };
+        let text = "All work and no play makes Jack a dull boy. ".repeat(10);
+        prefixes.routed(a, None, &prompt(&text), Duration::ZERO);
+        let more = prompt(&format!("{text} And so on."));
+        let cached = prefixes.cached(None, &more, Duration::ZERO);
+        assert_eq!(cached.prompt_tokens, 113);
+        assert_eq!([a, b].map(|worker| cached.held_by(worker)), [96, 0]);
+    }
+}

@@ -1,0 +1,13 @@
+//! Ways to use the same workers, on the same traffic, under the same SLOs: which serves most?
+//!
+//! An [`Experiment`] is read from a file, [`run`] simulates all its cells on all cores, and the
+//! [`Report`](crate::report::Report) says what was found. The same experiment gives the same report on
+//! any number of threads.
+
+mod experiment;
+mod run;
+mod way;
+
+pub use experiment::{Experiment, TraceFile, What};
+pub use run::{CompareError, Progress, Single, run};
+pub use way::{ParseWayError, Way, WayKind};

@@ -1,0 +1,463 @@
+//! All cells of an experiment, on all cores.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use baton_engine::sim::Profile;
+use rayon::prelude::*;
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    experiment::{Experiment, TraceFile, What},
+    way::Way,
+};
+use crate::{
+    fleet::{Late, Setup, SetupError, simulate},
+    goodput::{Goal, Goodput, goodput, highest_scale},
+    outcome::Slo,
+    report::{
+        Contender, GoodputFindings, Input, Load, LoadPoint, Origin, Report, RunFindings, Scenario,
+        Searched,
+    },
+    trace::Trace,
+};
+
+/// Around the baseline's goodput, to draw how success falls with load.
+const LOADS: [f64; 9] = [0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5];
+/// Of [`LOADS`], that of the runs shown in full.
+const SHOWN: usize = 4;
+
+#[derive(Debug, thiserror::Error)]
+pub enum CompareError {
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    #[error("{} cannot be read: {reason}", file.display())]
+    Unreadable { file: PathBuf, reason: io::Error },
+}
+
+/// How far an experiment is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    pub done: usize,
+    pub total: usize,
+    pub doing: &'static str,
+}
+
+/// One trace, fleet and SLO.
+struct Cell<'e> {
+    trace: &'e TraceFile,
+    workers: u32,
+    slo: Slo,
+    late: Late,
+}
+
+/// One contender of one cell, with the setups that it may come to.
+struct Entry<'e> {
+    cell: usize,
+    way: &'e Way,
+    candidates: Vec<Setup>,
+}
+
+/// Runs an experiment. `command` is what was typed, for the report.
+///
+/// # Errors
+/// A setup that cannot be; a file that has gone since it was read.
+pub fn run(
+    experiment: &Experiment,
+    command: &str,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Report, CompareError> {
+    let cells = cells(experiment);
+    let entries = entries(experiment, &cells);
+    let seeds = experiment.seeds.as_slice();
+    let scale = match experiment.what {
+        What::Goodput => None,
+        What::Simulate { scale } => Some(scale),
+    };
+    let searched: usize =
+        entries.iter().map(|entry| entry.candidates.len()).filter(|n| *n > 1).sum();
+    let found = if scale.is_none() { entries.len() * seeds.len() } else { 0 };
+    let runs = entries.len() * if scale.is_none() { LOADS.len() } else { 1 };
+    let ticker = Ticker { done: AtomicUsize::new(0), total: searched + found + runs, progress };
+
+    let tuned = tune(experiment, &cells, &entries, &ticker)?;
+    let goodputs = if scale.is_none() {
+        search(experiment, &cells, &entries, &tuned, &ticker)?
+    } else {
+        Vec::new()
+    };
+    let loads: Vec<Load> = (0..cells.len())
+        .map(|cell| {
+            let contenders = || (0..entries.len()).filter(|i| entries[*i].cell == cell);
+            load(
+                &cells[cell].trace.trace,
+                seeds,
+                scale,
+                contenders().map(|i| (entries[i].way, goodputs.get(i))),
+            )
+        })
+        .collect();
+    let factors: &[f64] = if scale.is_none() { &LOADS } else { &LOADS[SHOWN..=SHOWN] };
+    let jobs: Vec<(usize, f64)> =
+        (0..entries.len()).flat_map(|i| factors.iter().map(move |factor| (i, *factor))).collect();
+    let ran = jobs.par_iter().map(|(i, factor)| {
+        let (cell, setup) = (entries[*i].cell, &tuned[*i].setup);
+        let scaled = cells[cell].trace.trace.scaled(loads[cell].scale * factor, setup.seed);
+        let run = simulate(&scaled, setup)?;
+        let summary = run.summary(&scaled, setup);
+        let point = LoadPoint { offered_rps: scaled.rate_rps(), attainment: summary.attainment };
+        let is_shown = *factor == LOADS[SHOWN];
+        let findings =
+            is_shown.then(|| RunFindings::new(summary, &run.outcomes, &run.facts.samples));
+        ticker.tick("running at several loads");
+        Ok((*i, point, findings))
+    });
+    let ran: Vec<(usize, LoadPoint, Option<RunFindings>)> =
+        ran.collect::<Result<_, SetupError>>()?;
+
+    let mut contenders: Vec<Contender> = Vec::new();
+    for (i, (entry, tuned)) in entries.iter().zip(tuned).enumerate() {
+        let found = goodputs
+            .get(i)
+            .map(|found| findings(found, ran.iter().filter(|r| r.0 == i).map(|r| r.1)));
+        contenders.push(Contender {
+            mode: entry.way.to_string(),
+            setup: entry.way.describe(&tuned.setup),
+            searched: tuned.searched,
+            goodput: found,
+            run: None,
+        });
+    }
+    for (i, _, findings) in ran {
+        if let (Some(contender), Some(findings)) = (contenders.get_mut(i), findings) {
+            contender.run = Some(findings);
+        }
+    }
+    report(experiment, command, &cells, &entries, loads, contenders)
+}
+
+fn cells(experiment: &Experiment) -> Vec<Cell<'_>> {
+    let mut cells = Vec::new();
+    for trace in &experiment.traces {
+        for workers in &experiment.workers {
+            for slo in &experiment.slos {
+                for late in &experiment.late {
+                    cells.push(Cell { trace, workers: *workers, slo: *slo, late: *late });
+                }
+            }
+        }
+    }
+    cells
+}
+
+fn entries<'e>(experiment: &'e Experiment, cells: &[Cell<'_>]) -> Vec<Entry<'e>> {
+    let mut entries = Vec::new();
+    for (i, cell) in cells.iter().enumerate() {
+        for way in &experiment.ways {
+            // The mode is each candidate's own; this one only carries the rest.
+            let mode = crate::fleet::Mode::Aggregated;
+            let mut plain = Setup::new(experiment.profile.1.clone(), cell.workers, mode, cell.slo);
+            plain.late = cell.late;
+            plain.reserves_output = experiment.reserves_output;
+            plain.seed = experiment.seeds.first().copied().unwrap_or_default();
+            entries.push(Entry { cell: i, way, candidates: way.candidates(&plain) });
+        }
+    }
+    entries
+}
+
+struct Ticker<'p> {
+    done: AtomicUsize,
+    total: usize,
+    progress: &'p (dyn Fn(Progress) + Sync),
+}
+
+impl Ticker<'_> {
+    fn tick(&self, doing: &'static str) {
+        let done = 1 + self.done.fetch_add(1, Ordering::Relaxed);
+        (self.progress)(Progress { done, total: self.total, doing });
+    }
+}
+
+/// The best of an entry's candidates, and what all of them served.
+struct Tuned {
+    setup: Setup,
+    searched: Vec<Searched>,
+}
+
+fn goal(experiment: &Experiment) -> Goal {
+    Goal { attainment: 0.9, min_decile: experiment.min_decile.unwrap_or(0.0) }
+}
+
+/// By goodput, with the first seed; the first among equals.
+fn tune(
+    experiment: &Experiment,
+    cells: &[Cell<'_>],
+    entries: &[Entry<'_>],
+    ticker: &Ticker<'_>,
+) -> Result<Vec<Tuned>, SetupError> {
+    let goal = goal(experiment);
+    let jobs: Vec<(usize, &Setup)> = entries
+        .iter()
+        .enumerate()
+        .filter(|(_, entry)| entry.candidates.len() > 1)
+        .flat_map(|(i, entry)| entry.candidates.iter().map(move |candidate| (i, candidate)))
+        .collect();
+    let found = jobs.par_iter().map(|(i, candidate)| {
+        let trace = &cells[entries[*i].cell].trace.trace;
+        let (scale, _) = highest_scale(trace, candidate, goal, 1.0)?;
+        ticker.tick("tuning");
+        let rps = if scale > 0.0 { trace.scaled(scale, candidate.seed).rate_rps() } else { 0.0 };
+        Ok((*i, rps))
+    });
+    let found: Vec<(usize, f64)> = found.collect::<Result<_, SetupError>>()?;
+    let mut tuned = Vec::new();
+    for (i, entry) in entries.iter().enumerate() {
+        let rates: Vec<f64> =
+            found.iter().filter(|(of, _)| *of == i).map(|(_, rps)| *rps).collect();
+        let mut best = 0;
+        for (place, rps) in rates.iter().enumerate() {
+            if *rps > rates[best] {
+                best = place;
+            }
+        }
+        let searched = entry.candidates.iter().zip(&rates).map(|(candidate, rps)| Searched {
+            setup: entry.way.describe(candidate),
+            goodput_rps: *rps,
+        });
+        tuned.push(Tuned { setup: entry.candidates[best].clone(), searched: searched.collect() });
+    }
+    Ok(tuned)
+}
+
+/// Of each entry, for each seed.
+fn search(
+    experiment: &Experiment,
+    cells: &[Cell<'_>],
+    entries: &[Entry<'_>],
+    tuned: &[Tuned],
+    ticker: &Ticker<'_>,
+) -> Result<Vec<Vec<Goodput>>, SetupError> {
+    let jobs: Vec<(usize, u64)> = (0..entries.len())
+        .flat_map(|i| experiment.seeds.iter().map(move |seed| (i, *seed)))
+        .collect();
+    let found = jobs.par_iter().map(|(i, seed)| {
+        let setup = Setup { seed: *seed, ..tuned[*i].setup.clone() };
+        let trace = &cells[entries[*i].cell].trace.trace;
+        let min_decile = experiment.min_decile.unwrap_or(0.0);
+        let found = goodput(trace, &setup, min_decile, 1, &|_| {})?;
+        ticker.tick("searching the highest load");
+        Ok((*i, found))
+    });
+    let found: Vec<(usize, Goodput)> = found.collect::<Result<_, SetupError>>()?;
+    let mut goodputs: BTreeMap<usize, Vec<Goodput>> = BTreeMap::new();
+    for (i, found) in found {
+        goodputs.entry(i).or_default().push(found);
+    }
+    Ok(goodputs.into_values().collect())
+}
+
+/// The load at which all contenders of a cell are shown: the most that the baseline holds, so that it
+/// is seen who does better and who worse; if it holds none, of the first that holds any.
+fn load<'g>(
+    trace: &Trace,
+    seeds: &[u64],
+    scale: Option<f64>,
+    contenders: impl Iterator<Item = (&'g Way, Option<&'g Vec<Goodput>>)>,
+) -> Load {
+    let seed = seeds.first().copied().unwrap_or_default();
+    let at = |scale: f64, reason: String| Load {
+        scale,
+        offered_rps: trace.scaled(scale, seed).rate_rps(),
+        reason,
+    };
+    if let Some(scale) = scale {
+        return at(scale, "as the experiment asks".to_owned());
+    }
+    let held: Vec<(&Way, f64)> = contenders
+        .filter_map(|(way, found)| Some((way, found?.first()?.scale)))
+        .filter(|(_, scale)| *scale > 0.0)
+        .collect();
+    let first_held = held.first().map(|(way, scale)| (*way, *scale));
+    match first_held {
+        Some((way, scale)) => at(scale, format!("the most that {way} holds")),
+        None => at(1.0, "no mode holds any load".to_owned()),
+    }
+}
+
+fn findings(found: &[Goodput], grid: impl Iterator<Item = LoadPoint>) -> GoodputFindings {
+    let rates = || found.iter().map(|found| found.goodput_rps);
+    let mean = |sum: f64| sum / found.len().max(1) as f64;
+    // What the search gave up has no shares to show.
+    let whole = found.first().into_iter().flat_map(|found| &found.points);
+    let whole = whole.filter(|point| point.attainment > 0.0);
+    let mut points: Vec<LoadPoint> = whole
+        .map(|point| LoadPoint { offered_rps: point.rps, attainment: point.attainment })
+        .chain(grid)
+        .collect();
+    points.sort_by(|a, b| a.offered_rps.total_cmp(&b.offered_rps));
+    points.dedup_by(|a, b| a.offered_rps == b.offered_rps);
+    GoodputFindings {
+        rps: mean(rates().sum()),
+        rps_p99: mean(found.iter().map(|found| found.goodput_rps_p99).sum()),
+        range: [rates().fold(f64::INFINITY, f64::min), rates().fold(0.0, f64::max)],
+        points,
+    }
+}
+
+fn report(
+    experiment: &Experiment,
+    command: &str,
+    cells: &[Cell<'_>],
+    entries: &[Entry<'_>],
+    loads: Vec<Load>,
+    contenders: Vec<Contender>,
+) -> Result<Report, CompareError> {
+    let mut scenarios = Vec::new();
+    let mut contenders: Vec<Option<Contender>> = contenders.into_iter().map(Some).collect();
+    for ((i, cell), load) in cells.iter().enumerate().zip(loads) {
+        let own = entries.iter().zip(&mut contenders).filter(|(entry, _)| entry.cell == i);
+        scenarios.push(Scenario {
+            name: name(experiment, cell),
+            trace: inspect_trace(cell.trace)?,
+            workers: cell.workers,
+            slo: cell.slo,
+            late: cell.late.to_string(),
+            min_decile: experiment.min_decile,
+            load: Some(load),
+            contenders: own.filter_map(|(_, contender)| contender.take()).collect(),
+        });
+    }
+    let (file, profile) = &experiment.profile;
+    Ok(Report {
+        title: experiment.title.clone(),
+        origin: Origin {
+            command: command.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            seeds: experiment.seeds.clone(),
+            profile: inspect_profile(file, profile)?,
+            experiment: Some(experiment.text.clone()),
+        },
+        scenarios,
+    })
+}
+
+/// One run, or one search and a run at the load that it found, as a report of its own.
+#[derive(Debug)]
+pub struct Single<'s> {
+    pub trace: &'s TraceFile,
+    pub profile_file: &'s Path,
+    pub setup: &'s Setup,
+    /// Of the trace's own load, in `run`.
+    pub scale: f64,
+    pub goodput: Option<&'s Goodput>,
+    pub min_decile: Option<f64>,
+    pub run: Option<RunFindings>,
+}
+
+impl Single<'_> {
+    /// # Errors
+    /// A file that has gone since it was read.
+    pub fn into_report(self, command: &str) -> Result<Report, CompareError> {
+        let Self { trace, setup, scale, goodput, .. } = self;
+        let offered_rps = trace.trace.scaled(scale, setup.seed).rate_rps();
+        let reason = match goodput {
+            Some(_) => "the most that it holds",
+            None => "as it was asked",
+        };
+        let contender = Contender {
+            mode: setup.mode.to_string(),
+            setup: format!("{} tokens a step, by {}", setup.chunk_tokens, setup.policy_name()),
+            searched: Vec::new(),
+            goodput: goodput.map(|found| findings(std::slice::from_ref(found), std::iter::empty())),
+            run: self.run,
+        };
+        let scenario = Scenario {
+            name: cell_name(&trace.trace, setup.workers, &setup.slo),
+            trace: inspect_trace(trace)?,
+            workers: setup.workers,
+            slo: setup.slo,
+            late: setup.late.to_string(),
+            min_decile: self.min_decile,
+            load: Some(Load { scale, offered_rps, reason: reason.to_owned() }),
+            contenders: vec![contender],
+        };
+        Ok(Report {
+            title: format!("{} on {}", setup.mode, trace.trace.name),
+            origin: Origin {
+                command: command.to_owned(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                seeds: vec![setup.seed],
+                profile: inspect_profile(self.profile_file, &setup.profile)?,
+                experiment: None,
+            },
+            scenarios: vec![scenario],
+        })
+    }
+}
+
+/// With what distinguishes it from the other cells.
+fn name(experiment: &Experiment, cell: &Cell<'_>) -> String {
+    let mut name = cell_name(&cell.trace.trace, cell.workers, &cell.slo);
+    if experiment.late.len() > 1 {
+        name.push_str(&format!(", late: {}", cell.late));
+    }
+    name
+}
+
+fn cell_name(trace: &Trace, workers: u32, slo: &Slo) -> String {
+    let unit = if workers == 1 { "worker" } else { "workers" };
+    format!("{}, {workers} {unit}, {}", trace.name, in_words(slo))
+}
+
+/// "TTFT 2000 ms + 2 × prefill, ITL 25 ms"
+fn in_words(slo: &Slo) -> String {
+    let factor = match slo.ttft_prefill_factor {
+        0.0 => String::new(),
+        factor => format!(" + {factor} × prefill"),
+    };
+    format!("TTFT {} ms{factor}, ITL {} ms", slo.ttft_ms, slo.itl_ms)
+}
+
+/// A trace for a report.
+///
+/// # Errors
+/// The file has gone since it was read.
+fn inspect_trace(TraceFile { file, trace }: &TraceFile) -> Result<Input, CompareError> {
+    let requests = trace.requests.len();
+    let mean = |of: fn(&crate::trace::TraceRequest) -> u32| {
+        let sum: u64 = trace.requests.iter().map(|request| u64::from(of(request))).sum();
+        sum as f64 / requests.max(1) as f64
+    };
+    let about = format!(
+        "{requests} requests in {:.1} minutes, on average {:.0} tokens in and {:.0} out",
+        trace.duration().as_secs_f64() / 60.0,
+        mean(|request| request.input_tokens),
+        mean(|request| request.output_tokens),
+    );
+    Ok(Input { file: file.display().to_string(), sha256: sha256(file)?, about })
+}
+
+/// A profile for a report.
+///
+/// # Errors
+/// The file has gone since it was read.
+fn inspect_profile(file: &Path, profile: &Profile) -> Result<Input, CompareError> {
+    let [a, b, c] = profile.model.prefill_ms;
+    let [d, e, f] = profile.model.decode_ms;
+    let about = format!(
+        "{}; prefill of n tokens: {a} + {b}·n + {c}·n² ms; decode step: {d} + {e}·sequences + {f}·Σcontext ms",
+        profile.name
+    );
+    Ok(Input { file: file.display().to_string(), sha256: sha256(file)?, about })
+}
+
+fn sha256(file: &Path) -> Result<String, CompareError> {
+    let bytes = fs::read(file)
+        .map_err(|reason| CompareError::Unreadable { file: file.to_owned(), reason })?;
+    Ok(Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect())
+}

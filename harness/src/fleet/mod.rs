@@ -1,0 +1,82 @@
+//! A fleet in virtual time: the production core over engines that plan their steps with the embedded
+//! engine's own scheduler, and take the time that a profile says.
+//!
+//! `world` is the loop over events; `worker` one engine; `flight` one request; `link` what a transfer
+//! of KV costs. Nothing here decides: the core places, the scheduler batches.
+
+mod flight;
+mod link;
+mod mode;
+mod setup;
+mod worker;
+mod world;
+
+use std::time::Duration;
+
+pub use self::{
+    link::Link,
+    mode::{Mode, ParseModeError},
+    setup::{Late, ParseLateError, Setup, SetupError},
+};
+use crate::{
+    outcome::Outcome,
+    summary::{RunFacts, Summary},
+    trace::Trace,
+};
+
+/// What one simulation gave.
+#[derive(Clone, Debug, Default)]
+pub struct Run {
+    /// In the order of the trace; fewer where the run was given up.
+    pub outcomes: Vec<Outcome>,
+    pub facts: RunFacts,
+    /// Ended early, since too many requests had missed already.
+    pub given_up: bool,
+}
+
+impl Run {
+    pub fn summary(&self, trace: &Trace, setup: &Setup) -> Summary {
+        let alone_ms = |tokens| setup.profile.model.prefill_alone_ms(0, tokens);
+        Summary::of(&self.outcomes, &trace.phases, &setup.slo, alone_ms, &self.facts)
+    }
+}
+
+/// Runs a trace to its end, or until `setup.patience` after its last arrival.
+///
+/// # Errors
+/// A setup that cannot be; the field is named.
+pub fn simulate(trace: &Trace, setup: &Setup) -> Result<Run, SetupError> {
+    setup.check()?;
+    Ok(world::World::new(trace, setup, None).run())
+}
+
+/// [`simulate`], given up as soon as more than `most_misses` requests have missed an SLO for certain.
+///
+/// # Errors
+/// A setup that cannot be; the field is named.
+pub fn simulate_while_hopeful(
+    trace: &Trace,
+    setup: &Setup,
+    most_misses: usize,
+) -> Result<Run, SetupError> {
+    setup.check()?;
+    Ok(world::World::new(trace, setup, Some(most_misses)).run())
+}
+
+/// Virtual time, in nanoseconds since the start of the run.
+type Nanos = u64;
+
+fn nanos(milliseconds: f64) -> Nanos {
+    // Saturates; never negative, since profiles are checked.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let nanos = (milliseconds * 1e6).round() as Nanos;
+    nanos
+}
+
+fn milliseconds(nanos: Nanos) -> f64 {
+    nanos as f64 / 1e6
+}
+
+fn duration(nanos: Nanos) -> Duration {
+    Duration::from_nanos(nanos)
+}

@@ -1,0 +1,524 @@
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use baton_core::{
+    Action, Core, Event, HandoffMode, JobId, Order, RequestKey, RequestShape, Settings, Split,
+    WorkerDescription, WorkerKey,
+    policy::{self, Targets},
+};
+use baton_engine::sim::{BlockHash, NewSequence, PrefillPace, Scheduler, SchedulerLimits};
+use baton_types::{Epoch, HandoffId, Leg, Role, StepModel};
+
+use super::{
+    Late, Mode, Nanos, Run, Setup, duration,
+    flight::{Awaited, Flight},
+    worker::Worker,
+};
+use crate::{
+    outcome::{Fate, Outcome},
+    summary::{FleetSample, RunFacts, WorkersSeconds},
+    trace::{Trace, TraceRequest},
+};
+
+/// A step is planned to end this much before the target, since the target is on the slowest steps.
+const STEP_HEADROOM: f64 = 0.95;
+const MIN_CHUNK_TOKENS: u32 = 32;
+/// Alone, prompts are batched up to here: a longer batch gains nothing and delays the first of it.
+const BATCH_TOKENS: u32 = 1024;
+const SAMPLE_INTERVAL: Nanos = 1_000_000_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Happening {
+    StepEnds {
+        worker: usize,
+    },
+    /// The KV that this job waits for has come.
+    Transferred {
+        worker: usize,
+        job: JobId,
+    },
+    Reports,
+    Sample,
+}
+
+pub(super) struct World<'a> {
+    trace: &'a Trace,
+    setup: &'a Setup,
+    core: Core,
+    now: Nanos,
+    workers: Vec<Worker>,
+    by_key: HashMap<WorkerKey, usize>,
+    /// Equal times go in the order in which they were foreseen.
+    happenings: BinaryHeap<Reverse<(Nanos, u64, Happening)>>,
+    foreseen: u64,
+    next_arrival: usize,
+    flights: Vec<Option<Flight>>,
+    free_flights: Vec<usize>,
+    flights_open: usize,
+    by_request: HashMap<RequestKey, usize>,
+    jobs: HashMap<JobId, (usize, usize)>,
+    outcomes: Vec<Option<Outcome>>,
+    samples: Vec<(Duration, FleetSample)>,
+    /// Workers that may have something to compute now.
+    touched: Vec<usize>,
+    actions: Vec<Action>,
+    misses: usize,
+    most_misses: Option<usize>,
+}
+
+impl<'a> World<'a> {
+    pub(super) fn new(trace: &'a Trace, setup: &'a Setup, most_misses: Option<usize>) -> Self {
+        let mut world = Self {
+            trace,
+            setup,
+            core: core(setup),
+            now: 0,
+            workers: Vec::new(),
+            by_key: HashMap::new(),
+            happenings: BinaryHeap::new(),
+            foreseen: 0,
+            next_arrival: 0,
+            flights: Vec::new(),
+            free_flights: Vec::new(),
+            flights_open: 0,
+            by_request: HashMap::new(),
+            jobs: HashMap::new(),
+            outcomes: vec![None; trace.requests.len()],
+            samples: Vec::new(),
+            touched: Vec::new(),
+            actions: Vec::new(),
+            misses: 0,
+            most_misses,
+        };
+        for index in 0..setup.workers {
+            world.add_worker(index);
+        }
+        world.foresee(nanos_of(setup.report_interval), Happening::Reports);
+        world.foresee(0, Happening::Sample);
+        world
+    }
+
+    fn add_worker(&mut self, index: u32) {
+        let setup = self.setup;
+        let role = match setup.mode {
+            Mode::Static { prefill, .. } if index >= prefill => Role::Decode,
+            _ => Role::Prefill,
+        };
+        let believed = believed_model(setup);
+        let description = WorkerDescription {
+            name: format!("worker-{index}"),
+            epoch: Epoch::from_u128(u128::from(index)),
+            role,
+            models: Vec::new(),
+            handoff: HandoffMode::Fenced { compatibility: [0; 32] },
+            model: Some(believed),
+            kv_capacity_tokens: Some(setup.kv_capacity_tokens),
+        };
+        let key = self.core.attach(description, Duration::ZERO, &mut self.actions);
+        let blocks = setup.kv_capacity_tokens / u64::from(setup.block_size_tokens);
+        let mut scheduler = Scheduler::new(SchedulerLimits {
+            block_size_tokens: setup.block_size_tokens,
+            kv_blocks: u32::try_from(blocks).unwrap_or(u32::MAX),
+            max_seqs: setup.max_seqs,
+            max_step_tokens: setup.chunk_tokens,
+            reserves_output: setup.reserves_output,
+        });
+        if setup.mode == Mode::Adaptive {
+            scheduler.set_pace(Some(PrefillPace {
+                step_ms: STEP_HEADROOM * setup.slo.itl_ms,
+                model: believed,
+                min_chunk_tokens: MIN_CHUNK_TOKENS,
+                batch_tokens: BATCH_TOKENS,
+            }));
+        }
+        let noise = (setup.step_noise > 0.0).then(|| {
+            let seed = setup.seed.wrapping_mul(0x9e37_79b9).wrapping_add(u64::from(index));
+            (setup.step_noise, fastrand::Rng::with_seed(seed))
+        });
+        self.by_key.insert(key, self.workers.len());
+        self.workers.push(Worker::new(key, scheduler, setup.profile.model, noise));
+    }
+
+    pub(super) fn run(mut self) -> Run {
+        let last_arrival = self.trace.requests.last().map_or(Duration::ZERO, |last| last.arrival);
+        let end = match self.setup.concurrency {
+            None => nanos_of(last_arrival).saturating_add(nanos_of(self.setup.patience)),
+            Some(_) => Nanos::MAX,
+        };
+        let mut given_up = false;
+        while self.next_arrival < self.trace.requests.len() || self.flights_open > 0 {
+            let next = self.happenings.peek().map(|Reverse((time, ..))| *time);
+            let arrival = self.trace.requests.get(self.next_arrival);
+            let arrival = match self.setup.concurrency {
+                None => arrival.map(|request| nanos_of(request.arrival)),
+                Some(most) => {
+                    arrival.filter(|_| self.flights_open < most as usize).map(|_| self.now)
+                }
+            };
+            match (arrival, next) {
+                (Some(arrival), next) if next.is_none_or(|next| arrival <= next) => {
+                    self.now = arrival;
+                    self.arrive();
+                }
+                (_, Some(next)) if next <= end => {
+                    self.now = next;
+                    self.happen();
+                }
+                _ => {
+                    self.now = end;
+                    break;
+                }
+            }
+            self.begin_steps();
+            if self.most_misses.is_some_and(|most| self.misses > most) {
+                given_up = true;
+                break;
+            }
+        }
+        self.into_run(given_up)
+    }
+
+    fn into_run(mut self, given_up: bool) -> Run {
+        for flight in &mut self.flights {
+            if let Some(mut flight) = flight.take() {
+                let phase = self.trace.requests[flight.index].phase;
+                self.outcomes[flight.index] = Some(flight.outcome(phase, Some(Fate::Unfinished)));
+            }
+        }
+        let seconds = duration(self.now).as_secs_f64();
+        let mut workers_seconds = WorkersSeconds::default();
+        match self.setup.mode {
+            Mode::Static { prefill, decode } => {
+                workers_seconds.prefill = seconds * f64::from(prefill);
+                workers_seconds.decode = seconds * f64::from(decode);
+            }
+            Mode::Aggregated | Mode::Adaptive => {
+                workers_seconds.mixed = seconds * f64::from(self.setup.workers);
+            }
+        }
+        Run {
+            outcomes: self.outcomes.into_iter().flatten().collect(),
+            facts: RunFacts {
+                duration: duration(self.now),
+                flips: 0,
+                workers_seconds,
+                samples: self.samples,
+            },
+            given_up,
+        }
+    }
+
+    fn foresee(&mut self, time: Nanos, happening: Happening) {
+        self.foreseen += 1;
+        self.happenings.push(Reverse((time, self.foreseen, happening)));
+    }
+
+    fn happen(&mut self) {
+        let Some(Reverse((_, _, happening))) = self.happenings.pop() else { return };
+        match happening {
+            Happening::StepEnds { worker } => self.step_ends(worker),
+            Happening::Transferred { worker, job } => {
+                let on = &mut self.workers[worker];
+                if let Some(task) = on.task_of(job) {
+                    on.scheduler.complete_remote(task.sequence);
+                    self.touched.push(worker);
+                }
+            }
+            Happening::Reports => self.reports(),
+            Happening::Sample => self.sample(),
+        }
+    }
+
+    fn arrive(&mut self) {
+        let index = self.next_arrival;
+        self.next_arrival += 1;
+        let request = &self.trace.requests[index];
+        let mut flight = Flight {
+            index,
+            arrived: self.now,
+            input_tokens: request.input_tokens,
+            output_tokens: request.output_tokens,
+            ..Flight::default()
+        };
+        let tokens = u64::from(request.input_tokens) + u64::from(request.output_tokens);
+        let block_size = u64::from(self.setup.block_size_tokens);
+        let capacity = self.setup.kv_capacity_tokens / block_size * block_size;
+        if tokens > capacity || request.input_tokens == 0 || request.output_tokens == 0 {
+            self.outcomes[index] = Some(flight.outcome(request.phase, Some(Fate::Rejected)));
+            self.misses += 1;
+            return;
+        }
+        let shape = RequestShape {
+            max_output_tokens: (request.output_tokens == 1).then_some(1),
+            prompt_tokens: request.input_tokens,
+            prefix_blocks: Arc::from(&*request.prefix_blocks),
+            prefix_block_tokens: self.trace.prefix_block_tokens,
+            ..RequestShape::default()
+        };
+        let handoff = HandoffId::from_u128(index as u128);
+        let mut actions = std::mem::take(&mut self.actions);
+        let key = self.core.arrive(shape, handoff, duration(self.now), &mut actions);
+        flight.key = Some(key);
+        let place = self.free_flights.pop().unwrap_or_else(|| {
+            self.flights.push(None);
+            self.flights.len() - 1
+        });
+        self.flights[place] = Some(flight);
+        self.flights_open += 1;
+        self.by_request.insert(key, place);
+        self.carry_out(actions);
+    }
+
+    fn tell_core(&mut self, event: Event) {
+        let mut actions = std::mem::take(&mut self.actions);
+        self.core.handle(event, duration(self.now), &mut actions);
+        self.carry_out(actions);
+    }
+
+    fn carry_out(&mut self, mut actions: Vec<Action>) {
+        for action in actions.drain(..) {
+            match action {
+                Action::Start { worker, job, request, leg, .. } => {
+                    self.start(worker, job, request, leg);
+                }
+                Action::Cancel { job, .. } => self.cancel(job),
+                Action::Reject { request, .. } => self.close(request, Some(Fate::Rejected)),
+                Action::BreakOff { request, .. } => self.close(request, Some(Fate::Unfinished)),
+                Action::Finish { request } => self.close(request, None),
+                Action::Relay { .. } | Action::Blame { .. } | Action::Disconnect { .. } => {}
+            }
+        }
+        self.actions = actions;
+    }
+
+    fn start(&mut self, worker: WorkerKey, job: JobId, request: RequestKey, leg: Leg) {
+        let (Some(&worker), Some(&place)) =
+            (self.by_key.get(&worker), self.by_request.get(&request))
+        else {
+            return;
+        };
+        let Some(flight) = &mut self.flights[place] else { return };
+        flight.disaggregated |= leg == Leg::Decode;
+        let output_tokens = if leg == Leg::Prefill { 1 } else { flight.output_tokens };
+        let new = NewSequence {
+            prompt_tokens: flight.input_tokens,
+            max_tokens: flight.input_tokens + output_tokens,
+            block_hashes: block_hashes(
+                &self.trace.requests[flight.index],
+                self.trace.prefix_block_tokens,
+                self.setup.block_size_tokens,
+            ),
+            remote_kv: leg == Leg::Decode,
+        };
+        let added = self.workers[worker].add(new, job, place, leg);
+        debug_assert!(added.is_ok(), "what does not fit was turned away when it came");
+        self.jobs.insert(job, (place, worker));
+        self.touched.push(worker);
+    }
+
+    fn cancel(&mut self, job: JobId) {
+        let Some((_, worker)) = self.jobs.remove(&job) else { return };
+        if let Some(task) = self.workers[worker].task_of(job) {
+            self.workers[worker].remove(task.sequence);
+            self.touched.push(worker);
+        }
+    }
+
+    fn close(&mut self, request: RequestKey, fate: Option<Fate>) {
+        let Some(place) = self.by_request.remove(&request) else { return };
+        let Some(mut flight) = self.flights[place].take() else { return };
+        self.free_flights.push(place);
+        self.flights_open -= 1;
+        let asked = &self.trace.requests[flight.index];
+        let outcome = flight.outcome(asked.phase, fate);
+        let kept = self.setup.slo.kept(&outcome.fate, self.alone_ms(asked.input_tokens));
+        self.misses += usize::from(!kept.both());
+        self.outcomes[flight.index] = Some(outcome);
+    }
+
+    fn begin_steps(&mut self) {
+        while let Some(worker) = self.touched.pop() {
+            if self.workers[worker].is_stepping {
+                continue;
+            }
+            let step = self.workers[worker].begin_step();
+            self.admitted(worker);
+            if let Some(time) = step {
+                self.foresee(self.now + time, Happening::StepEnds { worker });
+            }
+        }
+    }
+
+    /// Notes what the worker's prefix cache held, and lets transfers begin.
+    fn admitted(&mut self, worker: usize) {
+        for place in 0..self.workers[worker].step().admitted.len() {
+            let admission = self.workers[worker].step().admitted[place];
+            let Some(task) = self.workers[worker].task(admission.sequence) else { continue };
+            let Some(flight) = &mut self.flights[task.flight] else { continue };
+            if task.leg != Leg::Decode {
+                flight.cached_tokens.get_or_insert(admission.cached_tokens);
+            } else if admission.waits_for_remote {
+                flight.awaited =
+                    Some(Awaited { job: task.job, worker, cached_tokens: admission.cached_tokens });
+                self.transfer_if_both_are_there(task.flight);
+            }
+        }
+    }
+
+    fn transfer_if_both_are_there(&mut self, place: usize) {
+        let Some(flight) = &mut self.flights[place] else { return };
+        let (Some(from), Some(awaited)) = (flight.prefilled_by, flight.awaited) else { return };
+        flight.awaited = None;
+        let tokens = flight.input_tokens - awaited.cached_tokens;
+        flight.kv_bytes_moved += u64::from(tokens) * self.setup.kv_bytes_per_token;
+        let mut sender = self.workers[from].link;
+        let receiver = &mut self.workers[awaited.worker].link;
+        let time = self.setup.link.transfer(self.now, tokens, &mut sender, receiver);
+        self.workers[from].link = sender;
+        let Awaited { worker, job, .. } = awaited;
+        self.foresee(time, Happening::Transferred { worker, job });
+    }
+
+    fn step_ends(&mut self, worker: usize) {
+        let step = self.workers[worker].end_step();
+        for work in step.work.iter().filter(|work| work.samples) {
+            let Some(task) = self.workers[worker].task(work.sequence) else { continue };
+            let Some(flight) = &mut self.flights[task.flight] else { continue };
+            if task.leg == Leg::Prefill {
+                flight.prefilled_by = Some(worker);
+                self.workers[worker].remove(task.sequence);
+                self.transfer_if_both_are_there(task.flight);
+                self.tell_core(Event::PrefillDone { job: task.job });
+                continue;
+            }
+            let is_first = flight.first_token.is_none();
+            let is_last = flight.token(self.now);
+            if is_last {
+                self.workers[worker].remove(task.sequence);
+            }
+            if is_first {
+                self.tell_core(Event::Answered { job: task.job });
+            }
+            if is_last {
+                self.jobs.remove(&task.job);
+                self.tell_core(Event::Ended { job: task.job });
+            }
+        }
+        self.workers[worker].give_back(step);
+        self.touched.push(worker);
+    }
+
+    fn reports(&mut self) {
+        for worker in 0..self.workers.len() {
+            let on = &self.workers[worker];
+            if on.is_stepping {
+                let event = Event::Report { worker: on.key, report: on.report() };
+                self.core.handle(event, duration(self.now), &mut self.actions);
+            }
+        }
+        let next = self.now + nanos_of(self.setup.report_interval);
+        self.foresee(next, Happening::Reports);
+    }
+
+    fn sample(&mut self) {
+        let open = self.flights.iter().flatten();
+        let queued = open.clone().filter(|flight| flight.first_token.is_none()).count();
+        let used: u64 = self.workers.iter().map(Worker::kv_used_tokens).sum();
+        let capacity = self.setup.kv_capacity_tokens as f64 * self.workers.len() as f64;
+        let mut sample = FleetSample {
+            requests_queued: queued as f64,
+            requests_running: (self.flights_open - queued) as f64,
+            kv_used_ratio: used as f64 / capacity,
+            ..FleetSample::default()
+        };
+        match self.setup.mode {
+            Mode::Static { prefill, decode } => {
+                sample.workers_prefill = f64::from(prefill);
+                sample.workers_decode = f64::from(decode);
+            }
+            Mode::Aggregated | Mode::Adaptive => {
+                sample.workers_mixed = f64::from(self.setup.workers);
+            }
+        }
+        if let Some(most) = self.most_misses {
+            let overdue = open
+                .filter(|flight| {
+                    let limit = self.setup.slo.ttft_limit_ms(self.alone_ms(flight.input_tokens));
+                    let waited = super::milliseconds(self.now - flight.arrived);
+                    flight.first_token.is_none() && waited > limit
+                })
+                .count();
+            if self.misses + overdue > most {
+                self.misses += overdue;
+            }
+        }
+        self.samples.push((duration(self.now), sample));
+        self.foresee(self.now + SAMPLE_INTERVAL, Happening::Sample);
+    }
+
+    fn alone_ms(&self, tokens: u32) -> f64 {
+        self.setup.profile.model.prefill_alone_ms(0, tokens)
+    }
+}
+
+fn core(setup: &Setup) -> Core {
+    let settings = Settings {
+        split: match setup.mode {
+            Mode::Aggregated => Split::Never,
+            Mode::Static { .. } => Split::Always,
+            Mode::Adaptive => Split::PerRequest,
+        },
+        order: match setup.late {
+            Late::Fifo => Order::Arrival,
+            Late::Last => Order::LateLast,
+        },
+        ttft: Duration::from_nanos(super::nanos(setup.slo.ttft_ms)),
+        ttft_prefill_factor: setup.slo.ttft_prefill_factor,
+        targets: Targets {
+            step_ms: STEP_HEADROOM * setup.slo.itl_ms,
+            handoff_ms: setup.link.latency_ms,
+            handoff_ms_per_thousand_tokens: setup.link.us_per_token,
+        },
+        first_token_timeout: Duration::MAX / 4,
+        ..Settings::default()
+    };
+    let entry = policy::policy(setup.policy_name()).unwrap_or(&policy::POLICIES[0]);
+    Core::with_policy(settings, (entry.make)(setup.seed))
+}
+
+fn believed_model(setup: &Setup) -> StepModel {
+    let part = setup.predicted_part;
+    let model = setup.profile.model;
+    StepModel {
+        prefill_ms: model.prefill_ms.map(|value| value * part),
+        decode_ms: model.decode_ms.map(|value| value * part),
+        ..model
+    }
+}
+
+fn nanos_of(duration: Duration) -> Nanos {
+    Nanos::try_from(duration.as_nanos()).unwrap_or(Nanos::MAX)
+}
+
+/// Names the engine's blocks by those of the trace, each of which covers several.
+fn block_hashes(
+    request: &TraceRequest,
+    prefix_block_tokens: u32,
+    block_size_tokens: u32,
+) -> Vec<BlockHash> {
+    if request.prefix_blocks.is_empty() || prefix_block_tokens == 0 {
+        return Vec::new();
+    }
+    let name = |block: u32| {
+        // By the trace's block in which it ends.
+        let end = (block + 1) * block_size_tokens;
+        let of = request.prefix_blocks.get(((end - 1) / prefix_block_tokens) as usize)?;
+        let within = u64::from(end % prefix_block_tokens);
+        Some(BlockHash((of.rotate_left(16) ^ within).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+    };
+    (0..request.input_tokens / block_size_tokens).map_while(name).collect()
+}
