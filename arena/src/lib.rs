@@ -5,6 +5,7 @@
 //! a message on the socket between them, never by what lies in the memory itself.
 #![allow(unsafe_code)] // Maps memory that another process maps too; each block says why it is sound.
 
+mod peer;
 mod slots;
 
 use std::{
@@ -17,6 +18,7 @@ use bytes::Bytes;
 use memmap2::{MmapOptions, MmapRaw};
 use serde::{Deserialize, Serialize};
 
+pub use peer::{ArenaFile, PeerArena};
 pub use slots::{ReserveError, ReservedSlot, SlotPool};
 
 /// One block's place in the arena.
@@ -60,6 +62,8 @@ pub enum ArenaError {
     Layout { layout: ArenaLayout, reason: &'static str },
     #[error("cannot {action} the arena {path}: {source}", path = path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("the file {path} is not the arena of a worker of this user: {reason}", path = path.display())]
+    NotAPeers { path: PathBuf, reason: &'static str },
     #[error("slot {slot} is not in an arena of {slots} slots", slot = slot.0)]
     NoSuchSlot { slot: Slot, slots: u32 },
     #[error("{offset} + {len} bytes do not fit a slot of {slot_bytes} bytes")]
@@ -235,6 +239,21 @@ impl Landing {
 
     pub fn len_bytes(&self) -> usize {
         self.view.len
+    }
+
+    /// Copies the block from where it lies in another worker's arena.
+    pub fn copy_from(&self, peer: &PeerArena, offset: u64) -> Result<(), ArenaError> {
+        let len = self.view.len;
+        let source = peer.at(offset, len)?;
+        // SAFETY: `at` and `view` checked that both ranges lie in their mappings, which live as long as
+        // the two borrows; they are two mappings, so the ranges do not overlap. No reference to either is
+        // made. Should the other worker write there meanwhile, the bytes are garbage, and their checksum,
+        // which is taken over this copy, says so.
+        unsafe {
+            let target = self.view.arena.shared.map.as_mut_ptr().add(self.view.start);
+            std::ptr::copy_nonoverlapping(source, target, len);
+        }
+        Ok(())
     }
 
     /// Lays the block down, given in pieces.

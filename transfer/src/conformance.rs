@@ -31,6 +31,7 @@ pub trait Transport: Send + Sync + 'static {
 }
 
 /// One worker's end.
+#[derive(Clone)]
 pub struct Node {
     pub channel: Arc<dyn Channel>,
     pub address: PeerAddress,
@@ -61,10 +62,13 @@ macro_rules! channel_conformance {
         $crate::channel_conformance! { @ $transport;
             delivery: [
                 blocks_of_any_size_arrive_as_they_were,
+                the_longest_block_arrives,
                 blocks_pushed_while_the_consumer_waits_arrive,
                 blocks_that_the_consumer_has_are_not_sent,
                 a_subscription_may_come_before_its_handoff,
                 hundreds_of_handoffs_share_few_slots,
+                thousands_of_handoffs_at_once,
+                workers_that_send_to_each_other_do_not_wait_for_ever,
                 a_slow_consumer_bounds_what_is_under_way,
                 a_prefill_that_takes_long_is_waited_for,
             ]

@@ -8,12 +8,13 @@
 //! consumer ─► subscription: magic "BTKV" · version u32 · epoch 16 · handoff 16 · generation u32
 //!                           · consumer epoch 16 · compatibility 32 · first block u32
 //!                           · prompt tokens u32 · prompt digest 32
-//!             1 ack · 2 progress
+//!             1 ack · 2 progress · 3 taken
 //! producer ─► 1 block: epoch 16 · handoff 16 · generation u32 · index u32 · length u32 · crc u64,
 //!             then the bytes
 //!             2 sealed: prompt blocks u32 · prompt tokens u32 · prompt digest 32
 //!                       · cached tokens u32 · blocks sent u32 · digest 32
 //!             3 refused: reason u8 · 4 waiting · 5 wrong version: u32
+//!             6 mapped: as 1, then offset u64, and no bytes
 //! ```
 //!
 //! The magic and the version keep their places in every version, and so does frame 5. Whoever gives a
@@ -107,6 +108,8 @@ pub(crate) enum ConsumerWord {
     Ack,
     /// Blocks are being placed, however slowly.
     Progress,
+    /// The block that has waited longest was taken out of the producer's arena. On shared memory only.
+    Taken,
 }
 
 impl ConsumerWord {
@@ -114,6 +117,7 @@ impl ConsumerWord {
         Bytes::from_static(match self {
             Self::Ack => &[1],
             Self::Progress => &[2],
+            Self::Taken => &[3],
         })
     }
 
@@ -121,6 +125,7 @@ impl ConsumerWord {
         match byte {
             1 => Ok(Self::Ack),
             2 => Ok(Self::Progress),
+            3 => Ok(Self::Taken),
             other => Err(FrameError::Kind(other)),
         }
     }
@@ -130,6 +135,12 @@ impl ConsumerWord {
 pub(crate) enum ProducerFrame {
     /// `len` bytes follow.
     Block(BlockHead),
+    /// As [`Self::Block`], but the bytes lie in the producer's arena, so far from its begin. On shared
+    /// memory only.
+    Mapped {
+        head: BlockHead,
+        offset: u64,
+    },
     Sealed(SealedFrame),
     Refused(Refusal),
     /// The producer lives, and has nothing to send yet.
@@ -150,6 +161,15 @@ pub(crate) struct BlockHead {
     pub(crate) crc: u64,
 }
 
+impl BlockHead {
+    fn put(&self, bytes: &mut BytesMut) {
+        put_key(bytes, &self.handoff);
+        bytes.put_u32_le(self.index);
+        bytes.put_u32_le(self.len);
+        bytes.put_u64_le(self.crc);
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SealedFrame {
     pub(crate) seal: Seal,
@@ -167,6 +187,7 @@ impl ProducerFrame {
             3 => Ok(1),
             4 => Ok(0),
             5 => Ok(4),
+            6 => Ok(16 + 16 + 4 + 4 + 4 + 8 + 8),
             other => Err(FrameError::Kind(other)),
         }
     }
@@ -174,12 +195,14 @@ impl ProducerFrame {
     pub(crate) fn encode(&self) -> Bytes {
         let mut bytes = BytesMut::with_capacity(96);
         match self {
-            Self::Block(BlockHead { handoff, index, len, crc }) => {
+            Self::Block(head) => {
                 bytes.put_u8(1);
-                put_key(&mut bytes, handoff);
-                bytes.put_u32_le(*index);
-                bytes.put_u32_le(*len);
-                bytes.put_u64_le(*crc);
+                head.put(&mut bytes);
+            }
+            Self::Mapped { head, offset } => {
+                bytes.put_u8(6);
+                head.put(&mut bytes);
+                bytes.put_u64_le(*offset);
             }
             Self::Sealed(SealedFrame { seal, blocks_sent, digest }) => {
                 bytes.put_u8(2);
@@ -206,12 +229,8 @@ impl ProducerFrame {
     pub(crate) fn decode(kind: u8, body: &[u8]) -> Result<Self, FrameError> {
         let mut fields = Fields(body);
         let frame = match kind {
-            1 => Self::Block(BlockHead {
-                handoff: fields.key()?,
-                index: fields.u32()?,
-                len: fields.u32()?,
-                crc: fields.u64()?,
-            }),
+            1 => Self::Block(fields.head()?),
+            6 => Self::Mapped { head: fields.head()?, offset: fields.u64()? },
             2 => Self::Sealed(SealedFrame {
                 seal: Seal {
                     prompt_blocks: fields.u32()?,
@@ -299,6 +318,15 @@ impl Fields<'_> {
         })
     }
 
+    fn head(&mut self) -> Result<BlockHead, FrameError> {
+        Ok(BlockHead {
+            handoff: self.key()?,
+            index: self.u32()?,
+            len: self.u32()?,
+            crc: self.u64()?,
+        })
+    }
+
     fn end<T>(self, decoded: T) -> Result<T, FrameError> {
         if self.0.is_empty() { Ok(decoded) } else { Err(FrameError::Length) }
     }
@@ -355,6 +383,8 @@ mod tests {
         );
         prop_oneof![
             heads().prop_map(ProducerFrame::Block),
+            (heads(), any::<u64>())
+                .prop_map(|(head, offset)| ProducerFrame::Mapped { head, offset }),
             sealed,
             prop::sample::select(Refusal::ALL.to_vec()).prop_map(ProducerFrame::Refused),
             Just(ProducerFrame::Waiting),
@@ -412,7 +442,7 @@ mod tests {
 
     #[test]
     fn the_words_of_a_consumer_are_single_bytes() {
-        for word in [ConsumerWord::Ack, ConsumerWord::Progress] {
+        for word in [ConsumerWord::Ack, ConsumerWord::Progress, ConsumerWord::Taken] {
             assert_eq!(word.encode().len(), 1);
             assert_eq!(ConsumerWord::decode(word.encode()[0]), Ok(word));
         }

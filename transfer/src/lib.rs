@@ -12,9 +12,12 @@ mod counters;
 #[cfg(feature = "faults")]
 pub mod faults;
 mod frame;
+#[cfg(test)]
+mod fuzz;
 mod lease;
 mod ledger;
 mod quic;
+mod shm;
 mod ucx;
 
 pub use channel::{
@@ -25,4 +28,5 @@ pub use counters::LedgerCounters;
 pub use lease::{Ending, HandoffError};
 pub use ledger::Ledger;
 pub use quic::{BindError, QuicChannel, QuicConfig};
+pub use shm::{ShmBindError, ShmChannel, ShmConfig};
 pub use ucx::{UcxBindError, UcxChannel, UcxConfig};

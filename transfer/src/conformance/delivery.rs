@@ -40,6 +40,18 @@ pub async fn blocks_of_any_size_arrive_as_they_were(transport: &dyn Transport) {
     consumer.holds_nothing().await;
 }
 
+pub async fn the_longest_block_arrives(transport: &dyn Transport) {
+    const LONGEST: usize = 64 << 20;
+    let producer = Producer::start(transport, Staging::new(1, LONGEST as u64)).await;
+    let consumer = Consumer::start(transport, Staging::new(1, LONGEST as u64)).await;
+    let id = HandoffId::random();
+    producer.expect(id, &consumer);
+    producer.export(id, &[LONGEST]).await;
+    let pulled = consumer.pull(&producer, id, 0).await.unwrap();
+    assert_eq!((pulled.blocks, pulled.bytes), (1, LONGEST as u64));
+    producer.holds_nothing().await;
+}
+
 pub async fn blocks_pushed_while_the_consumer_waits_arrive(transport: &dyn Transport) {
     let producer = Producer::start(transport, Staging::new(2, 4096)).await;
     let consumer = Consumer::start(transport, Staging::new(1, 4096)).await;
@@ -105,6 +117,57 @@ pub async fn hundreds_of_handoffs_share_few_slots(transport: &dyn Transport) {
     assert_eq!(producer.ledger.counters().blocks_sent, 5 * HANDOFFS as u64);
     producer.holds_nothing().await;
     consumer.holds_nothing().await;
+}
+
+pub async fn thousands_of_handoffs_at_once(transport: &dyn Transport) {
+    const HANDOFFS: u32 = 2500;
+    let producer = Producer::start(transport, Staging::new(HANDOFFS, 64)).await;
+    let consumer = Consumer::start(transport, Staging::new(4, 64)).await;
+    let ids: Vec<_> = (0..HANDOFFS).map(|_| HandoffId::random()).collect();
+    for id in &ids {
+        producer.expect(*id, &consumer);
+        producer.export(*id, &[64]).await;
+    }
+    assert_eq!(producer.ledger.open_handoffs(), ids.len());
+    let pulls = ids.iter().map(|id| consumer.pull(&producer, *id, 0));
+    for pulled in join_all(pulls).await {
+        assert_eq!(pulled.unwrap().blocks, 1);
+    }
+    eventually("all are acknowledged", || {
+        producer.ledger.counters().handoffs_acked == u64::from(HANDOFFS)
+    })
+    .await;
+    producer.holds_nothing().await;
+    assert_eq!(consumer.staging.slots.used(), 0);
+}
+
+/// Each is prefill for the other's decodes, with one import slot and fewer export slots than handoffs.
+pub async fn workers_that_send_to_each_other_do_not_wait_for_ever(transport: &dyn Transport) {
+    const HANDOFFS: usize = 30;
+    let mut workers = Vec::new();
+    for _ in 0..2 {
+        let producer = Producer::start(transport, Staging::new(4, 4096)).await;
+        let staging = Staging::new(1, 4096).into();
+        let consumer = Consumer { node: producer.node.clone(), staging };
+        workers.push((producer, consumer));
+    }
+    let [(here, to_here), (there, to_there)] = &workers[..] else { panic!("two workers") };
+    let ways = [(here, to_there), (there, to_here)];
+    let legs = ways.iter().flat_map(|(producer, consumer)| {
+        (0..HANDOFFS).map(move |_| async move {
+            let id = HandoffId::random();
+            let ending = producer.expect(id, consumer);
+            let (pulled, ()) =
+                tokio::join!(consumer.pull(producer, id, 0), producer.export(id, &[4096; 6]));
+            assert_eq!(pulled.unwrap().blocks, 6);
+            assert_eq!(ending.await.unwrap(), Ending::Acked);
+        })
+    });
+    join_all(legs).await;
+    for (producer, consumer) in ways {
+        producer.holds_nothing().await;
+        assert_eq!(consumer.staging.slots.used(), 0);
+    }
 }
 
 pub async fn a_slow_consumer_bounds_what_is_under_way(transport: &dyn Transport) {

@@ -73,6 +73,10 @@ impl Producer {
                     return Ok(pulled);
                 }
                 ProducerFrame::Waiting => {}
+                ProducerFrame::Mapped { .. } => {
+                    let elsewhere = "a block in memory that is not shared".to_owned();
+                    return Err(TransferError::Protocol(elsewhere));
+                }
                 ProducerFrame::Refused(refusal) => return Err(TransferError::Refused(refusal)),
                 ProducerFrame::WrongVersion { ours: theirs } => {
                     return Err(TransferError::Version { ours: VERSION, theirs });

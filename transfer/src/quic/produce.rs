@@ -149,6 +149,7 @@ impl Consumer {
                 word = word(&mut self.recv) => match word? {
                     ConsumerWord::Ack => return Ok(()),
                     ConsumerWord::Progress => deadline = Instant::now() + self.stall,
+                    ConsumerWord::Taken => return Err(taken_of_nothing()),
                 },
                 () = &mut revoked => return Err(TransferError::Refused(Refusal::Aborted)),
                 () = sleep_until(deadline) => return Err(stalled(self.stall)),
@@ -226,5 +227,10 @@ fn no_ack_yet(word: ConsumerWord) -> Result<(), TransferError> {
         ConsumerWord::Ack => {
             Err(TransferError::Protocol("an acknowledgement before the seal".to_owned()))
         }
+        ConsumerWord::Taken => Err(taken_of_nothing()),
     }
+}
+
+fn taken_of_nothing() -> TransferError {
+    TransferError::Protocol("nothing lies in memory that is shared".to_owned())
 }

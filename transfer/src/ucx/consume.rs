@@ -125,6 +125,10 @@ impl Producer {
                         return Ok(pulled);
                     }
                     Frame::Said(ProducerFrame::Waiting) => {}
+                    Frame::Said(ProducerFrame::Mapped { .. }) => {
+                        let elsewhere = "a block in memory that is not shared".to_owned();
+                        return Err(TransferError::Protocol(elsewhere));
+                    }
                     Frame::Said(ProducerFrame::Refused(refusal)) => {
                         return Err(TransferError::Refused(refusal));
                     }

@@ -300,6 +300,7 @@ impl Consumer {
             match word {
                 Word::Said(ConsumerWord::Progress) => {}
                 Word::Said(ConsumerWord::Ack) => is_acked = true,
+                Word::Said(ConsumerWord::Taken) => return Err(unasked()),
                 Word::Region { id, base, len_bytes, key } => {
                     let region = self.lane.region(&self.address, base, len_bytes, key).await?;
                     self.regions.insert(id, region);

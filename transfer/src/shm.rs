@@ -1,0 +1,283 @@
+//! The channel between workers of one user on one host: blocks are copied once, from the producer's
+//! arena straight into the consumer's. Words pass over a Unix socket, one connection for each handoff.
+//!
+//! That both are of one host and user is shown by the kernel: by the socket, by who is at its other end,
+//! and by the file behind the arena. Who is who among them is said, not proven: processes of one user
+//! can read each other's memory anyway.
+
+mod consume;
+mod hello;
+mod produce;
+
+use std::{
+    collections::HashMap,
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use baton_arena::{Arena, ArenaFile, PeerArena};
+use parking_lot::Mutex;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+    task::{JoinSet, spawn_blocking},
+    time::timeout,
+};
+
+use crate::channel::{
+    BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError,
+};
+
+/// How often each side tells the other that it lives.
+const BEAT: Duration = Duration::from_millis(250);
+/// A side of which nothing is heard for so long is gone.
+const SILENCE: Duration = Duration::from_millis(1500);
+/// Blocks that may wait in the producer's arena to be copied.
+const WINDOW: usize = 32;
+/// Handoffs at a time, of which each holds a socket; further ones wait.
+const CONCURRENT_HANDOFFS: usize = 1024;
+/// Of so many peers at the most arenas stay mapped.
+const MAPPED_PEERS: usize = 64;
+
+/// How a worker takes part in handoffs on its own host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShmConfig {
+    /// Where the socket is made: the same for all workers of a host.
+    pub directory: PathBuf,
+    /// How this worker is known to others: the same as on its other channels.
+    pub certificate_fingerprint: [u8; 32],
+    /// A handoff that moves nothing for this long is given up.
+    pub stall_timeout: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen for handoffs on {path}: {source}", path = path.display())]
+pub struct ShmBindError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Both sides of handoffs over shared memory. Dropping it ends every handoff.
+pub struct ShmChannel {
+    shared: Arc<Shared>,
+    path: PathBuf,
+    handoffs: Semaphore,
+    /// By the fingerprint of whose it is.
+    mapped: Mutex<HashMap<[u8; 32], Arc<PeerArena>>>,
+    _serving: JoinSet<()>,
+}
+
+impl fmt::Debug for ShmChannel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShmChannel").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// What those who serve consumers need.
+struct Shared {
+    config: ShmConfig,
+    exports: Arc<dyn Exports>,
+    arena: Mutex<Option<Arena>>,
+}
+
+impl Drop for ShmChannel {
+    fn drop(&mut self) {
+        // Somebody else may have tidied up already.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl ShmChannel {
+    /// Starts to listen, in the runtime that it is called in.
+    pub fn bind(config: ShmConfig, exports: Arc<dyn Exports>) -> Result<Arc<Self>, ShmBindError> {
+        let path = Self::socket_of(&config.directory, &config.certificate_fingerprint);
+        let refused = |source| ShmBindError { path: path.clone(), source };
+        allow_many_files();
+        let listener = std::os::unix::net::UnixListener::bind(&path).map_err(refused)?;
+        listener.set_nonblocking(true).map_err(refused)?;
+        let owner_only = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&path, owner_only).map_err(refused)?;
+        let listener = UnixListener::from_std(listener).map_err(refused)?;
+        let shared = Arc::new(Shared { config, exports, arena: Mutex::default() });
+        let mut serving = JoinSet::new();
+        serving.spawn(listen(listener, shared.clone()));
+        Ok(Arc::new(Self {
+            shared,
+            path,
+            handoffs: Semaphore::new(CONCURRENT_HANDOFFS),
+            mapped: Mutex::default(),
+            _serving: serving,
+        }))
+    }
+
+    /// Where the worker of this fingerprint listens, if it is on this host.
+    pub fn socket_of(directory: &Path, fingerprint: &[u8; 32]) -> PathBuf {
+        // A socket's path has room for 107 bytes; half of the fingerprint is still unlike any other.
+        let name: String = fingerprint.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        directory.join(format!("baton-kv-{name}.sock"))
+    }
+
+    /// Whether this peer seems to be on this host, with its socket in the same directory.
+    pub fn reaches(&self, peer: &PeerAddress) -> bool {
+        self.path_of(peer).exists()
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// An address that is a path is meant; any other is that of another channel.
+    fn path_of(&self, peer: &PeerAddress) -> PathBuf {
+        let path = Path::new(&peer.address);
+        if path.is_absolute() {
+            return path.to_owned();
+        }
+        Self::socket_of(&self.shared.config.directory, &peer.certificate_fingerprint)
+    }
+
+    async fn connect(&self, peer: &PeerAddress) -> Result<UnixStream, TransferError> {
+        let unreachable = |reason: String| TransferError::Unreachable {
+            worker: peer.worker_name.clone(),
+            address: peer.address.clone(),
+            reason,
+        };
+        let connecting = timeout(SILENCE, UnixStream::connect(self.path_of(peer))).await;
+        let stream = connecting
+            .map_err(|_| unreachable("it does not answer".to_owned()))?
+            .map_err(|error| unreachable(error.to_string()))?;
+        match of_this_user(&stream) {
+            Ok(true) => Ok(stream),
+            Ok(false) => Err(unreachable("its process is another user's".to_owned())),
+            Err(error) => Err(unreachable(error.to_string())),
+        }
+    }
+
+    /// The peer's arena, mapped if it is not yet.
+    async fn map(
+        &self,
+        peer: &PeerAddress,
+        file: ArenaFile,
+    ) -> Result<Arc<PeerArena>, TransferError> {
+        let fingerprint = peer.certificate_fingerprint;
+        let known = self.mapped.lock().get(&fingerprint).cloned();
+        if let Some(known) = known.filter(|known| *known.file() == file) {
+            return Ok(known);
+        }
+        let failed = |reason: String| {
+            TransferError::Memory(format!("{} cannot be mapped: {reason}", peer.worker_name))
+        };
+        // Touches every page of it.
+        let opened = spawn_blocking(move || PeerArena::open(&file)).await;
+        let opened = opened.map_err(|error| failed(error.to_string()))?;
+        let arena = Arc::new(opened.map_err(|error| failed(error.to_string()))?);
+        let mut mapped = self.mapped.lock();
+        if mapped.len() >= MAPPED_PEERS {
+            mapped.clear();
+        }
+        mapped.insert(fingerprint, arena.clone());
+        Ok(arena)
+    }
+}
+
+#[async_trait]
+impl Channel for ShmChannel {
+    async fn pull(
+        &self,
+        peer: &PeerAddress,
+        subscription: Subscription,
+        sink: &dyn BlockSink,
+    ) -> Result<Pulled, TransferError> {
+        // Never closed.
+        let _turn = self.handoffs.acquire().await.map_err(|_| TransferError::Cancelled)?;
+        let stream = match self.connect(peer).await {
+            Ok(stream) => stream,
+            Err(error) => {
+                self.mapped.lock().remove(&peer.certificate_fingerprint);
+                return Err(error);
+            }
+        };
+        consume::pull(self, stream, peer, &subscription, sink).await
+    }
+
+    fn use_arena(&self, arena: &Arena) {
+        *self.shared.arena.lock() = Some(arena.clone());
+    }
+
+    fn transport(&self) -> &'static str {
+        "shm"
+    }
+}
+
+async fn listen(listener: UnixListener, shared: Arc<Shared>) {
+    // Ends them all when it is dropped.
+    let mut consumers = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => match of_this_user(&stream) {
+                    Ok(true) => {
+                        consumers.spawn(produce::serve(stream, shared.clone()));
+                    }
+                    Ok(false) => tracing::warn!("another user's process asked for a handoff"),
+                    Err(error) => tracing::debug!(%error, "a consumer that is gone already"),
+                },
+                Err(error) => {
+                    // No file descriptor is left, most likely: some handoff will end.
+                    tracing::warn!(%error, "cannot accept a consumer");
+                    tokio::time::sleep(BEAT).await;
+                }
+            },
+            Some(_) = consumers.join_next() => {}
+        }
+    }
+}
+
+/// Whether the process at the other end is this user's.
+fn of_this_user(stream: &UnixStream) -> io::Result<bool> {
+    Ok(stream.peer_cred()?.uid() == rustix::process::geteuid().as_raw())
+}
+
+fn silent() -> TransferError {
+    TransferError::BrokeOff(format!("nothing was heard of it for {} ms", SILENCE.as_millis()))
+}
+
+/// What a write came to. That nobody reads any more is no error yet: what the peer said last, which is still
+/// to be read, tells why.
+fn written(result: io::Result<()>) -> Result<(), TransferError> {
+    match result {
+        Err(error) if !is_closed(&error) => Err(gone(&error)),
+        _ => Ok(()),
+    }
+}
+
+fn is_closed(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+}
+
+/// A socket for each handoff may be more than a process has by default.
+fn allow_many_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where it is not allowed, handoffs beyond the limit fail one by one, and say so.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
+fn gone(error: &io::Error) -> TransferError {
+    TransferError::BrokeOff(error.to_string())
+}
+
+#[cfg(test)]
+pub(crate) fn fuzz_hello(bytes: &[u8]) {
+    if let Some((head, path)) = bytes.split_first_chunk()
+        && let Ok(hello) = hello::Hello::decode(head, path)
+        && hello::Hello::path_bytes(head) == path.len()
+        && hello.arena.is_some()
+    {
+        assert_eq!(&hello.encode()[1..], bytes);
+    }
+}

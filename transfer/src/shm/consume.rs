@@ -1,0 +1,293 @@
+//! The consumer's side of one handoff.
+
+use std::{collections::VecDeque, future::Future, pin::pin, sync::Arc, time::Duration};
+
+use baton_arena::{Landing, PeerArena};
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout},
+};
+
+use super::{
+    BEAT, SILENCE, ShmChannel, WINDOW, gone,
+    hello::{HEAD_BYTES, Hello, KIND},
+    silent, written,
+};
+use crate::{
+    arrivals::Arrivals,
+    channel::{BlockSink, PeerAddress, Pulled, Subscription, TransferError},
+    frame::{BlockHead, ConsumerWord, ProducerFrame, VERSION, encode_subscription},
+};
+
+/// Subscribes, copies every block, verifies, acknowledges.
+pub(super) async fn pull(
+    channel: &ShmChannel,
+    stream: UnixStream,
+    peer: &PeerAddress,
+    subscription: &Subscription,
+    sink: &dyn BlockSink,
+) -> Result<Pulled, TransferError> {
+    let config = &channel.shared.config;
+    let mut producer = Producer::new(stream, config.stall_timeout, sink.max_block_bytes());
+    producer.write(&encode_subscription(subscription)).await?;
+    producer.write(&config.certificate_fingerprint).await?;
+    producer.write(&peer.certificate_fingerprint).await?;
+    let hello = producer.hello().await?;
+    if hello.fingerprint != peer.certificate_fingerprint {
+        return Err(TransferError::WrongCertificate { worker: peer.worker_name.clone() });
+    }
+    let arena = match hello.arena {
+        Some(file) => Some(channel.map(peer, file).await?),
+        None => None,
+    };
+    producer.take_over(arena, subscription, sink).await
+}
+
+/// The connection to one producer. Dropping it tells that the handoff is over.
+struct Producer {
+    reader: OwnedReadHalf,
+    writer: OwnedWriteHalf,
+    stall: Duration,
+    max_block_bytes: u32,
+    beat: Interval,
+    heard: Instant,
+    unread: BytesMut,
+    frames: VecDeque<Came>,
+    /// Blocks that were taken, and the producer does not know.
+    taken: usize,
+}
+
+/// A frame, with its block where that came over the socket.
+struct Came(ProducerFrame, Option<Bytes>);
+
+impl Producer {
+    fn new(stream: UnixStream, stall: Duration, max_block_bytes: u32) -> Self {
+        let (reader, writer) = stream.into_split();
+        let mut beat = interval(BEAT);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            reader,
+            writer,
+            stall,
+            max_block_bytes,
+            beat,
+            heard: Instant::now(),
+            unread: BytesMut::new(),
+            frames: VecDeque::new(),
+            taken: 0,
+        }
+    }
+
+    async fn take_over(
+        &mut self,
+        arena: Option<Arc<PeerArena>>,
+        subscription: &Subscription,
+        sink: &dyn BlockSink,
+    ) -> Result<Pulled, TransferError> {
+        let mut arrivals = Arrivals::new(subscription);
+        loop {
+            let Came(frame, bytes) = self.next().await?;
+            match frame {
+                ProducerFrame::Mapped { head, offset } => {
+                    let copy = |landing: &Landing| {
+                        let arena = arena.as_ref().ok_or_else(|| {
+                            TransferError::Protocol("a block in an arena it has not".to_owned())
+                        })?;
+                        let failed = |error| TransferError::Protocol(format!("{error}"));
+                        landing.copy_from(arena, offset).map_err(failed)
+                    };
+                    self.block(&head, sink, &mut arrivals, copy).await?;
+                }
+                ProducerFrame::Block(head) => {
+                    let bytes = bytes.unwrap_or_default();
+                    let copy = |landing: &Landing| {
+                        let failed = |error| TransferError::NoRoom(format!("{error}"));
+                        landing.write(&[&bytes]).map_err(failed)
+                    };
+                    self.block(&head, sink, &mut arrivals, copy).await?;
+                }
+                ProducerFrame::Sealed(sealed) => {
+                    self.tell_taken().await?;
+                    let pulled = arrivals.sealed(&sealed)?;
+                    self.write(&ConsumerWord::Ack.encode()).await?;
+                    return Ok(pulled);
+                }
+                ProducerFrame::Waiting => {}
+                ProducerFrame::Refused(refusal) => return Err(TransferError::Refused(refusal)),
+                ProducerFrame::WrongVersion { ours: theirs } => {
+                    return Err(TransferError::Version { ours: VERSION, theirs });
+                }
+            }
+        }
+    }
+
+    async fn block(
+        &mut self,
+        head: &BlockHead,
+        sink: &dyn BlockSink,
+        arrivals: &mut Arrivals<'_>,
+        copy: impl FnOnce(&Landing) -> Result<(), TransferError>,
+    ) -> Result<(), TransferError> {
+        arrivals.announced(head, 0, self.max_block_bytes)?;
+        let landing = self.attend(sink.reserve(head.index, head.len)).await?;
+        copy(&landing)?;
+        let verified = arrivals.placed(head, landing.as_bytes());
+        let crc32 = match verified {
+            // The producer may have taken its slot back under the copy, and have said so.
+            Err(TransferError::Corrupt { .. }) if self.was_refused() => {
+                return Err(TransferError::Refused(crate::Refusal::Aborted));
+            }
+            verified => verified?,
+        };
+        self.taken += 1;
+        self.attend(sink.verified(head.index, landing, crc32)).await
+    }
+
+    /// Works on what has come, and lets go of it when the producer takes the handoff back or dies
+    /// meanwhile.
+    async fn attend<T>(
+        &mut self,
+        work: impl Future<Output = Result<T, TransferError>>,
+    ) -> Result<T, TransferError> {
+        let mut work = pin!(work);
+        let give_up = Instant::now() + self.stall;
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                more = self.more() => more?,
+                () = sleep_until(give_up) => {
+                    let reason = format!("no block was placed for {:?}", self.stall);
+                    return Err(TransferError::NoRoom(reason));
+                }
+            }
+            while let Some(came) = self.parse()? {
+                if let Came(ProducerFrame::Refused(refusal), _) = came {
+                    return Err(TransferError::Refused(refusal));
+                }
+                self.frames.push_back(came);
+            }
+            self.tell_taken().await?;
+        }
+    }
+
+    /// The next frame. What was taken is told when there is nothing else to do, or much to tell.
+    async fn next(&mut self) -> Result<Came, TransferError> {
+        if self.taken >= WINDOW / 2 {
+            self.tell_taken().await?;
+        }
+        loop {
+            if let Some(came) = self.frames.pop_front() {
+                return Ok(came);
+            }
+            if let Some(came) = self.parse()? {
+                return Ok(came);
+            }
+            self.tell_taken().await?;
+            self.more().await?;
+        }
+    }
+
+    /// Whether the producer's last word has come by now.
+    fn was_refused(&mut self) -> bool {
+        let _ = self.reader.try_read_buf(&mut self.unread);
+        while let Ok(Some(came)) = self.parse() {
+            self.frames.push_back(came);
+        }
+        self.frames.iter().any(|came| matches!(came.0, ProducerFrame::Refused(_)))
+    }
+
+    async fn tell_taken(&mut self) -> Result<(), TransferError> {
+        if self.taken > 0 {
+            let words = ConsumerWord::Taken.encode().repeat(self.taken);
+            self.taken = 0;
+            self.write(&words).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads what there is, and tells meanwhile that this side lives. Nothing is lost when the future is
+    /// dropped.
+    async fn more(&mut self) -> Result<(), TransferError> {
+        loop {
+            tokio::select! {
+                biased;
+                read = self.reader.read_buf(&mut self.unread) => {
+                    if read.map_err(|error| gone(&error))? == 0 {
+                        return Err(ended_early());
+                    }
+                    self.heard = Instant::now();
+                    return Ok(());
+                }
+                _ = self.beat.tick() => {
+                    // One byte is written or it is not.
+                    let alive = ConsumerWord::Progress.encode();
+                    written(self.writer.write_all(&alive).await)?;
+                }
+                () = sleep_until(self.heard + SILENCE) => return Err(silent()),
+            }
+        }
+    }
+
+    /// The next frame of what was read, if it is whole.
+    fn parse(&mut self) -> Result<Option<Came>, TransferError> {
+        let Some((&kind, rest)) = self.unread.split_first() else { return Ok(None) };
+        let body_bytes = ProducerFrame::body_bytes(kind)?;
+        let Some((body, rest)) = rest.split_at_checked(body_bytes) else { return Ok(None) };
+        let frame = ProducerFrame::decode(kind, body)?;
+        let inline = match &frame {
+            // A longer one is refused by whoever takes the frame: none of it is waited for.
+            ProducerFrame::Block(head) if head.len <= self.max_block_bytes => head.len as usize,
+            _ => 0,
+        };
+        if rest.len() < inline {
+            self.unread.reserve(inline - rest.len());
+            return Ok(None);
+        }
+        self.unread.advance(1 + body_bytes);
+        let is_block = matches!(frame, ProducerFrame::Block(_));
+        let bytes = is_block.then(|| self.unread.split_to(inline).freeze());
+        Ok(Some(Came(frame, bytes)))
+    }
+
+    async fn hello(&mut self) -> Result<Hello, TransferError> {
+        while self.unread.is_empty() {
+            self.more().await?;
+        }
+        if self.unread.first() != Some(&KIND) {
+            // Another version, or no producer at all.
+            let Came(frame, _) = self.next().await?;
+            return Err(match frame {
+                ProducerFrame::WrongVersion { ours: theirs } => {
+                    TransferError::Version { ours: VERSION, theirs }
+                }
+                _ => TransferError::Protocol("it does not say who it is".to_owned()),
+            });
+        }
+        loop {
+            if let Some((head, rest)) = self.unread[1..].split_first_chunk::<HEAD_BYTES>()
+                && let Some(path) = rest.get(..Hello::path_bytes(head))
+            {
+                let hello = Hello::decode(head, path)?;
+                let read = 1 + HEAD_BYTES + path.len();
+                self.unread.advance(read);
+                return Ok(hello);
+            }
+            self.more().await?;
+        }
+    }
+
+    async fn write(&mut self, bytes: &[u8]) -> Result<(), TransferError> {
+        let writing = timeout(SILENCE, self.writer.write_all(bytes));
+        written(writing.await.map_err(|_| silent())?)
+    }
+}
+
+fn ended_early() -> TransferError {
+    TransferError::BrokeOff("its socket was closed before the seal".to_owned())
+}

@@ -1,0 +1,308 @@
+//! The producer's side of one handoff.
+
+use std::{collections::VecDeque, future::Future, io, pin::pin, sync::Arc};
+
+use baton_arena::Arena;
+use bytes::Bytes;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout},
+};
+
+use super::{BEAT, SILENCE, Shared, WINDOW, gone, hello::Hello, silent, written};
+use crate::{
+    channel::{ExportStream, Exported, Refusal, Seal, Subscription, TransferError},
+    frame::{
+        BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame, SUBSCRIPTION_BYTES,
+        SealedFrame, VERSION, decode_prelude, decode_subscription,
+    },
+};
+
+/// Answers one subscription.
+pub(super) async fn serve(stream: UnixStream, shared: Arc<Shared>) {
+    let mut consumer = Consumer::new(stream);
+    let Asked { subscription, peer, of } = match consumer.subscription().await {
+        Ok(asked) => asked,
+        Err(error) => {
+            tracing::debug!(%error, "no subscription came over a handoff's socket");
+            if matches!(error, TransferError::Version { .. }) {
+                consumer.last_frame(ProducerFrame::WrongVersion { ours: VERSION }).await;
+            }
+            return;
+        }
+    };
+    let arena = shared.arena.lock().clone();
+    if let Err(error) = consumer.greet(&shared, arena.as_ref()).await {
+        return tracing::debug!(%error, "a consumer is gone already");
+    }
+    if of != shared.config.certificate_fingerprint {
+        return tracing::debug!("a consumer means another worker");
+    }
+    let handoff = subscription.handoff;
+    let attached = consumer.keep_waiting(shared.exports.attach(&subscription, peer)).await;
+    let mut exports = match attached {
+        Ok(Ok(exports)) => exports,
+        Ok(Err(refusal)) => {
+            tracing::debug!(%handoff, %refusal, "refused a subscription");
+            return consumer.last_frame(ProducerFrame::Refused(refusal)).await;
+        }
+        Err(error) => {
+            return tracing::debug!(%handoff, %error, "a consumer did not wait for its handoff");
+        }
+    };
+    let outcome = consumer.hand_over(arena.as_ref(), &mut *exports).await;
+    if let Err(TransferError::Refused(refusal)) = outcome {
+        consumer.last_frame(ProducerFrame::Refused(refusal)).await;
+    }
+    // Lets go of its blocks before the handoff is said to be over.
+    drop(consumer);
+    exports.finish(outcome);
+}
+
+/// What a consumer asks for.
+struct Asked {
+    subscription: Subscription,
+    /// Who it says it is.
+    peer: [u8; 32],
+    /// Of whom.
+    of: [u8; 32],
+}
+
+/// The connection to one consumer.
+struct Consumer {
+    reader: OwnedReadHalf,
+    writer: OwnedWriteHalf,
+    beat: Interval,
+    heard: Instant,
+    /// Blocks that the consumer may be copying, the longest announced first.
+    announced: VecDeque<Bytes>,
+    /// The last of them came over the socket, whole: one at a time does.
+    is_inline: bool,
+}
+
+/// What comes next.
+enum Event {
+    Word(ConsumerWord),
+    Beat,
+    Exported(Exported),
+    Revoked,
+}
+
+impl Consumer {
+    fn new(stream: UnixStream) -> Self {
+        let (reader, writer) = stream.into_split();
+        let mut beat = interval(BEAT);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (heard, announced) = (Instant::now(), VecDeque::new());
+        Self { reader, writer, beat, heard, announced, is_inline: false }
+    }
+
+    async fn subscription(&mut self) -> Result<Asked, TransferError> {
+        let mut prelude = [0; PRELUDE_BYTES];
+        self.read(&mut prelude).await?;
+        decode_prelude(&prelude)?;
+        let mut body = [0; SUBSCRIPTION_BYTES];
+        self.read(&mut body).await?;
+        let (mut peer, mut of) = ([0; 32], [0; 32]);
+        self.read(&mut peer).await?;
+        self.read(&mut of).await?;
+        Ok(Asked { subscription: decode_subscription(&body)?, peer, of })
+    }
+
+    async fn read(&mut self, bytes: &mut [u8]) -> Result<(), TransferError> {
+        let read = timeout(SILENCE, self.reader.read_exact(bytes)).await.map_err(|_| silent())?;
+        read.map(drop).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                TransferError::Protocol("a subscription that ends early".to_owned())
+            }
+            _ => gone(&error),
+        })
+    }
+
+    async fn greet(&mut self, shared: &Shared, arena: Option<&Arena>) -> Result<(), TransferError> {
+        let arena = arena.map(Arena::file).transpose().unwrap_or_else(|error| {
+            tracing::warn!(%error, "blocks cannot be shared, and are sent");
+            None
+        });
+        let fingerprint = shared.config.certificate_fingerprint;
+        let hello = Hello { fingerprint, arena }.encode();
+        written(self.writer.write_all(&hello).await)
+    }
+
+    async fn hand_over(
+        &mut self,
+        arena: Option<&Arena>,
+        exports: &mut dyn ExportStream,
+    ) -> Result<(), TransferError> {
+        let (mut digest, mut blocks_sent, mut is_sealed) = (BlocksDigest::default(), 0, false);
+        loop {
+            let has_room = !is_sealed && !self.is_inline && self.announced.len() < WINDOW;
+            match self.event(exports, has_room).await? {
+                Event::Word(ConsumerWord::Taken) => {
+                    let taken = self.announced.pop_front().ok_or_else(|| {
+                        TransferError::Protocol("it took a block that it was not given".to_owned())
+                    })?;
+                    self.is_inline = false;
+                    exports.sent(taken.len() as u64);
+                }
+                Event::Word(ConsumerWord::Ack) if is_sealed && self.announced.is_empty() => {
+                    return Ok(());
+                }
+                Event::Word(ConsumerWord::Ack) => {
+                    let early = "an acknowledgement before the seal".to_owned();
+                    return Err(TransferError::Protocol(early));
+                }
+                Event::Word(ConsumerWord::Progress) => {}
+                Event::Beat => self.write(&ProducerFrame::Waiting.encode(), exports).await?,
+                Event::Exported(Exported::Block { handoff, index, crc, bytes }) => {
+                    let len = u32::try_from(bytes.len()).map_err(|_| {
+                        TransferError::Protocol(format!("block {index} has {} bytes", bytes.len()))
+                    })?;
+                    let head = BlockHead { handoff, index, len, crc };
+                    self.announce(head, bytes, arena, exports).await?;
+                    digest.add(index, crc);
+                    blocks_sent += 1;
+                }
+                Event::Exported(Exported::Sealed(seal)) => {
+                    let digest = std::mem::take(&mut digest).finish();
+                    self.seal(seal, blocks_sent, digest, exports).await?;
+                    is_sealed = true;
+                }
+                Event::Exported(Exported::Refused(refusal)) => {
+                    return Err(TransferError::Refused(refusal));
+                }
+                Event::Exported(Exported::Aborted) | Event::Revoked => {
+                    return Err(TransferError::Refused(Refusal::Aborted));
+                }
+            }
+        }
+    }
+
+    async fn event(
+        &mut self,
+        exports: &mut dyn ExportStream,
+        has_room: bool,
+    ) -> Result<Event, TransferError> {
+        let silence = sleep_until(self.heard + SILENCE);
+        let event = if has_room {
+            tokio::select! {
+                biased;
+                word = word(&mut self.reader) => Event::Word(word?),
+                item = exports.next() => return Ok(Event::Exported(item)),
+                _ = self.beat.tick() => return Ok(Event::Beat),
+                () = silence => return Err(silent()),
+            }
+        } else {
+            tokio::select! {
+                biased;
+                word = word(&mut self.reader) => Event::Word(word?),
+                () = exports.revoked() => return Ok(Event::Revoked),
+                _ = self.beat.tick() => return Ok(Event::Beat),
+                () = silence => return Err(silent()),
+            }
+        };
+        self.heard = Instant::now();
+        Ok(event)
+    }
+
+    /// Tells where the block lies, or sends it where it lies in no arena that is shared.
+    async fn announce(
+        &mut self,
+        head: BlockHead,
+        bytes: Bytes,
+        arena: Option<&Arena>,
+        exports: &mut dyn ExportStream,
+    ) -> Result<(), TransferError> {
+        if let Some(offset) = arena.and_then(|arena| arena.offset_of(&bytes)) {
+            self.write(&ProducerFrame::Mapped { head, offset }.encode(), exports).await?;
+        } else {
+            self.is_inline = true;
+            self.write(&ProducerFrame::Block(head).encode(), exports).await?;
+            self.write(&bytes, exports).await?;
+        }
+        self.announced.push_back(bytes);
+        Ok(())
+    }
+
+    async fn seal(
+        &mut self,
+        seal: Seal,
+        blocks_sent: u32,
+        digest: [u8; 32],
+        exports: &mut dyn ExportStream,
+    ) -> Result<(), TransferError> {
+        let sealed = ProducerFrame::Sealed(SealedFrame { seal, blocks_sent, digest });
+        self.write(&sealed.encode(), exports).await
+    }
+
+    /// Waits for something on this side, while telling the consumer that this side lives.
+    async fn keep_waiting<T>(&mut self, work: impl Future<Output = T>) -> Result<T, TransferError> {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                word = word(&mut self.reader) => match word? {
+                    ConsumerWord::Progress => self.heard = Instant::now(),
+                    other => {
+                        return Err(TransferError::Protocol(format!("{other:?} before a block")));
+                    }
+                },
+                _ = self.beat.tick() => {
+                    let waiting = ProducerFrame::Waiting.encode();
+                    written(self.writer.write_all(&waiting).await)?;
+                }
+                () = sleep_until(self.heard + SILENCE) => return Err(silent()),
+            }
+        }
+    }
+
+    /// Writes all of it, unless the consumer dies or the producer takes the handoff back meanwhile.
+    async fn write(
+        &mut self,
+        bytes: &[u8],
+        exports: &mut dyn ExportStream,
+    ) -> Result<(), TransferError> {
+        let mut write = pin!(self.writer.write_all(bytes));
+        loop {
+            tokio::select! {
+                biased;
+                result = &mut write => return written(result),
+                word = word(&mut self.reader) => match word? {
+                    ConsumerWord::Progress => self.heard = Instant::now(),
+                    ConsumerWord::Taken if !self.announced.is_empty() => {
+                        self.heard = Instant::now();
+                        if let Some(taken) = self.announced.pop_front() {
+                            exports.sent(taken.len() as u64);
+                        }
+                    }
+                    other => {
+                        return Err(TransferError::Protocol(format!("{other:?} before its time")));
+                    }
+                },
+                () = exports.revoked() => return Err(TransferError::Refused(Refusal::Aborted)),
+                () = sleep_until(self.heard + SILENCE) => return Err(silent()),
+            }
+        }
+    }
+
+    /// Says why nothing (more) will come.
+    async fn last_frame(&mut self, frame: ProducerFrame) {
+        // A consumer that is gone needs no reason.
+        let _ = timeout(SILENCE, self.writer.write_all(&frame.encode())).await;
+    }
+}
+
+/// What the consumer says next. Nothing is lost when the future is dropped.
+async fn word(reader: &mut OwnedReadHalf) -> Result<ConsumerWord, TransferError> {
+    let mut byte = [0];
+    match reader.read(&mut byte).await {
+        Ok(0) => Err(TransferError::BrokeOff("it gave the handoff up".to_owned())),
+        Ok(_) => Ok(ConsumerWord::decode(byte[0])?),
+        Err(error) => Err(gone(&error)),
+    }
+}

@@ -1,0 +1,78 @@
+//! The channel over shared memory passes what every channel must.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // These are tests.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use baton_transfer::{
+    Exports, PeerAddress, ShmChannel, ShmConfig, channel_conformance,
+    conformance::{Detour, Node, Transport},
+};
+use baton_types::HandoffId;
+use tokio::{
+    io::copy_bidirectional,
+    net::{UnixListener, UnixStream},
+};
+
+struct Shm;
+
+#[async_trait]
+impl Transport for Shm {
+    async fn start(&self, exports: Arc<dyn Exports>, stall_timeout: Duration) -> Node {
+        let (first, second) = (HandoffId::random(), HandoffId::random());
+        let fingerprint = [*first.as_bytes(), *second.as_bytes()].concat().try_into().unwrap();
+        let config = ShmConfig {
+            directory: std::env::temp_dir(),
+            certificate_fingerprint: fingerprint,
+            stall_timeout,
+        };
+        let channel = ShmChannel::bind(config, exports).unwrap();
+        let address = PeerAddress {
+            worker_name: format!("worker-{first}"),
+            address: channel.path().to_str().unwrap().to_owned(),
+            certificate_fingerprint: fingerprint,
+        };
+        Node { channel, address }
+    }
+
+    /// A relay of what is said. The memory is the producer's as before.
+    async fn detour(&self, to: &PeerAddress) -> Detour {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("detour.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let address = PeerAddress { address: path.to_str().unwrap().to_owned(), ..to.clone() };
+        let far = to.address.clone();
+        let (cut, cut_off) = tokio::sync::watch::channel(false);
+        tokio::spawn(async move {
+            let _directory = directory;
+            while let Ok((mut near, _)) = listener.accept().await {
+                let (far, mut cut_off) = (far.clone(), cut_off.clone());
+                tokio::spawn(async move {
+                    let mut far = UnixStream::connect(far).await.unwrap();
+                    let was_cut = tokio::select! {
+                        _ = copy_bidirectional(&mut near, &mut far) => false,
+                        _ = cut_off.wait_for(|cut| *cut) => true,
+                    };
+                    if was_cut {
+                        // Still there, but deaf.
+                        std::mem::forget((near, far));
+                    }
+                });
+            }
+        });
+        Detour {
+            address,
+            cut: Box::new(move || {
+                cut.send_replace(true);
+                std::mem::forget(cut);
+            }),
+        }
+    }
+
+    /// Nothing is under way but what lies in the producer's arena.
+    fn max_in_flight_bytes(&self) -> u64 {
+        4 << 20
+    }
+}
+
+channel_conformance!(Shm);
