@@ -4,6 +4,7 @@ mod bench_transfer;
 mod check;
 mod processes;
 mod terminal;
+mod transfer_check;
 mod up;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -35,6 +36,8 @@ enum Command {
     },
     /// Measures how fast KV blocks pass between two processes of this machine.
     BenchTransfer(bench_transfer::BenchOptions),
+    /// Shows what this machine has to move KV blocks with, and whether its workers' needs are met.
+    TransferCheck(transfer_check::CheckOptions),
     /// Runs the coordinator of a cluster.
     Coordinator {
         /// The cluster's baton.toml.
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Command::Up(options) => up::run(&options),
         Command::Check { file } => Ok(check::run(&file)),
         Command::BenchTransfer(options) => bench_transfer::run(&options),
+        Command::TransferCheck(options) => transfer_check::run(&options),
         Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
         Command::PrefillWorker(worker) => {
             processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)
