@@ -10,6 +10,7 @@ mod processes;
 mod profile;
 mod simulate;
 mod terminal;
+mod transfer_check;
 mod up;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -45,6 +46,8 @@ enum Command {
     Profile(profile::ProfileArguments),
     /// Measures how fast KV blocks pass between two processes of this machine.
     BenchTransfer(bench_transfer::BenchOptions),
+    /// Shows what this machine has to move KV blocks with, and whether its workers' needs are met.
+    TransferCheck(transfer_check::CheckOptions),
     /// Runs the coordinator of a cluster.
     Coordinator {
         /// The cluster's baton.toml.
@@ -86,6 +89,7 @@ fn main() -> ExitCode {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),
         Command::BenchTransfer(options) => bench_transfer::run(&options),
+        Command::TransferCheck(options) => transfer_check::run(&options),
         Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
         Command::PrefillWorker(worker) => {
             processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)

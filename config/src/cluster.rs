@@ -178,10 +178,60 @@ pub struct TransferConfig {
     pub listen: SocketAddr,
     /// `host:port` that other workers are told; `listen` where not given.
     pub advertise: Option<String>,
+    /// What carries the blocks.
+    pub transport: TransportChoice,
+    /// A worker that cannot meet each of them does not start.
+    pub require: Vec<Requirement>,
+    /// UCX's `libucp`; where not given, `BATON_UCX_LIBRARY` or the loader's path says where it is.
+    pub ucx_library: Option<PathBuf>,
     /// A handoff that moves nothing for this long is given up.
     pub stall_timeout: Duration,
     /// Largest UDP payload to try for; the path's own limit is discovered.
     pub max_mtu_bytes: u16,
+}
+
+/// What carries KV blocks between workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TransportChoice {
+    /// UCX where it finds an RDMA device and nothing forbids it, else QUIC.
+    Auto,
+    Quic,
+    Ucx,
+    /// Memory shared on one host.
+    Shm,
+}
+
+impl TransportChoice {
+    pub const ALL: [Self; 4] = [Self::Auto, Self::Quic, Self::Ucx, Self::Shm];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Quic => "quic",
+            Self::Ucx => "ucx",
+            Self::Shm => "shm",
+        }
+    }
+}
+
+/// What must hold of the way that blocks go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Requirement {
+    /// Network cards write the blocks into memory by themselves.
+    Rdma,
+    /// Nobody on the way can read or change them.
+    Encrypted,
+}
+
+impl Requirement {
+    pub const ALL: [Self; 2] = [Self::Rdma, Self::Encrypted];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Rdma => "rdma",
+            Self::Encrypted => "encrypted",
+        }
+    }
 }
 
 impl Default for TransferConfig {
@@ -189,6 +239,9 @@ impl Default for TransferConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: None,
+            transport: TransportChoice::Auto,
+            require: Vec::new(),
+            ucx_library: None,
             stall_timeout: Duration::from_secs(10),
             max_mtu_bytes: 6500,
         }

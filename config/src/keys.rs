@@ -19,7 +19,7 @@ use crate::{
     value::{
         Address, AnyBytes, Codec, Count, Environment, ExistingDirectory, ExistingFile, FilePath,
         FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative, Port,
-        Positive, Program, RoleName, Seconds, Text, TokenBytes, Url,
+        Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes, TransportName, Url,
     },
 };
 
@@ -160,6 +160,13 @@ keys! {
         listen => listen: Address = ByDefault;
         /// HOST:PORT that other workers are told. Default: listen.
         advertise => advertise: Maybe<HostPort> = Optional("\"127.0.0.1:7100\"");
+        /// "auto" (ucx where it finds an RDMA device, else quic), "quic", "ucx" or "shm". The same for
+        /// all workers that hand over to each other.
+        transport => transport: TransportName = ByDefault;
+        /// "rdma", "encrypted": a worker that cannot meet each of them does not start.
+        require => require: Requirements = Optional("[\"rdma\"]");
+        /// UCX's libucp. Default: BATON_UCX_LIBRARY, else libucp.so.0 on the loader's path.
+        ucx_library => ucx_library: Maybe<FilePath> = Optional("\"/opt/ucx/lib/libucp.so.0\"");
         /// A handoff that moves nothing for this long is given up.
         stall_timeout_seconds => stall_timeout: Seconds = ByDefault;
         /// Largest UDP payload to try for; the path's own limit is discovered.

@@ -11,6 +11,8 @@ use std::{
 use baton_types::Role;
 use toml::de::DeValue;
 
+use crate::cluster::{Requirement, TransportChoice};
+
 /// One kind of value.
 pub(crate) trait Codec {
     type Value;
@@ -100,6 +102,51 @@ impl Codec for RoleName {
 
     fn write(value: &Role) -> Option<String> {
         Some(quoted(value.as_str()))
+    }
+}
+
+pub(crate) struct TransportName;
+
+impl Codec for TransportName {
+    type Value = TransportChoice;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<TransportChoice, String> {
+        let named = |name: &str| TransportChoice::ALL.into_iter().find(|one| one.as_str() == name);
+        let wanted = || one_of(&TransportChoice::ALL.map(TransportChoice::as_str));
+        text(value).and_then(named).ok_or_else(wanted)
+    }
+
+    fn write(value: &TransportChoice) -> Option<String> {
+        Some(quoted(value.as_str()))
+    }
+}
+
+pub(crate) struct Requirements;
+
+impl Codec for Requirements {
+    type Value = Vec<Requirement>;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<Vec<Requirement>, String> {
+        let named = |name: &str| Requirement::ALL.into_iter().find(|one| one.as_str() == name);
+        let wanted = || format!("a list of {}", one_of(&Requirement::ALL.map(Requirement::as_str)));
+        let items = value.as_array().ok_or_else(wanted)?;
+        let read = items.iter().map(|item| item.get_ref().as_str().and_then(named));
+        read.collect::<Option<_>>().ok_or_else(wanted)
+    }
+
+    fn write(value: &Vec<Requirement>) -> Option<String> {
+        let names: Vec<String> = value.iter().map(|one| one.as_str().to_owned()).collect();
+        (!names.is_empty()).then(|| list(&names))
+    }
+}
+
+/// `"a", "b" or "c"`
+fn one_of(names: &[&str]) -> String {
+    let names: Vec<String> = names.iter().map(|name| quoted(name)).collect();
+    match names.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, others)) => format!("{} or {last}", others.join(", ")),
+        None => String::new(),
     }
 }
 

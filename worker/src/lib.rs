@@ -13,5 +13,6 @@ mod life;
 mod outbox;
 mod relay;
 mod run;
+pub mod transport;
 
 pub use run::{WorkerError, run, run_through};

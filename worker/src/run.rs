@@ -2,7 +2,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use baton_config::{EngineConfig, WorkerConfig};
 use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
-use baton_transfer::{BindError, Interpose, Ledger, QuicChannel, QuicConfig};
+use baton_transfer::{Interpose, Ledger};
 use baton_types::Epoch;
 use futures::future::join_all;
 use tokio::{sync::mpsc, time::MissedTickBehavior};
@@ -12,6 +12,7 @@ use crate::{
     counters::Counters,
     handoff::{Handoffs, PortLoop, Transfer},
     life::{Fenced, Identity, KvSide, Life},
+    transport::{self, OpenTransport, TransportError},
 };
 
 /// A handoff lives this many stall timeouts without anything moving: its consumer's engine may let it
@@ -32,7 +33,7 @@ pub enum WorkerError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error(transparent)]
-    Transfer(#[from] BindError),
+    Transfer(#[from] TransportError),
     #[error("cannot read {path}: {source}", path = path.display())]
     Tls { path: PathBuf, source: std::io::Error },
 }
@@ -129,7 +130,7 @@ struct Worker {
 
 struct WorkerTransfer {
     transfer: Transfer,
-    channel: Arc<QuicChannel>,
+    opened: OpenTransport,
     /// `host:port` that other workers are told.
     address: String,
     expiring: tokio::task::JoinHandle<()>,
@@ -204,7 +205,7 @@ impl Worker {
                 ledger: transfer.transfer.ledger.clone(),
                 compatibility,
                 address: transfer.address.clone(),
-                certificate_fingerprint: transfer.channel.certificate_fingerprint(),
+                certificate_fingerprint: transfer.opened.control().certificate_fingerprint(),
             }));
         }
         let life = Life {
@@ -240,30 +241,25 @@ impl Worker {
 
     async fn close(&self) {
         if let Some(transfer) = &self.transfer {
-            transfer.channel.close().await;
+            transfer.opened.control().close().await;
         }
     }
 }
 
 impl WorkerTransfer {
-    fn bind(config: &WorkerConfig, interpose: &dyn Interpose) -> Result<Self, BindError> {
+    fn bind(config: &WorkerConfig, interpose: &dyn Interpose) -> Result<Self, TransportError> {
         let stall_timeout = config.transfer.stall_timeout;
         // The first port brings the first epoch; until then nothing is there to be pulled.
         let ledger = Ledger::new(Epoch::random(), [0; 32], LEASE_STALLS * stall_timeout);
-        let channel = QuicChannel::bind(
-            QuicConfig {
-                listen: config.transfer.listen,
-                max_mtu_bytes: config.transfer.max_mtu_bytes,
-                stall_timeout,
-            },
-            interpose.exports(Arc::new(ledger.clone())),
-        )?;
+        let opened =
+            transport::open(&config.transfer, interpose.exports(Arc::new(ledger.clone())))?;
+        let control = opened.control();
         let address =
-            config.transfer.advertise.clone().unwrap_or(channel.local_address().to_string());
+            config.transfer.advertise.clone().unwrap_or(control.local_address().to_string());
         let expiring = tokio::spawn(expire(ledger.clone()));
         let transfer =
-            Transfer { ledger, channel: interpose.channel(channel.clone()), stall_timeout };
-        Ok(Self { transfer, channel, address, expiring })
+            Transfer { ledger, channel: interpose.channel(opened.channel.clone()), stall_timeout };
+        Ok(Self { transfer, opened, address, expiring })
     }
 }
 

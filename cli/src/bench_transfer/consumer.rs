@@ -191,7 +191,11 @@ impl Producer {
 }
 
 async fn answer(answers: &mut Lines<BufReader<ChildStdout>>) -> anyhow::Result<Answer> {
-    let line = answers.next_line().await?.context("the producing half ended")?;
+    let mut line = String::new();
+    // UCX writes its own complaints to stdout, too.
+    while !line.starts_with('{') {
+        line = answers.next_line().await?.context("the producing half ended")?;
+    }
     serde_json::from_str(&line).with_context(|| format!("the producing half said {line:?}"))
 }
 
