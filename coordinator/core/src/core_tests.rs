@@ -389,7 +389,7 @@ proptest! {
                         model: Some(if unknown { "x" } else { "m" }.into()),
                         max_output_tokens: one_token.then_some(1),
                         prompt_tokens: 1 + u32::try_from(arrivals * 977 % 9000).unwrap(),
-                        prefix_blocks: [1, 2, 3 + arrivals as u64 % 4].into(),
+                        prefix_blocks: [1, 2, 3 + u64::try_from(arrivals % 4).unwrap()].into(),
                         prefix_block_tokens: 512,
                         ..RequestShape::default()
                     };
