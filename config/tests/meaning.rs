@@ -113,7 +113,6 @@ fn what_the_sample_shows_as_default_is_the_default() {
 #[test]
 fn the_samples_examples_are_right() {
     let directory = tempfile::tempdir().unwrap();
-    std::fs::create_dir(directory.path().join("model")).unwrap();
     for file in ["tls/ca.pem", "tls/host.pem", "tls/host.key", "profile.json"] {
         let path = directory.path().join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
