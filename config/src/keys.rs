@@ -13,13 +13,15 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-        SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+        ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, HttpsConfig, LimitsConfig,
+        SimConfig, SloConfig, TenantConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource,
+        WorkerConfig,
     },
     value::{
         Address, AnyBytes, Codec, Count, Environment, ExistingDirectory, ExistingFile, FilePath,
         FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative, Port,
-        Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes, TransportName, Url,
+        Positive, Priority, Program, Requirements, RoleName, Seconds, Sha256, Text, TokenBytes,
+        TransportName, Url,
     },
 };
 
@@ -108,6 +110,16 @@ keys! {
 }
 
 keys! {
+    /// `[coordinator.https]`
+    HTTPS: HttpsConfig {
+        /// With the names by which clients dial the coordinator; intermediate certificates after it.
+        certificate => certificate: FilePath = Required("\"tls/front.pem\"");
+        /// Of the certificate.
+        private_key => private_key: FilePath = Required("\"tls/front.key\"");
+    }
+}
+
+keys! {
     /// `[slo]`
     SLO: SloConfig {
         /// Time to the first token, in milliseconds.
@@ -126,6 +138,27 @@ keys! {
         certificate => certificate: ExistingFile = Required("\"tls/host.pem\"");
         /// Of the certificate.
         private_key => private_key: ExistingFile = Required("\"tls/host.key\"");
+    }
+}
+
+keys! {
+    /// `[[tenant]]`
+    TENANT: TenantConfig {
+        /// Stands in metrics and logs; unique.
+        name => name: Name = Required("\"search\"");
+        /// SHA-256 of its API key, in hexadecimal (`printf %s "$KEY" | sha256sum`). Either this, or
+        /// key_file, or both.
+        key_sha256 => key_sha256: Maybe<Sha256> = Optional(
+            "\"2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\""
+        );
+        /// File with API keys, one a line; each opens. It is read anew when it changes.
+        key_file => key_file: Maybe<FilePath> = Optional("\"keys/search\"");
+        /// Its share beside other tenants while requests wait.
+        weight => weight: Positive = ByDefault;
+        /// Tenants of a higher one are served first.
+        priority => priority: Priority = ByDefault;
+        /// Requests in flight; further ones are answered with 429. Default: any number.
+        max_requests => max_requests: Maybe<Count> = Optional("64");
     }
 }
 
@@ -342,6 +375,22 @@ pub(crate) fn blank_coordinator() -> CoordinatorConfig {
         advertise: String::new(),
         tokenizer: None,
         limits: LimitsConfig::default(),
+        https: None,
+    }
+}
+
+pub(crate) fn blank_https() -> HttpsConfig {
+    HttpsConfig { certificate: PathBuf::new(), private_key: PathBuf::new() }
+}
+
+pub(crate) fn blank_tenant() -> TenantConfig {
+    TenantConfig {
+        name: String::new(),
+        key_sha256: None,
+        key_file: None,
+        weight: 1.0,
+        priority: 0,
+        max_requests: None,
     }
 }
 
@@ -367,6 +416,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
         slo: SloConfig::default(),
         tls: None,
         insecure_plaintext: false,
+        tenants: Vec::new(),
         workers: Vec::new(),
     }
 }

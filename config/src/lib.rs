@@ -8,6 +8,7 @@ mod choose;
 mod cluster;
 mod document;
 mod error;
+mod followed;
 mod keys;
 mod read;
 mod rules;
@@ -16,10 +17,11 @@ mod write;
 
 pub use choose::NoSuchWorker;
 pub use cluster::{
-    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, Requirement,
-    SimConfig, SloConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource,
-    WorkerConfig,
+    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, HttpsConfig, LimitsConfig,
+    Requirement, SimConfig, SloConfig, TenantConfig, TlsConfig, TransferConfig, TransportChoice,
+    VllmConfig, VllmSource, WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};
+pub use followed::{Followed, Refreshed};
 pub use write::sample;

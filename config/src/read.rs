@@ -10,7 +10,8 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 7] = ["coordinator", "slo", "tls", "engine", "arena", "transfer", "worker"];
+const TABLES: [&str; 8] =
+    ["coordinator", "slo", "tls", "tenant", "engine", "arena", "transfer", "worker"];
 
 impl ClusterConfig {
     /// Reads a file. Relative paths in it are taken from the file's own directory.
@@ -77,6 +78,12 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
         let tls = cluster.tls.insert(keys::blank_tls());
         reader.read_keys(&place, keys::TLS, &[], &[], tls);
     }
+    for place in reader.tables(root, "tenant") {
+        let mut tenant = keys::blank_tenant();
+        reader.read_keys(&place, keys::TENANT, &[], &[], &mut tenant);
+        rules::tenant(reader, &place, &tenant, &cluster.tenants);
+        cluster.tenants.push(tenant);
+    }
     let links = Links {
         secured: cluster.tls.is_some() || cluster.insecure_plaintext,
         insecure: cluster.insecure_plaintext,
@@ -108,9 +115,13 @@ fn read_coordinator(reader: &mut Reader<'_>, root: &Place<'_>, cluster: &mut Clu
         }
         return;
     };
-    reader.read_keys(&place, keys::COORDINATOR, &["limits"], &[], coordinator);
+    reader.read_keys(&place, keys::COORDINATOR, &["limits", "https"], &[], coordinator);
     if let Some(limits) = reader.table(&place, "limits") {
         reader.read_keys(&limits, keys::LIMITS, &[], &[], &mut coordinator.limits);
+    }
+    if let Some(https) = reader.table(&place, "https") {
+        let files = coordinator.https.insert(keys::blank_https());
+        reader.read_keys(&https, keys::HTTPS, &[], &[], files);
     }
     if coordinator.advertise.is_empty() {
         coordinator.advertise = coordinator.workers_listen.to_string();

@@ -6,7 +6,7 @@ use std::{path::Path, time::Duration};
 
 use baton_config::{
     ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-    SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
+    SloConfig, TenantConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -34,10 +34,12 @@ fn default_cluster() -> ClusterConfig {
             advertise: "127.0.0.1:7000".to_owned(),
             tokenizer: None,
             limits: LimitsConfig::default(),
+            https: None,
         },
         slo: SloConfig::default(),
         tls: None,
         insecure_plaintext: false,
+        tenants: Vec::new(),
         workers: vec![worker("prefill-0", Role::Prefill), worker("decode-0", Role::Decode)],
     }
 }
@@ -82,6 +84,11 @@ fn what_the_sample_shows_as_default_is_the_default() {
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (vllm, rest) = vllm.split_once("# Staging memory").unwrap();
+    // Its defaults are those of a table that is not there.
+    let (before, tenant) = sim.split_once("#[[tenant]]").unwrap();
+    let (tenant, after) = tenant.split_once("\n# What computes").unwrap();
+    assert!(tenant.contains("#weight = 1\n") && tenant.contains("#priority = 0\n"), "{tenant}");
+    let sim = &format!("{before}\n# What computes{after}");
     let mut take_default = |_: &str, example: bool| {
         keys += usize::from(!example);
         !example
@@ -113,7 +120,15 @@ fn what_the_sample_shows_as_default_is_the_default() {
 #[test]
 fn the_samples_examples_are_right() {
     let directory = tempfile::tempdir().unwrap();
-    for file in ["tls/ca.pem", "tls/host.pem", "tls/host.key", "profile.json"] {
+    for file in [
+        "tls/ca.pem",
+        "tls/host.pem",
+        "tls/host.key",
+        "tls/front.pem",
+        "tls/front.key",
+        "keys/search",
+        "profile.json",
+    ] {
         let path = directory.path().join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, "").unwrap();
@@ -122,7 +137,10 @@ fn the_samples_examples_are_right() {
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (_, rest) = vllm.split_once("# Staging memory").unwrap();
-    let sim = uncomment(&sim.replace("#[tls]", "[tls]"), |_, _| true);
+    let tables = ["[tls]", "[[tenant]]", "[coordinator.https]"];
+    let sim =
+        tables.iter().fold(sim.to_owned(), |sim, table| sim.replace(&format!("#{table}"), table));
+    let sim = uncomment(&sim, |_, _| true);
     let transfer_advertise = "advertise = \"127.0.0.1:7100\"";
     let rest = uncomment(rest, |_, _| true);
     let file = format!("{sim}\n# Staging memory{rest}");
@@ -131,6 +149,11 @@ fn the_samples_examples_are_right() {
     assert_eq!(cluster.workers[0].transfer.advertise.as_deref(), Some("127.0.0.1:7100"));
     assert_eq!(cluster.tls.clone().unwrap().ca, directory.path().join("tls/ca.pem"));
     assert_eq!(cluster.workers[1].tls, cluster.tls);
+    let https = cluster.coordinator.https.unwrap();
+    assert_eq!(https.certificate, directory.path().join("tls/front.pem"));
+    let [tenant] = cluster.tenants.try_into().unwrap();
+    assert_eq!((tenant.name.as_str(), tenant.max_requests), ("search", Some(64)));
+    assert_eq!(tenant.key_sha256.map(|digest| digest[0]), Some(0x2b));
 }
 
 #[test]
@@ -219,6 +242,14 @@ proptest! {
         insecure_plaintext: bool,
     ) {
         let mut cluster = default_cluster();
+        cluster.tenants.push(TenantConfig {
+            name: "t".into(),
+            key_sha256: Some([7; 32]),
+            key_file: None,
+            weight: 0.5,
+            priority: -3,
+            max_requests: Some(2),
+        });
         cluster.insecure_plaintext = insecure_plaintext;
         cluster.workers[0].engine = engine;
         cluster.workers[0].arena.export_bytes = bytes;

@@ -81,10 +81,12 @@ pub(super) fn plan(
             advertise: workers_listen.to_string(),
             tokenizer: vllm.as_ref().and_then(|vllm| vllm.tokenizer()),
             limits: LimitsConfig::default(),
+            https: None,
         },
         slo: SloConfig::default(),
         tls: None,
         insecure_plaintext: false,
+        tenants: Vec::new(),
         workers,
     };
     let (model, start_timeout) = match vllm {
