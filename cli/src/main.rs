@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_transfer;
+mod certs;
 mod check;
 mod compare;
 mod goodput;
@@ -39,6 +40,11 @@ enum Command {
     Check {
         /// The cluster's baton.toml.
         file: PathBuf,
+    },
+    /// Makes and shows the certificates by which coordinator and workers know each other.
+    Certs {
+        #[command(subcommand)]
+        command: certs::CertsCommand,
     },
     /// Loads a live endpoint by a trace, or at a rate, and measures what comes.
     Bench(bench::BenchArguments),
@@ -86,6 +92,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Up(options) => up::run(&options),
         Command::Check { file } => Ok(check::run(&file)),
+        Command::Certs { command } => certs::run(&command),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),
         Command::BenchTransfer(options) => bench_transfer::run(&options),

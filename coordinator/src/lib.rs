@@ -13,37 +13,38 @@ mod metrics;
 mod prefixes;
 mod prompt;
 mod shell;
+mod tls;
 
-use std::{
-    fs,
-    future::Future,
-    io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
-use baton_config::{ClusterConfig, TlsConfig};
+use baton_config::ClusterConfig;
 use baton_core::Settings;
 use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
 use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming};
+use tonic::transport::{Server, server::TcpIncoming};
 use tracing::info;
 
-use crate::{fleet::FleetService, shell::Shell};
+pub use crate::{client::KeyFileError, tls::TlsError};
+use crate::{
+    client::{Access, Tenants},
+    fleet::FleetService,
+    shell::Shell,
+};
 
 /// How long open answers may go on after the order to stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// A stranger who connects and says nothing holds no socket for longer.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Certificates and keys are looked at this often.
+const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
     #[error("cannot listen on {address} ({key}): {source}")]
     Listen { key: &'static str, address: SocketAddr, source: io::Error },
-    #[error("cannot read {path} (tls): {source}", path = path.display())]
-    Tls { path: PathBuf, source: io::Error },
+    #[error("{table}: {source}")]
+    Tls { table: &'static str, source: TlsError },
+    #[error("tenant {tenant:?}: {source}")]
+    Tenant { tenant: String, source: KeyFileError },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
     #[error("the worker listener ended: {0}")]
@@ -65,25 +66,50 @@ pub async fn run(
     let shell = Shell::new(settings, config.slo, limits.max_unread_bytes);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
+    let tls = config.tls.as_ref().map(tls::for_workers).transpose();
+    let tls = tls.map_err(|source| CoordinatorError::Tls { table: "tls", source })?.map(Arc::new);
+    let https = coordinator.https.as_ref().map(tls::for_clients).transpose();
+    let https =
+        https.map_err(|source| CoordinatorError::Tls { table: "coordinator.https", source })?;
+    let access =
+        Access { https: https.map(Arc::new), tenants: Arc::new(Tenants::open(&config.tenants)?) };
+
     let mut server = Server::builder()
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .max_frame_size(MAX_FRAME_BYTES)
         .http2_keepalive_interval(Some(Duration::from_secs(1)))
         .http2_keepalive_timeout(Some(Duration::from_secs(2)));
-    if let Some(tls) = &config.tls {
-        server = server.tls_config(mutual_tls(tls)?)?;
-    }
     // A body of the largest size must fit into one message, with room for its headers.
     let max_message_bytes =
         usize::try_from(limits.max_body_bytes).unwrap_or(usize::MAX) + (1 << 20);
     let service = FleetServer::new(FleetService { shell: shell.clone() })
         .max_decoding_message_size(max_message_bytes)
         .max_encoding_message_size(max_message_bytes);
-    let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
-    let fleet = server.add_service(service).serve_with_incoming(incoming);
+    let routes = server.add_service(service);
+    let fleet: Pin<Box<dyn Future<Output = _> + Send>> = match &tls {
+        Some(tls) => Box::pin(routes.serve_with_incoming(tls::incoming(workers, tls.clone()))),
+        None => {
+            let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
+            Box::pin(routes.serve_with_incoming(incoming))
+        }
+    };
 
-    let front = tokio::spawn(client::serve(shell.clone(), limits, tokenizer, clients));
+    let front =
+        tokio::spawn(client::serve(shell.clone(), limits, tokenizer, access.clone(), clients));
+    let follows = tokio::spawn(async move {
+        let mut interval = tokio::time::interval(FOLLOW_INTERVAL);
+        loop {
+            interval.tick().await;
+            if let Some(tls) = &tls {
+                tls::follow("tls", tls);
+            }
+            if let Some(https) = &access.https {
+                tls::follow("coordinator.https", https);
+            }
+            access.tenants.follow();
+        }
+    });
     let ticks = tokio::spawn({
         let shell = shell.clone();
         async move {
@@ -116,6 +142,7 @@ pub async fn run(
         }
     }
     ticks.abort();
+    follows.abort();
     Ok(())
 }
 
@@ -125,14 +152,4 @@ async fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, C
         address,
         source,
     })
-}
-
-/// Reads the PEM files, once, before anything is served.
-fn mutual_tls(tls: &TlsConfig) -> Result<ServerTlsConfig, CoordinatorError> {
-    let read = |path: &Path| {
-        fs::read(path).map_err(|source| CoordinatorError::Tls { path: path.to_owned(), source })
-    };
-    let identity = Identity::from_pem(read(&tls.certificate)?, read(&tls.private_key)?);
-    let ca = Certificate::from_pem(read(&tls.ca)?);
-    Ok(ServerTlsConfig::new().identity(identity).client_ca_root(ca).timeout(HANDSHAKE_TIMEOUT))
 }

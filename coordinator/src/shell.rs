@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use baton_config::SloConfig;
 use baton_core::{
-    Action, Core, Event, HandoffPlan, JobId, RequestKey, RequestShape, Route, Settings,
+    Action, Core, Elsewhere, Event, HandoffPlan, JobId, RequestKey, RequestShape, Route, Settings,
     WorkerDescription, WorkerKey,
 };
 use baton_proto as wire;
@@ -207,6 +207,9 @@ impl Shell {
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);
+        let elsewhere =
+            Elsewhere { prefills: report.prefills_elsewhere, decodes: report.decodes_elsewhere };
+        self.tell_core(&mut state, Event::BusyElsewhere { worker, elsewhere }, None);
         if let Some(attached) = state.links.get_mut(&worker) {
             attached.report = report;
             if is_unheard {

@@ -26,6 +26,7 @@ pub struct ClusterBuilder {
     engine: Engine,
     coordinator_toml: String,
     arena_toml: String,
+    tables_toml: String,
     tls: Option<TlsPem>,
     ready: bool,
 }
@@ -86,6 +87,7 @@ impl ClusterBuilder {
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
+            tables_toml: String::new(),
             tls: None,
             ready: true,
         }
@@ -119,6 +121,13 @@ impl ClusterBuilder {
     /// Keys of `[coordinator.limits]`.
     pub fn limits(mut self, keys: &str) -> Self {
         self.coordinator_toml = keys.to_owned();
+        self
+    }
+
+    /// More tables of the file, such as `[[tenant]]`. Relative paths are taken from the cluster's
+    /// directory.
+    pub fn tables(mut self, toml: &str) -> Self {
+        self.tables_toml = toml.to_owned();
         self
     }
 
@@ -188,8 +197,8 @@ impl ClusterBuilder {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[arena]\n{}\n\n",
-            self.coordinator_toml, self.arena_toml
+             [coordinator.limits]\n{}\n\n[arena]\n{}\n\n{}\n",
+            self.coordinator_toml, self.arena_toml, self.tables_toml
         );
         if let Some(tls) = &self.tls {
             writeln!(toml, "{}", tls.write_to(&directory.join("tls"))?)?;

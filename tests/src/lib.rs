@@ -4,12 +4,16 @@
 
 mod answers;
 mod cluster;
+mod https;
 mod metrics;
+mod network;
 mod process;
 mod vllm;
 
 pub use answers::{Answer, StreamEvent, read_events, streamed_text};
 pub use cluster::{Cluster, ClusterBuilder, TlsPem};
+pub use https::HttpsClient;
 pub use metrics::Metrics;
-pub use process::baton;
+pub use network::{Host, Network, SlowWire};
+pub use process::{Process, baton};
 pub use vllm::{VllmInstallation, vllm_or_skip};

@@ -21,7 +21,15 @@ pub(crate) struct Counters {
     /// Decode jobs whose engine answered without waiting for its handoff.
     pub(crate) handoffs_bypassed: Count,
     /// Jobs under way, of all coordinators.
-    pub(crate) jobs_running: Gauge,
+    pub(crate) running: Running,
+}
+
+/// Jobs under way.
+#[derive(Debug, Default)]
+pub(crate) struct Running {
+    pub(crate) prefills: Gauge,
+    /// Those of requests that are not split among them.
+    pub(crate) decodes: Gauge,
 }
 
 /// A number that only grows.

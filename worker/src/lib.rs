@@ -15,4 +15,5 @@ mod relay;
 mod run;
 pub mod transport;
 
+pub use attach::TlsError;
 pub use run::{WorkerError, run, run_through};

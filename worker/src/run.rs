@@ -1,4 +1,4 @@
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use baton_config::{EngineConfig, WorkerConfig};
 use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
@@ -8,7 +8,7 @@ use futures::future::join_all;
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 
 use crate::{
-    attach::{self, TlsPem},
+    attach::{self, TlsError, TlsFiles, TlsPem},
     counters::Counters,
     handoff::{Handoffs, PortLoop, Transfer},
     life::{Fenced, Identity, KvSide, Life},
@@ -34,8 +34,8 @@ pub enum WorkerError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Transfer(#[from] TransportError),
-    #[error("cannot read {path}: {source}", path = path.display())]
-    Tls { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
 /// Runs one worker until `shutdown` is ready: its engine, its handoffs, and its streams to the
@@ -122,7 +122,7 @@ fn start_engine(config: &WorkerConfig) -> Result<Arc<dyn Engine>, EngineError> {
 /// What outlives the engine.
 struct Worker {
     config: WorkerConfig,
-    tls: Option<TlsPem>,
+    tls: Option<TlsFiles>,
     counters: Arc<Counters>,
     /// Absent where Baton does no handoffs.
     transfer: Option<WorkerTransfer>,
@@ -149,8 +149,7 @@ struct Ended {
 
 impl Worker {
     fn new(config: WorkerConfig, interpose: &dyn Interpose) -> Result<Self, WorkerError> {
-        let tls = config.tls.as_ref().map(TlsPem::read).transpose();
-        let tls = tls.map_err(|(path, source)| WorkerError::Tls { path, source })?;
+        let tls = config.tls.as_ref().map(TlsPem::open).transpose()?;
         let transfer =
             is_fenced(&config).then(|| WorkerTransfer::bind(&config, interpose)).transpose()?;
         Ok(Self { config, tls, counters: Arc::default(), transfer })
@@ -235,6 +234,7 @@ impl Worker {
             // Both for ever.
             _ = attached => {}
             () = watch_load(&life) => {}
+            () = attach::follow(self.tls.as_ref()) => {}
             () = port_gone => tracing::warn!(epoch = %life.epoch, "the engine's KV side is gone"),
         }
     }

@@ -136,6 +136,9 @@ impl Core {
         match event {
             Event::WorkerLost { worker } => self.worker_lost(worker, now, actions),
             Event::Report { worker, report } => self.fleet.report(worker, &report),
+            Event::BusyElsewhere { worker, elsewhere } => {
+                self.fleet.busy_elsewhere(worker, elsewhere);
+            }
             Event::PrefillDone { job } => self.prefill_done(job, now, actions),
             Event::Answered { job } => self.answered(job, now, actions),
             Event::Ended { job } => self.ended(job, now, actions),

@@ -1,7 +1,7 @@
 use baton_types::{Fault, Generation, HandoffId, Leg};
 
 use crate::{
-    fleet::{WorkerKey, WorkerReport},
+    fleet::{Elsewhere, WorkerKey, WorkerReport},
     placement::Route,
     request::{JobId, RequestKey},
 };
@@ -16,6 +16,11 @@ pub enum Event {
     Report {
         worker: WorkerKey,
         report: WorkerReport,
+    },
+    /// What a worker says of its other coordinators.
+    BusyElsewhere {
+        worker: WorkerKey,
+        elsewhere: Elsewhere,
     },
     /// The prefill leg is through: its engine has computed the prompt.
     PrefillDone {

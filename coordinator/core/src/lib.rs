@@ -22,7 +22,7 @@ mod request;
 pub use crate::{
     core::{Core, Settings},
     event::{Action, Event, HandoffPlan, Rejection},
-    fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
+    fleet::{Elsewhere, HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
     placement::{AggregatedReason, Route, Split},
     prefix_index::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits},
     queue::Order,

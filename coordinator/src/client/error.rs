@@ -21,6 +21,12 @@ pub(crate) enum ClientError {
     NoSuchPath { method: http::Method, path: String },
     #[error("{path} does not take {method}")]
     MethodNotAllowed { method: http::Method, path: String },
+    #[error("this server wants an API key: give it as `Authorization: Bearer KEY`")]
+    NoKey,
+    #[error("the API key that was given is not known here")]
+    WrongKey,
+    #[error("{limit} requests of this API key are in flight, as many as it may have")]
+    TooManyRequests { limit: u32 },
     #[error("the model `{model}` does not exist")]
     UnknownModel { model: String },
     #[error("no worker is ready to take requests; try again shortly")]
@@ -80,6 +86,13 @@ impl ClientError {
             Self::MethodNotAllowed { .. } => {
                 (StatusCode::METHOD_NOT_ALLOWED, INVALID, None, "method_not_allowed")
             }
+            // As OpenAI has it, a missing key is an invalid one.
+            Self::NoKey | Self::WrongKey => {
+                (StatusCode::UNAUTHORIZED, INVALID, None, "invalid_api_key")
+            }
+            Self::TooManyRequests { .. } => {
+                (StatusCode::TOO_MANY_REQUESTS, "requests", None, "rate_limit_exceeded")
+            }
             Self::UnknownModel { .. } => {
                 (StatusCode::NOT_FOUND, INVALID, Some("model"), "model_not_found")
             }
@@ -107,8 +120,14 @@ impl ClientError {
     pub(crate) fn to_parts(&self) -> (Head, Bytes) {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if self.status() == StatusCode::SERVICE_UNAVAILABLE {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        match self.status() {
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            StatusCode::UNAUTHORIZED => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            _ => {}
         }
         (Head { status: self.status(), headers }, Bytes::from(self.json()))
     }

@@ -19,7 +19,7 @@ use crate::{
     shell::{ForwardedRequest, IncomingRequest},
 };
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Takes a request to the workers and their answer back.
 pub(super) async fn forward(front: &Front, endpoint: Endpoint, request: Request) -> Response {

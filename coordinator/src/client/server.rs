@@ -15,12 +15,16 @@ use tower_service::Service;
 use tracing::{debug, warn};
 
 use super::{
+    auth::{Tenants, admit},
     error::ClientError,
     forward::{forward, refuse},
     pages,
     peek::Endpoint,
 };
-use crate::shell::Shell;
+use crate::{
+    shell::Shell,
+    tls::{self, TlsFiles},
+};
 
 /// What a connection holds of its request's head, and of its answer on the way out. A token's frame is
 /// copied into it and written as one piece: that costs less than to gather the pieces in the kernel.
@@ -35,18 +39,27 @@ pub(super) struct Front {
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
 }
 
+/// Who gets in, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Access {
+    /// HTTPS in place of HTTP.
+    pub(crate) https: Option<Arc<TlsFiles>>,
+    pub(crate) tenants: Arc<Tenants>,
+}
+
 /// Accepts clients until it is dropped. One hyper connection each, since `axum::serve` costs 8 KB more
 /// a stream.
 pub(crate) async fn serve(
     shell: Shell,
     limits: LimitsConfig,
     tokenizer: Option<PromptTokenizer>,
+    access: Access,
     listener: TcpListener,
 ) {
     let connections = Arc::new(Semaphore::new(limits.max_connections as usize));
     let limits = Arc::new(limits);
-    let router =
-        router(Front { shell, limits: limits.clone(), tokenizer: tokenizer.map(Arc::new) });
+    let front = Front { shell, limits: limits.clone(), tokenizer: tokenizer.map(Arc::new) };
+    let router = router(front, access.tenants);
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout)
@@ -73,13 +86,28 @@ pub(crate) async fn serve(
             let mut router = router.clone();
             async move { Ok::<_, Infallible>(call(&mut router, request).await) }
         });
-        let connection = http.serve_connection(TokioIo::new(stream), service);
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                debug!(%error, "a client's connection ended");
-            }
-            drop(permit);
-        });
+        if let Some(https) = access.https.clone() {
+            let http = http.clone();
+            tokio::spawn(async move {
+                match tls::handshake(&https, stream).await {
+                    Ok(stream) => run(http.serve_connection(TokioIo::new(stream), service)).await,
+                    Err(error) => debug!(%error, "no TLS with a client"),
+                }
+                drop(permit);
+            });
+        } else {
+            let connection = http.serve_connection(TokioIo::new(stream), service);
+            tokio::spawn(async move {
+                run(connection).await;
+                drop(permit);
+            });
+        }
+    }
+}
+
+async fn run(connection: impl Future<Output = hyper::Result<()>>) {
+    if let Err(error) = connection.await {
+        debug!(%error, "a client's connection ended");
     }
 }
 
@@ -90,15 +118,21 @@ async fn call(router: &mut Router, request: Request<hyper::body::Incoming>) -> R
     }
 }
 
-fn router(front: Front) -> Router {
-    Router::new()
+fn router(front: Front, tenants: Arc<Tenants>) -> Router {
+    let api = Router::new()
         .route("/v1/chat/completions", post_only(generation))
         .route("/v1/completions", post_only(generation))
         .route("/v1/models", get(pages::models))
         .route("/tokenize", post_only(whole))
         .route("/detokenize", post_only(whole))
-        .route("/v1/{*rest}", post_only(whole))
-        .route("/health", get(pages::health))
+        .route("/v1/{*rest}", post_only(whole));
+    let api = if tenants.is_empty() {
+        api
+    } else {
+        let metrics = front.shell.metrics.clone();
+        api.layer(axum::middleware::from_fn_with_state((tenants, metrics), admit))
+    };
+    api.route("/health", get(pages::health))
         .route("/ready", get(pages::ready))
         .route("/metrics", get(pages::metrics))
         .fallback(no_such_path)

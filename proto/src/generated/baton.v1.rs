@@ -287,6 +287,11 @@ pub struct Report {
     /// Handoffs from this worker that have ended, by how: "acked", "aborted", "expired", "broken".
     #[prost(map = "string, uint64", tag = "15")]
     pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// Of jobs_running, those of other coordinators: prefill legs, and all others.
+    #[prost(uint32, tag = "16")]
+    pub prefills_elsewhere: u32,
+    #[prost(uint32, tag = "17")]
+    pub decodes_elsewhere: u32,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
