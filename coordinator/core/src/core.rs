@@ -10,7 +10,7 @@ use crate::{
     policy::{Candidate, Choice, POLICIES, Policy, Targets},
     queue::{Order, Waiting},
     recent_prefixes::RecentPrefixes,
-    request::{Job, JobId, Phase, Request, RequestKey, RequestShape, Stage},
+    request::{Job, JobId, Phase, Request, RequestKey, RequestShape, RequestView, Stage},
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -145,6 +145,39 @@ impl Core {
         }
     }
 
+    pub fn split(&self) -> Split {
+        self.settings.split
+    }
+
+    /// From here on requests are split like this. Those that have their route go on as they are.
+    pub fn set_split(&mut self, split: Split) {
+        self.settings.split = split;
+    }
+
+    /// A worker that drains is given nothing new, and ends what it has; what waits for it here goes
+    /// elsewhere.
+    pub fn set_drains(
+        &mut self,
+        worker: WorkerKey,
+        drains: bool,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(on) = self.fleet.get_mut(worker) else { return };
+        on.drains = drains;
+        if !drains {
+            return;
+        }
+        let waiting = std::mem::take(&mut on.queue);
+        on.queue_changed();
+        for key in waiting.keys() {
+            if let Some(request) = self.requests.get_mut(key.0) {
+                request.waits_for = None;
+                self.start_attempt(key, now, actions);
+            }
+        }
+    }
+
     pub fn worker(&self, key: WorkerKey) -> Option<WorkerView<'_>> {
         self.fleet.get(key).map(|worker| view(key, worker))
     }
@@ -156,6 +189,15 @@ impl Core {
     /// Whom a job works for, as what and where, while it counts.
     pub fn job(&self, job: JobId) -> Option<(RequestKey, Leg, WorkerKey)> {
         self.jobs.get(job.0).map(|job| (job.request, job.leg, job.worker))
+    }
+
+    pub fn request(&self, key: RequestKey) -> Option<RequestView<'_>> {
+        self.requests.get(key.0).map(|request| request.view(key))
+    }
+
+    /// Those that have not ended.
+    pub fn requests(&self) -> impl Iterator<Item = RequestView<'_>> {
+        self.requests.iter().map(|(key, request)| request.view(RequestKey(key)))
     }
 
     /// Each role has a worker.
@@ -676,6 +718,7 @@ fn view(key: WorkerKey, worker: &crate::fleet::Worker) -> WorkerView<'_> {
         key,
         description: &worker.description,
         jobs_running: worker.jobs_running,
+        drains: worker.drains,
         load: &worker.load,
     }
 }

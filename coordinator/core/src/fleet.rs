@@ -202,9 +202,15 @@ pub(crate) struct Worker {
     pub(crate) prefixes: RecentPrefixes,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
+    /// It is given nothing new.
+    pub(crate) drains: bool,
 }
 
 impl Worker {
+    pub(crate) fn takes(&self, model: Option<&str>) -> bool {
+        !self.drains && self.serves(model)
+    }
+
     pub(crate) fn serves(&self, model: Option<&str>) -> bool {
         model.is_none_or(|model| self.description.models.iter().any(|name| name == model))
     }
@@ -222,6 +228,8 @@ pub struct WorkerView<'a> {
     pub key: WorkerKey,
     pub description: &'a WorkerDescription,
     pub jobs_running: u32,
+    /// It is given nothing new.
+    pub drains: bool,
     pub load: &'a Load,
 }
 
@@ -246,6 +254,7 @@ impl Fleet {
             queue: Queue::default(),
             prefixes,
             jobs_running: 0,
+            drains: false,
         }))
     }
 

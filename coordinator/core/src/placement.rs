@@ -92,9 +92,6 @@ pub(crate) fn plan(
     split: Split,
     candidates: &mut Vec<WorkerKey>,
 ) -> Result<Plan, NoRoute> {
-    if fleet.len() == 0 {
-        return Err(NoRoute::NoWorker);
-    }
     let aggregated = |preferred: Option<Role>, reason, candidates: &mut Vec<WorkerKey>| {
         select(fleet, shape, avoid, candidates, |worker| {
             preferred.is_none_or(|role| worker.description.role == role)
@@ -103,7 +100,7 @@ pub(crate) fn plan(
             select(fleet, shape, avoid, candidates, |_| true);
         }
         if candidates.is_empty() {
-            Err(NoRoute::UnknownModel)
+            Err(no_route(fleet, shape))
         } else {
             Ok(Plan::Aggregated(reason))
         }
@@ -122,7 +119,7 @@ pub(crate) fn plan(
         Split::PerRequest => {
             select(fleet, shape, avoid, candidates, |_| true);
             return if candidates.is_empty() {
-                Err(NoRoute::UnknownModel)
+                Err(no_route(fleet, shape))
             } else {
                 Ok(Plan::Split)
             };
@@ -131,7 +128,7 @@ pub(crate) fn plan(
     }
     let is_served_by = |role| {
         fleet.iter().any(|(_, worker)| {
-            worker.description.role == role && worker.serves(shape.model.as_deref())
+            worker.description.role == role && worker.takes(shape.model.as_deref())
         })
     };
     if !is_served_by(Role::Prefill) {
@@ -145,7 +142,7 @@ pub(crate) fn plan(
     for (_, worker) in fleet.iter() {
         let handoff = worker.description.handoff;
         let decodes =
-            worker.description.role == Role::Decode && worker.serves(shape.model.as_deref());
+            worker.description.role == Role::Decode && worker.takes(shape.model.as_deref());
         if decodes && handoff != HandoffMode::None && !modes.contains(&handoff) {
             modes.push(handoff);
         }
@@ -157,6 +154,16 @@ pub(crate) fn plan(
         return aggregated(Some(Role::Decode), AggregatedReason::NoCompatiblePair, candidates);
     }
     Ok(Plan::Split)
+}
+
+/// Why nobody takes it: nobody knows the model, or those who do are not to be given work now.
+fn no_route(fleet: &Fleet, shape: &RequestShape) -> NoRoute {
+    let model = shape.model.as_deref();
+    if fleet.len() == 0 || fleet.iter().any(|(_, worker)| worker.serves(model)) {
+        NoRoute::NoWorker
+    } else {
+        NoRoute::UnknownModel
+    }
 }
 
 /// Who could decode what this worker prefills.
@@ -181,10 +188,10 @@ fn is_partner(prefill: &Worker, decode: &Worker, shape: &RequestShape, split: Sp
     handoff != HandoffMode::None
         && decode.description.handoff == handoff
         && (split == Split::PerRequest || decode.description.role == Role::Decode)
-        && decode.serves(shape.model.as_deref())
+        && decode.takes(shape.model.as_deref())
 }
 
-/// Those that serve the model and are admitted, but for `avoid` (workers that failed this request)
+/// Those that take the model's requests and are admitted, but for `avoid` (workers that failed this request)
 /// where there are others.
 fn select(
     fleet: &Fleet,
@@ -194,7 +201,7 @@ fn select(
     admits: impl Fn(&Worker) -> bool,
 ) {
     let model = shape.model.as_deref();
-    let admitted = |worker: &Worker| admits(worker) && worker.serves(model);
+    let admitted = |worker: &Worker| admits(worker) && worker.takes(model);
     candidates.clear();
     candidates.extend(
         fleet
