@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig, SimConfig, SloConfig,
+        AdminConfig, ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig, SimConfig, SloConfig,
         TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
@@ -22,6 +22,9 @@ impl ClusterConfig {
             write_table(&mut text, "[coordinator.https]", keys::HTTPS, https);
         }
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
+        if let Some(admin) = &self.admin {
+            write_table(&mut text, "[admin]", keys::ADMIN, admin);
+        }
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
         }
@@ -87,6 +90,8 @@ pub fn sample() -> String {
     describe_keys(&mut text, keys::HTTPS, &keys::blank_https(), Shown::Commented);
     push(&mut text, SLO);
     describe_keys(&mut text, keys::SLO, &SloConfig::default(), Shown::AsNeeded);
+    push(&mut text, ADMIN);
+    describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
 
@@ -168,6 +173,11 @@ const TENANT: &str = "
 # Who may send requests, each known by an API key (`Authorization: Bearer KEY`). Without any, everybody
 # who reaches coordinator.listen may.
 #[[tenant]]";
+
+const ADMIN: &str = "
+# A listener of its own for operators: `baton status`, `baton drain`, `baton mode`, and the page /ui.
+# Off where this table is absent.
+#[admin]";
 
 const TLS: &str = "
 # Mutual TLS between coordinator and workers: PEM files, such as `baton certs` makes, read anew when

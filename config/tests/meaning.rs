@@ -5,8 +5,9 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-    SloConfig, TenantConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
+    AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
+    SimConfig, SloConfig, TenantConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+    sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -37,6 +38,7 @@ fn default_cluster() -> ClusterConfig {
             https: None,
         },
         slo: SloConfig::default(),
+        admin: None,
         tls: None,
         insecure_plaintext: false,
         tenants: Vec::new(),
@@ -81,7 +83,7 @@ fn uncomment(text: &str, mut choose: impl FnMut(&str, bool) -> bool) -> String {
 #[test]
 fn what_the_sample_shows_as_default_is_the_default() {
     let mut keys = 0;
-    let text = sample();
+    let text = sample().replace("#[admin]", "[admin]");
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (vllm, rest) = vllm.split_once("# Staging memory").unwrap();
     // Its defaults are those of a table that is not there.
@@ -94,7 +96,8 @@ fn what_the_sample_shows_as_default_is_the_default() {
         !example
     };
     let with_sim = [uncomment(sim, &mut take_default), uncomment(rest, &mut take_default)];
-    assert_eq!(parse(&with_sim.join("\n# Staging memory")), default_cluster());
+    let with_admin = ClusterConfig { admin: Some(AdminConfig::default()), ..default_cluster() };
+    assert_eq!(parse(&with_sim.join("\n# Staging memory")), with_admin);
 
     let with_vllm = uncomment(vllm, |key, example| {
         take_default(key, example) || ["command =", "port ="].iter().any(|k| key.starts_with(k))
@@ -128,6 +131,7 @@ fn the_samples_examples_are_right() {
         "tls/front.key",
         "keys/search",
         "profile.json",
+        "admin.token",
     ] {
         let path = directory.path().join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -137,7 +141,7 @@ fn the_samples_examples_are_right() {
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (_, rest) = vllm.split_once("# Staging memory").unwrap();
-    let tables = ["[tls]", "[[tenant]]", "[coordinator.https]"];
+    let tables = ["[tls]", "[[tenant]]", "[coordinator.https]", "[admin]"];
     let sim =
         tables.iter().fold(sim.to_owned(), |sim, table| sim.replace(&format!("#{table}"), table));
     let sim = uncomment(&sim, |_, _| true);
@@ -154,6 +158,7 @@ fn the_samples_examples_are_right() {
     let [tenant] = cluster.tenants.try_into().unwrap();
     assert_eq!((tenant.name.as_str(), tenant.max_requests), ("search", Some(64)));
     assert_eq!(tenant.key_sha256.map(|digest| digest[0]), Some(0x2b));
+    assert_eq!(cluster.admin.unwrap().token_file, Some(directory.path().join("admin.token")));
 }
 
 #[test]
@@ -251,6 +256,10 @@ proptest! {
             max_requests: Some(2),
         });
         cluster.insecure_plaintext = insecure_plaintext;
+        cluster.admin = insecure_plaintext.then(|| AdminConfig {
+            listen: "10.0.0.1:9400".parse().unwrap(),
+            token_file: None,
+        });
         cluster.workers[0].engine = engine;
         cluster.workers[0].arena.export_bytes = bytes;
         cluster.workers[1].arena.import_bytes = bytes + 1;
@@ -273,7 +282,7 @@ proptest! {
     fn a_damaged_sample_is_read_without_a_panic(
         cuts in prop::collection::vec((any::<prop::sample::Index>(), 0_usize..40, word()), 1..5),
     ) {
-        let mut text = uncomment(&sample(), |_, _| true).replace("#[tls]", "[tls]");
+        let mut text = uncomment(&sample(), |_, _| true).replace("#[tls]", "[tls]").replace("#[admin]", "[admin]");
         for (at, length, put) in cuts {
             let indices: Vec<usize> = text.char_indices().map(|(index, _)| index).collect();
             let start = at.index(indices.len());

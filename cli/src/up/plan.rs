@@ -84,6 +84,7 @@ pub(super) fn plan(
             https: None,
         },
         slo: SloConfig::default(),
+        admin: None,
         tls: None,
         insecure_plaintext: false,
         tenants: Vec::new(),
