@@ -288,9 +288,9 @@ pub struct Report {
     #[prost(map = "string, uint64", tag = "15")]
     pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
     /// Of jobs_running, those of other coordinators: prefill legs, and all others.
-    #[prost(uint32, tag = "16")]
+    #[prost(uint32, tag = "24")]
     pub prefills_elsewhere: u32,
-    #[prost(uint32, tag = "17")]
+    #[prost(uint32, tag = "25")]
     pub decodes_elsewhere: u32,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
