@@ -80,9 +80,9 @@ async fn only_who_has_a_key_is_served() {
     ask(&cluster, Some("Bearer old-word")).await.assert_error(401, "invalid_api_key");
 
     let metrics = cluster.metrics().await;
-    let count = |tenant, outcome| {
-        let labels = [("tenant", tenant), ("outcome", outcome)];
-        metrics.sum("baton_tenant_requests_total", &labels)
+    let count = |tenant: &str, outcome: &str| {
+        let labels = [format!("tenant={tenant:?}"), format!("outcome={outcome:?}")];
+        metrics.sum("baton_tenant_requests_total", &labels.each_ref().map(String::as_str))
     };
     assert_eq!((count("search", "admitted"), count("chat", "admitted")), (1.0, 2.0));
     assert!(count("", "no_key") >= 3.0 && count("", "wrong_key") >= 3.0);

@@ -17,25 +17,25 @@ const FORGOTTEN: Duration = Duration::from_secs(40);
 
 /// What became of the requests.
 #[derive(Clone, Debug, Default)]
-pub struct Tally {
+pub(crate) struct Tally {
     /// Right answers, by the worker that decoded them.
-    pub answered: BTreeMap<String, usize>,
+    pub(crate) answered: BTreeMap<String, usize>,
     /// Clean failures: an error in OpenAI's shape, or at the end of a stream.
-    pub failed: Vec<String>,
+    pub(crate) failed: Vec<String>,
     /// No connection, or one that ended before the answer did.
-    pub unreached: usize,
+    pub(crate) unreached: usize,
     /// Wrong answers, ends in silence, requests that nobody ended.
-    pub wrong: Vec<String>,
+    pub(crate) wrong: Vec<String>,
 }
 
 impl Tally {
-    pub fn all_answered(&self) -> usize {
+    pub(crate) fn all_answered(&self) -> usize {
         self.answered.values().sum()
     }
 }
 
 /// Requests in flight, over one coordinator.
-pub struct Load {
+pub(crate) struct Load {
     tally: Arc<Mutex<Tally>>,
     clients: Vec<JoinHandle<()>>,
 }
@@ -52,7 +52,7 @@ fn request(prompt: usize, streams: bool) -> Value {
 
 impl Load {
     /// Asks once for what the right answers are, and then for ever.
-    pub async fn start(client: &HttpsClient) -> Self {
+    pub(crate) async fn start(client: &HttpsClient) -> Self {
         let mut right = Vec::new();
         for prompt in 0..PROMPTS {
             let (status, _, text) =
@@ -74,12 +74,12 @@ impl Load {
         Self { clients: clients.collect(), tally }
     }
 
-    pub fn tally(&self) -> Tally {
+    pub(crate) fn tally(&self) -> Tally {
         self.tally.lock().unwrap().clone()
     }
 
     /// Waits for so many more answers; they are to come within a minute.
-    pub async fn more_answers(&self, count: usize) {
+    pub(crate) async fn more_answers(&self, count: usize) {
         let wanted = self.tally().all_answered() + count;
         let more = async {
             while self.tally().all_answered() < wanted {
@@ -91,7 +91,7 @@ impl Load {
     }
 
     /// Waits for so many more answers of one decode worker.
-    pub async fn more_answers_of(&self, worker: &str, count: usize) {
+    pub(crate) async fn more_answers_of(&self, worker: &str, count: usize) {
         let of_worker = || self.tally().answered.get(worker).copied().unwrap_or_default();
         let wanted = of_worker() + count;
         let more = async {
@@ -103,7 +103,7 @@ impl Load {
         assert!(came.is_ok(), "{worker} answers nothing: {:?}", self.tally());
     }
 
-    pub fn stop(self) -> Tally {
+    pub(crate) fn stop(self) -> Tally {
         for client in &self.clients {
             client.abort();
         }

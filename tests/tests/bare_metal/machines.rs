@@ -17,11 +17,11 @@ use toml::{Table, Value};
 const KEY: &str = "a-key-of-no-worth";
 const CLIENT: &str = "10.77.0.100";
 /// Whose wire can be made slow.
-pub const FAR_AWAY: &str = "decode-1";
-pub const COORDINATOR: &str = "coordinator";
+pub(crate) const FAR_AWAY: &str = "decode-1";
+pub(crate) const COORDINATOR: &str = "coordinator";
 
 /// All hosts, and what runs on them.
-pub struct Machines {
+pub(crate) struct Machines {
     // Processes end before their hosts, and those before the switch.
     processes: BTreeMap<String, Process>,
     hosts: BTreeMap<String, Host>,
@@ -35,13 +35,13 @@ pub struct Machines {
 
 impl Machines {
     /// `None` where no namespaces may be made.
-    pub async fn start_or_skip() -> Option<Self> {
+    pub(crate) async fn start_or_skip() -> Option<Self> {
         let machines = Self::prepare_or_skip()?;
         Some(machines.started().await)
     }
 
     /// The hosts with their files; nothing runs yet.
-    pub fn prepare_or_skip() -> Option<Self> {
+    pub(crate) fn prepare_or_skip() -> Option<Self> {
         let mut network = Network::new_or_skip().unwrap()?;
         let file = deployed();
         let addresses = addresses(&file);
@@ -60,7 +60,7 @@ impl Machines {
         }
         let client = network.host(CLIENT).unwrap();
         client.move_in().unwrap();
-        let mut machines = Self {
+        let machines = Self {
             processes: BTreeMap::new(),
             hosts,
             wire: slow.unwrap(),
@@ -81,7 +81,7 @@ impl Machines {
     }
 
     /// Starts what the file has, and waits until all workers are attached.
-    pub async fn started(mut self) -> Self {
+    pub(crate) async fn started(mut self) -> Self {
         for name in self.names() {
             self.start(&name);
         }
@@ -93,12 +93,12 @@ impl Machines {
         self.addresses.keys().cloned().collect()
     }
 
-    pub fn file(&self) -> Table {
+    pub(crate) fn file(&self) -> Table {
         self.file.clone()
     }
 
     /// Of one host: its file, certificates and logs.
-    pub fn host_directory(&self, name: &str) -> PathBuf {
+    pub(crate) fn host_directory(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
@@ -107,7 +107,7 @@ impl Machines {
     }
 
     /// What was said, of a command that has to succeed.
-    pub fn certs(&self, arguments: &[&str]) -> String {
+    pub(crate) fn certs(&self, arguments: &[&str]) -> String {
         let output = Command::new(baton().unwrap()).arg("certs").args(arguments).output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -116,7 +116,7 @@ impl Machines {
     }
 
     /// One more host, with a certificate of its own.
-    pub fn add_host(&mut self, name: &str, address: SocketAddr) {
+    pub(crate) fn add_host(&mut self, name: &str, address: SocketAddr) {
         let host = self.network.host(&address.ip().to_string()).unwrap();
         self.hosts.insert(name.to_owned(), host);
         self.addresses.insert(name.to_owned(), address);
@@ -125,7 +125,7 @@ impl Machines {
     }
 
     /// A certificate for the address of a host, and for its worker alone.
-    pub fn issue(&self, name: &str, more: &[&str]) {
+    pub(crate) fn issue(&self, name: &str, more: &[&str]) {
         let (ip, certs) = (self.addresses[name].ip().to_string(), self.certs_directory());
         let mut arguments = vec!["issue", &ip, "--ca", &certs];
         if !name.starts_with(COORDINATOR) {
@@ -135,12 +135,12 @@ impl Machines {
         self.certs(&arguments);
     }
 
-    pub fn ca(&self, command: &str) {
+    pub(crate) fn ca(&self, command: &str) {
         self.certs(&[command, "--ca", &self.certs_directory()]);
     }
 
     /// Puts what was issued for a host where its file looks, each file at once.
-    pub fn install(&self, name: &str) {
+    pub(crate) fn install(&self, name: &str) {
         let tls = self.host_directory(name).join("tls");
         fs::create_dir_all(&tls).unwrap();
         let issued = Path::new(&self.certs_directory()).join(self.addresses[name].ip().to_string());
@@ -151,7 +151,7 @@ impl Machines {
         }
     }
 
-    pub fn write_file(&self, name: &str, file: &Table) {
+    pub(crate) fn write_file(&self, name: &str, file: &Table) {
         let directory = self.host_directory(name);
         fs::create_dir_all(directory.join("keys")).unwrap();
         fs::write(directory.join("keys/default"), format!("{KEY}\n")).unwrap();
@@ -159,12 +159,12 @@ impl Machines {
     }
 
     /// Starts the coordinator of a host, or the worker of that name.
-    pub fn start(&mut self, name: &str) {
+    pub(crate) fn start(&mut self, name: &str) {
         self.start_on(name, name, name);
     }
 
     /// Starts a worker `name` of the file in a directory, on a host.
-    pub fn start_on(&mut self, host: &str, directory: &str, name: &str) {
+    pub(crate) fn start_on(&mut self, host: &str, directory: &str, name: &str) {
         let directory = self.host_directory(directory);
         let mut command = self.hosts[host].command(&baton().unwrap());
         match name.split_once('-') {
@@ -181,36 +181,36 @@ impl Machines {
         self.processes.insert(process_name, process);
     }
 
-    pub fn kill(&mut self, name: &str) {
+    pub(crate) fn kill(&mut self, name: &str) {
         self.processes.get_mut(name).unwrap().kill();
     }
 
-    pub fn terminate(&mut self, name: &str) {
+    pub(crate) fn terminate(&mut self, name: &str) {
         self.processes.get_mut(name).unwrap().terminate().unwrap();
     }
 
-    pub fn log(&self, name: &str) -> String {
+    pub(crate) fn log(&self, name: &str) -> String {
         self.processes[name].log()
     }
 
-    pub fn cut_off(&self, name: &str) {
+    pub(crate) fn cut_off(&self, name: &str) {
         self.network.cut_off(&self.hosts[name]).unwrap();
     }
 
-    pub fn reconnect(&self, name: &str) {
+    pub(crate) fn reconnect(&self, name: &str) {
         self.network.reconnect(&self.hosts[name]).unwrap();
     }
 
     /// Of [`FAR_AWAY`], both ways alike.
-    pub fn slow_down(&mut self, delay: Duration, loss: f64) {
+    pub(crate) fn slow_down(&mut self, delay: Duration, loss: f64) {
         self.wire.set(delay, loss).unwrap();
     }
 
-    pub fn client(&self) -> HttpsClient {
+    pub(crate) fn client(&self) -> HttpsClient {
         self.client_of(COORDINATOR)
     }
 
-    pub fn client_of(&self, coordinator: &str) -> HttpsClient {
+    pub(crate) fn client_of(&self, coordinator: &str) -> HttpsClient {
         HttpsClient {
             address: self.addresses[coordinator],
             ca: Path::new(&self.certs_directory()).join("ca.pem"),
@@ -219,7 +219,7 @@ impl Machines {
     }
 
     /// Waits until the log of a process says something `times` times.
-    pub async fn said(&self, name: &str, what: &str, times: usize) {
+    pub(crate) async fn said(&self, name: &str, what: &str, times: usize) {
         let deadline = Instant::now() + Duration::from_secs(30);
         while self.log(name).matches(what).count() < times {
             assert!(Instant::now() < deadline, "{name} never said {what:?}:\n{}", self.log(name));
@@ -228,11 +228,11 @@ impl Machines {
     }
 
     /// Waits until the coordinator's metrics say what they should.
-    pub async fn eventually(&self, what: &str, holds: impl Fn(&Metrics) -> bool) {
+    pub(crate) async fn eventually(&self, what: &str, holds: impl Fn(&Metrics) -> bool) {
         self.eventually_of(COORDINATOR, what, holds).await;
     }
 
-    pub async fn eventually_of(
+    pub(crate) async fn eventually_of(
         &self,
         coordinator: &str,
         what: &str,
@@ -255,7 +255,7 @@ impl Machines {
     }
 
     /// Nothing is left of any request.
-    pub async fn eventually_idle(&self) {
+    pub(crate) async fn eventually_idle(&self) {
         self.eventually("everything is idle", |metrics| {
             let left = [
                 "baton_requests_open",
@@ -270,9 +270,9 @@ impl Machines {
 }
 
 /// Attached prefill and decode workers.
-pub fn pools(metrics: &Metrics) -> (f64, f64) {
-    let count = |role| metrics.sum("baton_workers", &[("role", role)]);
-    (count("prefill"), count("decode"))
+pub(crate) fn pools(metrics: &Metrics) -> (f64, f64) {
+    let count = |role| metrics.sum("baton_workers", &[role]);
+    (count("role=\"prefill\""), count("role=\"decode\""))
 }
 
 /// The file as it is deployed, with the embedded engine and arenas of its size.
