@@ -129,7 +129,7 @@ pub(crate) fn follow(table: &'static str, files: &TlsFiles) {
     match files.refresh() {
         Refreshed::Unchanged => {}
         Refreshed::Renewed => {
-            info!(table, "certificates changed: new connections use the new ones")
+            info!(table, "certificates changed: new connections use the new ones");
         }
         Refreshed::Unusable(error) => {
             warn!(table, %error, "certificates changed and cannot be used: the former ones stay");
