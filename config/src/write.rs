@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig, SimConfig, SloConfig,
-        TransferConfig,
+        ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig, LimitsConfig, SimConfig,
+        SloConfig, TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
 };
@@ -19,6 +19,7 @@ impl ClusterConfig {
         write_table(&mut text, "[coordinator]", keys::COORDINATOR, &self.coordinator);
         write_table(&mut text, "[coordinator.limits]", keys::LIMITS, &self.coordinator.limits);
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
+        write_table(&mut text, "[balancer]", keys::BALANCER, &self.balancer);
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
         }
@@ -79,6 +80,8 @@ pub fn sample() -> String {
 
     push(&mut text, SLO);
     describe_keys(&mut text, keys::SLO, &SloConfig::default(), Shown::AsNeeded);
+    push(&mut text, BALANCER);
+    describe_keys(&mut text, keys::BALANCER, &BalancerConfig::default(), Shown::AsNeeded);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
 
@@ -148,6 +151,11 @@ const INTRODUCTION: &str = "\
 const SLO: &str = "
 # What you promise your users; shown beside what is observed.
 [slo]";
+
+const BALANCER: &str = "
+# Pools that follow the load: a worker goes over to the pool whose workers are all pressed, if the
+# others of its own can do without it. It finishes what it has first; its engine runs on.
+[balancer]";
 
 const TLS: &str = "
 # Mutual TLS between coordinator and workers: PEM files. Needed as soon as an address below is not

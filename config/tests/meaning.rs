@@ -5,8 +5,8 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-    SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
+    ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
+    SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -36,6 +36,7 @@ fn default_cluster() -> ClusterConfig {
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        balancer: BalancerConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers: vec![worker("prefill-0", Role::Prefill), worker("decode-0", Role::Decode)],

@@ -13,7 +13,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::shell::WorkerStatus;
+use crate::{balancing::BalancerMetrics, shell::WorkerStatus};
 
 /// The way that a request took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +139,7 @@ pub(crate) struct Metrics {
     prompt_tokens: Family<LegLabels, Counter>,
     prefix_hit_tokens: Family<LegLabels, Counter>,
     kv_events_gaps: Counter,
+    pub(crate) balancer: BalancerMetrics,
     fleet: FleetMetrics,
 }
 
@@ -196,6 +197,7 @@ impl Metrics {
         let (prompt_tokens, prefix_hit_tokens) =
             (Family::<LegLabels, Counter>::default(), Family::<LegLabels, Counter>::default());
         let kv_events_gaps = Counter::default();
+        let balancer = BalancerMetrics::default();
         let fleet = FleetMetrics::default();
 
         let r = &mut registry;
@@ -265,6 +267,7 @@ impl Metrics {
             "Times that news of a worker's prefix cache were missed and asked for anew",
             kv_events_gaps.clone(),
         );
+        balancer.register(r);
         fleet.register(r);
         for (name, help, milliseconds) in [
             ("slo_ttft", "Target for TTFT, as configured", slo.ttft_ms),
@@ -297,6 +300,7 @@ impl Metrics {
             prompt_tokens,
             prefix_hit_tokens,
             kv_events_gaps,
+            balancer,
             fleet,
         }
     }

@@ -1,18 +1,22 @@
 //! Carries the core's decisions out: between clients' answers on one side and workers' links on the
 //! other. One lock holds it all, since all of it runs on one thread; it is never held over an await.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_config::SloConfig;
 use baton_core::{
-    Action, Core, Event, HandoffPlan, JobId, RequestKey, RequestShape, Route, Settings,
-    WorkerDescription, WorkerKey,
+    Action, AnnouncedChange, BalancerSettings, Core, Event, HandoffPlan, JobId, RequestKey,
+    RequestShape, Route, Settings, WorkerDescription, WorkerKey,
 };
 use baton_proto as wire;
 use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -33,8 +37,8 @@ pub(crate) struct Shell {
 }
 
 #[derive(Debug)]
-struct State {
-    core: Core,
+pub(crate) struct State {
+    pub(crate) core: Core,
     prefixes: Prefixes,
     clients: HashMap<RequestKey, Client>,
     links: HashMap<WorkerKey, Attached>,
@@ -117,10 +121,20 @@ impl Drop for InFlight {
 }
 
 impl Shell {
-    pub(crate) fn new(settings: Settings, slo: SloConfig, max_unread_bytes: u64) -> Self {
+    pub(crate) fn new(
+        settings: Settings,
+        balancing: Option<BalancerSettings>,
+        slo: SloConfig,
+        max_unread_bytes: u64,
+    ) -> Self {
+        let core = Core::new(settings);
+        let core = match balancing {
+            Some(balancing) => core.balanced(balancing),
+            None => core,
+        };
         Self {
             state: Arc::new(Mutex::new(State {
-                core: Core::new(settings),
+                core,
                 prefixes: Prefixes::default(),
                 clients: HashMap::new(),
                 links: HashMap::new(),
@@ -131,6 +145,15 @@ impl Shell {
             started: Instant::now(),
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// The core's time.
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Takes a request in and sets its legs going.
@@ -191,6 +214,7 @@ impl Shell {
         self.carry_out(&mut state, actions, None);
         state.links.insert(worker, attached);
         state.prefixes.worker_attached(worker, hello);
+        self.role_change(&mut state, worker, hello.role_change.as_ref());
         worker
     }
 
@@ -207,12 +231,22 @@ impl Shell {
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);
+        self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
+        self.role_change(&mut state, worker, report.role_change.as_ref());
         if let Some(attached) = state.links.get_mut(&worker) {
             attached.report = report;
             if is_unheard {
                 attached.link.restart_kv_events();
             }
         }
+    }
+
+    /// What a worker says of its role.
+    fn role_change(&self, state: &mut State, worker: WorkerKey, change: Option<&wire::RoleChange>) {
+        let change = change.and_then(|change| {
+            Some(AnnouncedChange { to: change.to().try_into().ok()?, number: change.number })
+        });
+        self.tell_core(state, Event::RoleChange { worker, change }, None);
     }
 
     /// What a worker says of its prefix cache.
@@ -335,7 +369,8 @@ impl Shell {
         if client.relaying.as_ref().is_none_or(|relaying| relaying.job != job) {
             return;
         }
-        client.tokens(event.tokens, now, &self.metrics);
+        let gap = client.tokens(event.tokens, now, &self.metrics);
+        state.core.tokens(job, event.tokens, gap);
         if client.answer.push(&event.payload).is_err() {
             info!(request_id = ?client.request_id, "client reads too slowly: cancelled");
             let client = state.clients.remove(&request);
@@ -350,7 +385,7 @@ impl Shell {
         }
     }
 
-    fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
+    pub(crate) fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
         let mut actions = std::mem::take(&mut state.actions);
         state.core.handle(event, self.started.elapsed(), &mut actions);
         self.carry_out(state, actions, answer);
@@ -404,6 +439,16 @@ impl Shell {
                     warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message,
                         "leg failed");
                     self.metrics.leg_failed(leg, &fault);
+                }
+                Action::SetRole { worker, role } => {
+                    if let Some(attached) = state.links.get(&worker) {
+                        attached.link.set_role(role);
+                    }
+                }
+                Action::Release { worker, change } => {
+                    if let Some(attached) = state.links.get(&worker) {
+                        attached.link.release(change);
+                    }
                 }
                 Action::Disconnect { worker } => {
                     if let Some(attached) = state.links.remove(&worker) {
@@ -533,18 +578,25 @@ impl Client {
         }
     }
 
-    fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) {
-        let Some(relaying) = self.relaying.as_mut().filter(|_| tokens > 0) else { return };
+    /// Answers how long after those before them they came, where somebody could see that.
+    fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) -> Option<Duration> {
+        let relaying = self.relaying.as_mut().filter(|_| tokens > 0)?;
         metrics.tokens(relaying.path, tokens);
         // An answer that comes whole has no first token that anybody could see.
         match relaying.last_tokens.filter(|_| relaying.event_stream) {
-            Some(last) => metrics.gaps(relaying.path, now.duration_since(last), tokens),
+            Some(last) => {
+                let gap = now.duration_since(last);
+                metrics.gaps(relaying.path, gap, tokens);
+                relaying.last_tokens = Some(now);
+                return Some(gap);
+            }
             None if relaying.event_stream => {
                 metrics.first_token(relaying.path, now.duration_since(self.arrived));
             }
             None => {}
         }
         relaying.last_tokens = Some(now);
+        None
     }
 
     /// Says `error` in whatever way the answer still allows.

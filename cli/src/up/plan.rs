@@ -5,7 +5,7 @@ use std::{io, net::SocketAddr, path::Path, time::Duration};
 use anyhow::Context as _;
 use baton_config::{
     ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-    SloConfig, TransferConfig, WorkerConfig,
+    BalancerConfig, SloConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -83,6 +83,7 @@ pub(super) fn plan(
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        balancer: BalancerConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers,
