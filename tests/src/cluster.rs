@@ -26,6 +26,7 @@ pub struct ClusterBuilder {
     engine: Engine,
     coordinator_toml: String,
     arena_toml: String,
+    balancer_toml: String,
     tls: Option<TlsPem>,
     ready: bool,
 }
@@ -86,6 +87,7 @@ impl ClusterBuilder {
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
+            balancer_toml: String::new(),
             tls: None,
             ready: true,
         }
@@ -119,6 +121,12 @@ impl ClusterBuilder {
     /// Keys of `[coordinator.limits]`.
     pub fn limits(mut self, keys: &str) -> Self {
         self.coordinator_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[balancer]`.
+    pub fn balancer(mut self, keys: &str) -> Self {
+        self.balancer_toml = keys.to_owned();
         self
     }
 
@@ -191,6 +199,7 @@ impl ClusterBuilder {
              [coordinator.limits]\n{}\n\n[arena]\n{}\n\n",
             self.coordinator_toml, self.arena_toml
         );
+        writeln!(toml, "[balancer]\n{}\n", self.balancer_toml)?;
         if let Some(tls) = &self.tls {
             writeln!(toml, "{}", tls.write_to(&directory.join("tls"))?)?;
         }

@@ -4,8 +4,8 @@ use std::{io, net::SocketAddr, path::Path, time::Duration};
 
 use anyhow::Context as _;
 use baton_config::{
-    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-    BalancerConfig, SloConfig, TransferConfig, WorkerConfig,
+    ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
+    SimConfig, SloConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;

@@ -8,7 +8,7 @@
 //! Whatever drives it (the coordinator on tokio, a simulator in virtual time, a property test) carries
 //! the actions out in their order. See [`Core`] for the invariants that hold in between.
 
-mod balancer;
+pub mod balancer;
 mod core;
 mod event;
 mod fleet;
@@ -21,9 +21,7 @@ mod recent_prefixes;
 mod request;
 
 pub use crate::{
-    balancer::{
-        BalancerSettings, Decision, Missing, PoolFigures, Reason as BalanceReason, Verdict,
-    },
+    balancer::{BalancerSettings, Decision, Verdict},
     core::{AnnouncedChange, Core, Settings},
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},

@@ -90,7 +90,9 @@ impl Scene {
     }
 
     fn looks(&mut self, times: u32) -> Decision {
-        (1..times).for_each(|_| drop(self.look()));
+        for _ in 1..times {
+            self.look();
+        }
         self.look()
     }
 

@@ -31,16 +31,17 @@ impl Core {
     /// Has the pools watched; [`Self::balance`] says what was found.
     #[must_use]
     pub fn balanced(mut self, settings: BalancerSettings) -> Self {
-        // Without pools there is nothing to balance.
-        if self.settings.split == Split::Always {
-            self.balancing = Some(Balancing { settings, kinds: Vec::new() });
-        }
+        self.balancing = Some(Balancing { settings, kinds: Vec::new() });
         self
     }
 
     /// What should change: an advice for each kind of worker. To be called once each interval of the
     /// balancer. Nothing is done about it here; see [`crate::Event::SetRole`].
     pub fn balance(&mut self, now: Duration) -> Vec<Decision> {
+        // Without pools there is nothing to balance.
+        if self.settings.split != Split::Always {
+            return Vec::new();
+        }
         let Some(mut balancing) = self.balancing.take() else { return Vec::new() };
         let waits = self.longest_waits(now);
         let (slo, targets) = (&self.settings, self.settings.targets);
