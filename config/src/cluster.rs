@@ -8,6 +8,8 @@ pub struct ClusterConfig {
     pub coordinator: CoordinatorConfig,
     pub slo: SloConfig,
     pub balancer: BalancerConfig,
+    /// Absent: nobody can look in or intervene.
+    pub admin: Option<AdminConfig>,
     /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
     /// `insecure_plaintext` is set.
     pub tls: Option<TlsConfig>,
@@ -115,6 +117,20 @@ impl BalancerActuator {
             Self::Advise => "advise",
             Self::Off => "off",
         }
+    }
+}
+
+/// Where operators look in and intervene.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminConfig {
+    pub listen: SocketAddr,
+    /// Its first line is the token that operators show; `BATON_ADMIN_TOKEN` goes before it.
+    pub token_file: Option<PathBuf>,
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), token_file: None }
     }
 }
 

@@ -13,8 +13,9 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-        SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+        LimitsConfig, SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource,
+        WorkerConfig,
     },
     value::{
         ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
@@ -133,6 +134,17 @@ keys! {
         dwell_seconds => dwell: Seconds = ByDefault;
         /// A worker that was told to change its pool, and still has requests after this time, stays.
         drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
+    }
+}
+
+keys! {
+    /// `[admin]`
+    ADMIN: AdminConfig {
+        /// Where operators connect (HTTP): the page /ui, the state, drains and modes.
+        listen => listen: Address = ByDefault;
+        /// Its first line is the token that operators show. The environment variable
+        /// BATON_ADMIN_TOKEN goes before it; one of them must be there.
+        token_file => token_file: Maybe<ExistingFile> = Optional("\"admin.token\"");
     }
 }
 
@@ -385,6 +397,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
         coordinator: blank_coordinator(),
         slo: SloConfig::default(),
         balancer: BalancerConfig::default(),
+        admin: None,
         tls: None,
         insecure_plaintext: false,
         workers: Vec::new(),

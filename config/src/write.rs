@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig, LimitsConfig, SimConfig,
-        SloConfig, TransferConfig,
+        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig, LimitsConfig,
+        SimConfig, SloConfig, TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
 };
@@ -20,6 +20,9 @@ impl ClusterConfig {
         write_table(&mut text, "[coordinator.limits]", keys::LIMITS, &self.coordinator.limits);
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
         write_table(&mut text, "[balancer]", keys::BALANCER, &self.balancer);
+        if let Some(admin) = &self.admin {
+            write_table(&mut text, "[admin]", keys::ADMIN, admin);
+        }
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
         }
@@ -82,6 +85,8 @@ pub fn sample() -> String {
     describe_keys(&mut text, keys::SLO, &SloConfig::default(), Shown::AsNeeded);
     push(&mut text, BALANCER);
     describe_keys(&mut text, keys::BALANCER, &BalancerConfig::default(), Shown::AsNeeded);
+    push(&mut text, ADMIN);
+    describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
 
@@ -156,6 +161,11 @@ const BALANCER: &str = "
 # Pools that follow the load: a worker goes over to the pool whose workers are all pressed, if the
 # others of its own can do without it. It finishes what it has first; its engine runs on.
 [balancer]";
+
+const ADMIN: &str = "
+# A listener of its own for operators: `baton status`, `baton drain`, `baton mode`, and the page /ui.
+# Off where this table is absent.
+#[admin]";
 
 const TLS: &str = "
 # Mutual TLS between coordinator and workers: PEM files. Needed as soon as an address below is not

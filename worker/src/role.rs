@@ -94,7 +94,7 @@ impl RoleKeeper {
         let mut news = self.shared.news.subscribe();
         while !self.is_released() {
             if news.changed().await.is_err() {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         }
     }
@@ -153,7 +153,7 @@ impl Served {
     /// Waits until what coordinators are told of the role may have changed.
     pub(crate) async fn changed(&mut self) {
         if self.news.changed().await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }

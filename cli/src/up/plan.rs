@@ -84,6 +84,7 @@ pub(super) fn plan(
         },
         slo: SloConfig::default(),
         balancer: BalancerConfig::default(),
+        admin: None,
         tls: None,
         insecure_plaintext: false,
         workers,
