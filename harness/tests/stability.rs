@@ -4,7 +4,13 @@
 //! `BATON_STABILITY_SEEDS=1000 cargo test -p baton-harness --test stability` tries more seeds than the
 //! usual few; `BATON_STABILITY_FIRST_SEED=17` begins there. What fails names its seed.
 
-#![allow(clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::unwrap_used
+)]
 
 use std::{
     env,
