@@ -441,6 +441,9 @@ impl Shell {
                     self.metrics.leg_failed(leg, &fault);
                 }
                 Action::SetRole { worker, role } => {
+                    if let Some(view) = state.core.worker(worker) {
+                        info!(worker = view.description.name, %role, "worker is told its role");
+                    }
                     if let Some(attached) = state.links.get(&worker) {
                         attached.link.set_role(role);
                     }

@@ -61,7 +61,7 @@ fn trace(lots: &mut Rng, workers: u32, seconds: f64) -> Trace {
     let mut at_s = 0.0;
     let mut requests = Vec::new();
     while at_s < seconds {
-        let is_code = (at_s / phase_s) as u64 % 2 == 0;
+        let is_code = ((at_s / phase_s) as u64).is_multiple_of(2);
         let length = |lots: &mut Rng, mean: f64| (mean * (0.25 + 1.5 * lots.f64())).max(2.0) as u32;
         let (input, output) = if is_code { (3000.0, 20.0) } else { (700.0, 300.0) };
         requests.push(TraceRequest {
@@ -167,7 +167,7 @@ fn check(seed: u64) -> usize {
     never_an_empty_pool(&run, &setup);
     one_flip_in_flight(&run);
     no_request_is_lost(&run, &trace);
-    if seed % 16 == 0 {
+    if seed.is_multiple_of(16) {
         equal_seeds_give_equal_flips(&run, &trace, &setup);
     }
     run.flips.len()

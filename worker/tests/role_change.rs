@@ -26,7 +26,7 @@ async fn it_finishes_what_it_has_and_comes_back_under_a_new_epoch() {
     // Slow enough to be still at work when the order comes.
     let sim = baton_config::SimConfig { time_scale: 0.2, ..fast() };
     let (mut prefill, mut decode) = fleet.pair(&sim).await;
-    assert!(decode.attached.report(|_| true).await.leads);
+    decode.attached.report(|report| report.leads).await;
     let body = completion(1..400, true, 60);
     let expected = {
         let whole = vec![job(1, Leg::Aggregated, &body)];

@@ -184,7 +184,7 @@ mod tests {
             decode_ms: [1.0, 1.0, 0.0],
             prefill_interference_factor: 1.0,
         };
-        for _ in 0..6 {
+        for _ in 0..8 {
             second(&mut demand, 3);
         }
         assert!(demand.is_known());

@@ -152,7 +152,7 @@ fn one_worker_that_has_room_is_room_enough() {
 fn what_more_workers_do_not_shorten_presses_nobody() {
     // Of 2 s, the prompts take 1.9 s for themselves: what they wait is held against the tenth that is
     // left to every TTFT.
-    let mut scene = Scene::new(2, 3);
+    let mut scene = Scene::new(4, 3);
     (scene.requests_per_s, scene.prompt_tokens) = (1, 37_600);
     scene.each(Role::Prefill, |worker| worker.queue_wait_ms = 90.0);
     let decision = scene.looks(10);
