@@ -7,12 +7,17 @@
 //!
 //! Made for a current-thread runtime: a work-stealing one costs half as much again for each token.
 
+pub mod admin;
 mod client;
 mod fleet;
+mod handoffs;
+mod journal;
+mod listener;
 mod metrics;
 mod prefixes;
 mod prompt;
 mod shell;
+mod timeline;
 
 use std::{
     fs,
@@ -31,10 +36,12 @@ use tokio::net::TcpListener;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming};
 use tracing::info;
 
-use crate::{fleet::FleetService, shell::Shell};
+use crate::{admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell};
 
 /// How long open answers may go on after the order to stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// What operators, their pages and their scripts hold open; further ones wait.
+const ADMIN_CONNECTIONS: usize = 64;
 /// A stranger who connects and says nothing holds no socket for longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -46,6 +53,8 @@ pub enum CoordinatorError {
     Tls { path: PathBuf, source: io::Error },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
+    #[error(transparent)]
+    AdminToken(#[from] admin::TokenError),
     #[error("the worker listener ended: {0}")]
     Fleet(#[from] tonic::transport::Error),
 }
@@ -58,6 +67,12 @@ pub async fn run(
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
     let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
+    let operators = match &config.admin {
+        Some(admin) => {
+            Some((listen("admin.listen", admin.listen).await?, AdminToken::find(admin)?))
+        }
+        None => None,
+    };
     let limits = coordinator.limits;
     let settings =
         Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
@@ -83,7 +98,13 @@ pub async fn run(
     let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
     let fleet = server.add_service(service).serve_with_incoming(incoming);
 
+    let admin_limits =
+        ConnectionLimits { connections: ADMIN_CONNECTIONS, header_timeout: limits.header_timeout };
     let front = tokio::spawn(client::serve(shell.clone(), limits, tokenizer, clients));
+    let admin = operators.map(|(listener, token)| {
+        let router = admin::router(shell.clone(), token);
+        tokio::spawn(listener::serve(router, listener, admin_limits))
+    });
     let ticks = tokio::spawn({
         let shell = shell.clone();
         async move {
@@ -116,6 +137,7 @@ pub async fn run(
         }
     }
     ticks.abort();
+    admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
 }
 
