@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use baton_config::{BalancerActuator, BalancerConfig};
-use baton_core::{BalancerSettings, Decision, Event, Verdict, WorkerKey};
+use baton_core::{BalancerSettings, Decision, Event, Verdict};
 use baton_types::Role;
 use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
@@ -97,13 +97,6 @@ impl Asked {
     }
 }
 
-/// Why a worker was not told to change its role.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum SetRoleError {
-    #[error("no worker {0:?} is attached")]
-    Unknown(String),
-}
-
 impl Shell {
     /// Asks the balancer, and orders the flips that it advises where that is its actuator.
     fn balance(&self, actuator: BalancerActuator) -> Vec<Decision> {
@@ -115,23 +108,14 @@ impl Shell {
                 (decision.verdict, actuator)
             {
                 self.metrics.balancer.flip(to, decision.reason.as_str());
+                let view = state.core.worker(worker);
+                let name = view.map(|view| view.description.name.clone()).unwrap_or_default();
+                state.journal.decided("flip", name, decision.to_string(), "balancer");
                 self.tell_core(&mut state, Event::SetRole { worker, role: to }, None);
             }
         }
         let changing = state.core.workers().filter(|worker| worker.changes_to.is_some()).count();
         self.metrics.balancer.in_flight(changing);
         decisions
-    }
-
-    /// An operator wants a worker in this role.
-    #[allow(dead_code, reason = "the operators' listener calls it")]
-    pub(crate) fn set_role(&self, name: &str, role: Role) -> Result<(), SetRoleError> {
-        let mut state = self.lock();
-        let named = state.core.workers().find(|worker| worker.description.name == name);
-        let worker: WorkerKey =
-            named.map(|worker| worker.key).ok_or_else(|| SetRoleError::Unknown(name.to_owned()))?;
-        self.metrics.balancer.flip(role, "operator");
-        self.tell_core(&mut state, Event::SetRole { worker, role }, None);
-        Ok(())
     }
 }

@@ -7,13 +7,18 @@
 //!
 //! Made for a current-thread runtime: a work-stealing one costs half as much again for each token.
 
+pub mod admin;
 mod balancing;
 mod client;
 mod fleet;
+mod handoffs;
+mod journal;
+mod listener;
 mod metrics;
 mod prefixes;
 mod prompt;
 mod shell;
+mod timeline;
 
 use std::{
     fs,
@@ -34,10 +39,12 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::T
 use tracing::info;
 
 pub use crate::balancing::{Replicas, ScaleError};
-use crate::{fleet::FleetService, shell::Shell};
+use crate::{admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell};
 
 /// How long open answers may go on after the order to stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// What operators, their pages and their scripts hold open; further ones wait.
+const ADMIN_CONNECTIONS: usize = 64;
 /// A stranger who connects and says nothing holds no socket for longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -49,6 +56,8 @@ pub enum CoordinatorError {
     Tls { path: PathBuf, source: io::Error },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
+    #[error(transparent)]
+    AdminToken(#[from] admin::TokenError),
     #[error("the worker listener ended: {0}")]
     Fleet(#[from] tonic::transport::Error),
 }
@@ -70,6 +79,12 @@ pub async fn run_with(
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
     let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
+    let operators = match &config.admin {
+        Some(admin) => {
+            Some((listen("admin.listen", admin.listen).await?, AdminToken::find(admin)?))
+        }
+        None => None,
+    };
     let limits = coordinator.limits;
     let defaults = Settings::default();
     let settings = Settings {
@@ -104,7 +119,13 @@ pub async fn run_with(
     let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
     let fleet = server.add_service(service).serve_with_incoming(incoming);
 
+    let admin_limits =
+        ConnectionLimits { connections: ADMIN_CONNECTIONS, header_timeout: limits.header_timeout };
     let front = tokio::spawn(client::serve(shell.clone(), limits, tokenizer, clients));
+    let admin = operators.map(|(listener, token)| {
+        let router = admin::router(shell.clone(), token);
+        tokio::spawn(listener::serve(router, listener, admin_limits))
+    });
     let ticks = tokio::spawn({
         let shell = shell.clone();
         async move {
@@ -140,6 +161,7 @@ pub async fn run_with(
         }
     }
     ticks.abort();
+    admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
 }
 

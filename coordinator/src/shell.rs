@@ -1,6 +1,8 @@
 //! Carries the core's decisions out: between clients' answers on one side and workers' links on the
 //! other. One lock holds it all, since all of it runs on one thread; it is never held over an await.
 
+mod operators;
+
 use std::{
     collections::HashMap,
     sync::Arc,
@@ -22,10 +24,15 @@ use tracing::{debug, info, warn};
 use crate::{
     client::{Answer, ClientError, Head, broken_stream_event},
     fleet::{Link, PeerInfo},
+    handoffs::HandoffMatrix,
+    journal::{Journal, unix_ms},
     metrics::{Metrics, Outcome, Path},
     prefixes::{CachedPrefix, Prefixes},
     prompt::Prompt,
+    timeline::Timeline,
 };
+
+pub(crate) use operators::UnknownWorker;
 
 /// Shared by every connection of this coordinator.
 #[derive(Clone, Debug)]
@@ -33,6 +40,7 @@ pub(crate) struct Shell {
     state: Arc<Mutex<State>>,
     pub(crate) metrics: Arc<Metrics>,
     started: Instant,
+    slo: SloConfig,
     max_unread_bytes: usize,
 }
 
@@ -44,6 +52,8 @@ pub(crate) struct State {
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
+    handoffs: HandoffMatrix,
+    pub(crate) journal: Journal,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -54,6 +64,8 @@ struct Attached {
     peer: Option<PeerInfo>,
     models: Vec<String>,
     max_model_tokens: u32,
+    engine: String,
+    since_unix_ms: u64,
     report: wire::Report,
 }
 
@@ -66,7 +78,7 @@ struct Client {
     prompt: Option<KnownPrompt>,
     request_id: HeaderValue,
     streams: bool,
-    arrived: Instant,
+    timeline: Timeline,
     relaying: Option<Relaying>,
 }
 
@@ -74,6 +86,7 @@ struct Client {
 struct Relaying {
     job: JobId,
     path: Path,
+    route: Route,
     status: StatusCode,
     event_stream: bool,
     last_tokens: Option<Instant>,
@@ -139,10 +152,13 @@ impl Shell {
                 clients: HashMap::new(),
                 links: HashMap::new(),
                 engine_handoffs: HashMap::new(),
+                handoffs: HandoffMatrix::default(),
+                journal: Journal::default(),
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
             started: Instant::now(),
+            slo,
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
     }
@@ -176,7 +192,7 @@ impl Shell {
                 prompt,
                 request_id: incoming.request_id,
                 streams: incoming.streams,
-                arrived: incoming.arrived,
+                timeline: Timeline::new(incoming.arrived),
                 relaying: None,
             },
         );
@@ -187,7 +203,7 @@ impl Shell {
     fn client_gone(&self, request: RequestKey) {
         let mut state = self.state.lock();
         if let Some(client) = state.clients.remove(&request) {
-            self.metrics.request_ended(client.path(), Outcome::Cancelled, client.arrived.elapsed());
+            self.request_ended(&mut state, &client, Outcome::Cancelled);
             self.tell_core(&mut state, Event::ClientGone { request }, None);
         }
     }
@@ -208,8 +224,13 @@ impl Shell {
             peer,
             models: description.models.clone(),
             max_model_tokens: hello.max_model_tokens,
+            engine: hello.engine.chars().take(128).collect(),
+            since_unix_ms: unix_ms(),
             report: wire::Report::default(),
         };
+        state.journal.role(&description.name, description.role);
+        let kept = format!("as {}, epoch {}", description.role, description.epoch);
+        state.journal.decided("attached", &description.name, kept, "worker");
         let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
         self.carry_out(&mut state, actions, None);
         state.links.insert(worker, attached);
@@ -222,10 +243,13 @@ impl Shell {
         let mut state = self.state.lock();
         if let Some(view) = state.core.worker(worker) {
             warn!(worker = view.description.name, role = %view.description.role, "worker lost");
+            let name = view.description.name.clone();
+            state.journal.decided("lost", name, "its stream ended", "coordinator");
         }
         self.tell_core(&mut state, Event::WorkerLost { worker }, None);
         state.links.remove(&worker);
         state.prefixes.worker_gone(worker);
+        state.handoffs.worker_gone(worker);
     }
 
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
@@ -354,6 +378,9 @@ impl Shell {
                 if !event.engine_handoff_params.is_empty() {
                     state.engine_handoffs.insert(job, event.engine_handoff_params);
                 }
+                if let Some(client) = state.clients.get_mut(&request) {
+                    client.timeline.prefilled = Some(now);
+                }
                 self.tell_core(state, Event::PrefillDone { job }, None);
                 state.engine_handoffs.remove(&job);
             }
@@ -362,6 +389,10 @@ impl Shell {
         if event.status != 0 {
             if let Some(moved) = event.handoff.take() {
                 self.metrics.handoff(&moved);
+                let route = state.core.request(request).and_then(|view| view.route);
+                if let Some(Route::Disaggregated { prefill, decode, .. }) = route {
+                    state.handoffs.add(prefill, decode, &moved);
+                }
             }
             self.tell_core(state, Event::Answered { job }, Some(&event));
         }
@@ -373,10 +404,8 @@ impl Shell {
         state.core.tokens(job, event.tokens, gap);
         if client.answer.push(&event.payload).is_err() {
             info!(request_id = ?client.request_id, "client reads too slowly: cancelled");
-            let client = state.clients.remove(&request);
-            if let Some(client) = client {
-                let seconds = client.arrived.elapsed();
-                self.metrics.request_ended(client.path(), Outcome::TooSlow, seconds);
+            if let Some(client) = state.clients.remove(&request) {
+                self.request_ended(state, &client, Outcome::TooSlow);
             }
             return self.tell_core(state, Event::ClientGone { request }, None);
         }
@@ -396,6 +425,11 @@ impl Shell {
             match action {
                 Action::Start { worker, job, request, leg, handoff } => {
                     self.prompt_goes_to(state, worker, request, leg);
+                    if leg != Leg::Decode
+                        && let Some(client) = state.clients.get_mut(&request)
+                    {
+                        client.timeline.attempted(Instant::now());
+                    }
                     if let Some(start) = state.start_job(job, request, leg, handoff)
                         && let Some(attached) = state.links.get(&worker)
                     {
@@ -420,19 +454,18 @@ impl Shell {
                     } else {
                         Outcome::ClientError
                     };
-                    self.metrics.request_ended(client.path(), outcome, client.arrived.elapsed());
+                    self.request_ended(state, &client, outcome);
                     client.break_off(&error);
                 }
                 Action::BreakOff { request, .. } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
-                    let seconds = client.arrived.elapsed();
-                    self.metrics.request_ended(client.path(), Outcome::BrokenOff, seconds);
+                    self.request_ended(state, &client, Outcome::BrokenOff);
                     client.break_off(&ClientError::NoWorker);
                 }
                 Action::Finish { request } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
                     let outcome = client.outcome();
-                    self.metrics.request_ended(client.path(), outcome, client.arrived.elapsed());
+                    self.request_ended(state, &client, outcome);
                     client.answer.complete();
                 }
                 Action::Blame { leg, fault } => {
@@ -521,9 +554,11 @@ impl Shell {
             .unwrap_or(StatusCode::BAD_GATEWAY);
         client.request = None;
         client.prompt = None;
+        client.timeline.answered = Some(Instant::now());
         client.relaying = Some(Relaying {
             job,
             path,
+            route,
             status,
             event_stream: client.streams && status.is_success(),
             last_tokens: None,
@@ -594,7 +629,7 @@ impl Client {
                 return Some(gap);
             }
             None if relaying.event_stream => {
-                metrics.first_token(relaying.path, now.duration_since(self.arrived));
+                metrics.first_token(relaying.path, now.duration_since(self.timeline.arrived));
             }
             None => {}
         }
