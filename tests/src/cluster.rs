@@ -25,6 +25,7 @@ pub struct ClusterBuilder {
     decode: usize,
     engine: Engine,
     coordinator_toml: String,
+    slo_toml: String,
     arena_toml: String,
     tls: Option<TlsPem>,
     ready: bool,
@@ -82,6 +83,7 @@ impl ClusterBuilder {
             decode: 1,
             engine,
             coordinator_toml: String::new(),
+            slo_toml: String::new(),
             // Beside the configuration, so that a killed worker's goes with it; smaller than some
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
@@ -119,6 +121,12 @@ impl ClusterBuilder {
     /// Keys of `[coordinator.limits]`.
     pub fn limits(mut self, keys: &str) -> Self {
         self.coordinator_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[slo]`.
+    pub fn slo(mut self, keys: &str) -> Self {
+        self.slo_toml = keys.to_owned();
         self
     }
 
@@ -188,8 +196,8 @@ impl ClusterBuilder {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[arena]\n{}\n\n",
-            self.coordinator_toml, self.arena_toml
+             [coordinator.limits]\n{}\n\n[slo]\n{}\n\n[arena]\n{}\n\n",
+            self.coordinator_toml, self.slo_toml, self.arena_toml
         );
         if let Some(tls) = &self.tls {
             writeln!(toml, "{}", tls.write_to(&directory.join("tls"))?)?;

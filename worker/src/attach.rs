@@ -104,6 +104,9 @@ async fn serve(
     welcome: Welcome,
     outbox: Outbox,
 ) -> Result<std::convert::Infallible, AttachError> {
+    if let Some(pacing) = life.engine.pacing() {
+        pacing.set_itl_target_ms(welcome.itl_target_ms.into());
+    }
     let jobs = Jobs::new(life.clone(), outbox.clone());
     let every = Duration::from_millis(u64::from(welcome.report_interval_ms.max(10)));
     let mut kv_events = KvTelling::new(life);
