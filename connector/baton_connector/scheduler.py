@@ -9,6 +9,7 @@ it, vLLM's budget of tokens holds.
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,18 @@ logger = init_logger("vllm.baton_connector.scheduler")
 BEFORE_ALL = -(1 << 62)
 """The priority of a request whose KV comes from elsewhere: its load takes no part of a step, and once
 it has come, it is a decode."""
+LOAD_STEPS = 4
+"""Of so many steps one at most is given up by prompts, so that loads can begin."""
+
+
+@dataclass(slots=True)
+class _Room:
+    """Of one step, for whom: tokens."""
+
+    decodes: int
+    arrived: int
+    """Those whose KV has come from elsewhere: a token each, their first."""
+    prompts: int
 
 
 @dataclass(slots=True)
@@ -50,6 +63,8 @@ class _Paced(Scheduler):
         self._full_budget_tokens = self.max_num_scheduled_tokens
         self._in_flight: deque[_InFlight] = deque()
         self._last_output = 0.0
+        self._steps_since_loads = 0
+        self._load_let_in = ""
         # All ranks step together: the first one's worker hears of it.
         self._link = StepsLink(socket_template(vllm_config).replace("{rank}", "0"))
         self._link.start()
@@ -60,16 +75,19 @@ class _Paced(Scheduler):
             request.priority = BEFORE_ALL
         super().add_request(request)
 
-    def schedule(self, *args: Any, **kwargs: Any) -> "SchedulerOutput":
+    def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
         began = time.monotonic()
         # vLLM gives out a step's tokens in this order: a long prompt would leave none to the decodes
         # behind it.
         self.running.sort(key=_turn)
-        self.max_num_scheduled_tokens = self._budget_tokens()
-        try:
-            output = super().schedule(*args, **kwargs)
-        finally:
-            self.max_num_scheduled_tokens = self._full_budget_tokens
+        room = self._room()
+        prompts = sum(request.is_prefill_chunk for request in self.running)
+        # Who runs is given tokens before who waits, and one prompt can take them all. Of one it can be
+        # said how many it gets; of several, only that they get none.
+        if (room.arrived and prompts > 1) or (prompts and self._lets_loads_begin()):
+            throttle_prefills, self.prefill_capacity_bound = True, False
+        with self._budget(room, one_prompt=prompts == 1):
+            output = super().schedule(throttle_prefills)
         if output.total_num_scheduled_tokens > 0:
             self._in_flight.append(_InFlight(output, began, self._step_of(output)))
         return output
@@ -90,25 +108,59 @@ class _Paced(Scheduler):
         self._link.stop()
         super().shutdown()
 
-    def _budget_tokens(self) -> int:
-        pace = self._link.pace
-        if pace is None:
-            return self._full_budget_tokens
-        sequences = context_tokens = tokens = 0
+    def _room(self) -> _Room:
+        sequences = context_tokens = 0
+        room = _Room(0, 0, 0)
         for request in self.running:
             if not request.is_prefill_chunk:
                 sequences += 1
                 context_tokens += request.num_computed_tokens
-                tokens += max(_missing_tokens(request), 1)
+                room.decodes += max(_missing_tokens(request), 1)
         for request in self.kv_holding_waiting:
             if request.request_id in self.finished_recving_kv_req_ids:
                 sequences += 1
                 context_tokens += request.num_tokens
-                tokens += 1
-        if sequences == 0:
-            return self._full_budget_tokens
-        tokens += pace.prefill_tokens(sequences, context_tokens, self._prompts())
-        return min(tokens, self._full_budget_tokens)
+                room.arrived += 1
+        rest = max(self._full_budget_tokens - room.decodes - room.arrived, 0)
+        pace = self._link.pace
+        if pace is None or sequences == 0:
+            room.prompts = rest
+        else:
+            room.prompts = pace.prefill_tokens(sequences, context_tokens, self._prompts())
+            room.prompts = min(room.prompts, rest)
+        return room
+
+    def _lets_loads_begin(self) -> bool:
+        """Whether this step is the one in a few of which prompts get nothing."""
+        self._steps_since_loads += 1
+        head = self.waiting.peek_request() if self.waiting else None
+        if (
+            head is None
+            or head.priority != BEFORE_ALL
+            or head.request_id == self._load_let_in
+            or self._steps_since_loads < LOAD_STEPS
+        ):
+            return False
+        # One that finds no room in the KV cache now must not hold prompts up again and again.
+        self._steps_since_loads, self._load_let_in = 0, head.request_id
+        return True
+
+    @contextmanager
+    def _budget(self, room: _Room, one_prompt: bool) -> Iterator[None]:
+        config, long_prompt = self.scheduler_config, self.scheduler_config.long_prefill_token_threshold
+        adaptive = self.adaptive_long_prefill_threshold
+        self.max_num_scheduled_tokens = min(
+            room.decodes + room.arrived + room.prompts, self._full_budget_tokens
+        )
+        if room.arrived and one_prompt and room.prompts:
+            config.long_prefill_token_threshold = min(long_prompt or room.prompts, room.prompts)
+            self.adaptive_long_prefill_threshold = False
+        try:
+            yield
+        finally:
+            self.max_num_scheduled_tokens = self._full_budget_tokens
+            config.long_prefill_token_threshold = long_prompt
+            self.adaptive_long_prefill_threshold = adaptive
 
     def _prompts(self) -> Iterator[tuple[int, int]]:
         """Those that have their turn next, as (computed tokens, remaining tokens)."""

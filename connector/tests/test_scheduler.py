@@ -2,6 +2,7 @@
 asynchronous scheduling, as it does on GPUs."""
 
 import uuid
+import zlib
 from collections import deque
 from typing import Any
 
@@ -23,11 +24,11 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from baton_connector.pacing import Pace
-from baton_connector.scheduler import PacedScheduler
+from baton_connector.scheduler import LOAD_STEPS, PacedScheduler
 
 pytestmark = needs_vllm
 
@@ -102,7 +103,7 @@ class Played:
         self.scheduler.add_request(
             Request(
                 request_id=name,
-                prompt_token_ids=prompt_of(prompt_tokens, seed=hash(name)),
+                prompt_token_ids=prompt_of(prompt_tokens, seed=zlib.crc32(name.encode())),
                 sampling_params=sampling,
                 pooling_params=None,
                 priority=priority,
@@ -178,13 +179,36 @@ def test_a_decode_whose_kv_came_is_not_behind_the_prompt_before_it(played: Playe
     played.until("waiting")
     # Its load begins although the step is full and others wait.
     played.add("consumer", 300, priority=9, consume=True)
-    played.step()
-    assert played.scheduler.requests["consumer"].num_computed_tokens == 300
+    consumer = played.scheduler.requests["consumer"]
+    steps = []
+    while consumer.status != RequestStatus.WAITING_FOR_REMOTE_KVS:
+        steps.append(played.step())
+        assert len(steps) <= LOAD_STEPS
+    # One step without prompts let it in.
+    assert steps[-1] == {"decode": 1}
     played.received = {"consumer"}
     first = played.until("consumer")
-    assert first == {"decode": 1, "consumer": 1, "waiting": 64}
+    assert first["decode"] == first["consumer"] == 1
     for _ in range(3):
         assert played.step() == {"decode": 1, "consumer": 1, "waiting": 64}
+
+
+def test_kv_that_came_waits_for_no_prompt(played: Played) -> None:
+    for pace in (64, None):
+        played.pace(pace)
+        prompt, consumer = f"prompt-{pace}", f"consumer-{pace}"
+        played.add(consumer, 300, consume=True)
+        played.step()
+        assert played.scheduler.requests[consumer].status == RequestStatus.WAITING_FOR_REMOTE_KVS
+        played.add(prompt, 1900)
+        played.until(prompt)
+        played.received = {consumer}
+        # With asynchronous scheduling the step after next is the first that knows of it.
+        steps = [played.step() for _ in range(4)]
+        assert sum(consumer in step for step in steps) >= 2
+        assert all(prompt in step for step in steps)
+        played.scheduler.finish_requests([prompt, consumer], RequestStatus.FINISHED_ABORTED)
+        played.step()
 
 
 def test_the_lowest_priority_is_served_first(played: Played) -> None:
