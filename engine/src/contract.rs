@@ -48,9 +48,9 @@ pub trait Engine: Send + Sync + 'static {
         false
     }
 
-    /// Whether an event of its streams may carry several tokens: then only the usage at the end tells how
-    /// many there were.
-    fn joins_tokens(&self) -> bool {
+    /// Whether it is to be asked for the usage of each stream, because an event may carry several tokens
+    /// and only the usage at the end tells how many there were.
+    fn wants_usage_asked(&self) -> bool {
         false
     }
 

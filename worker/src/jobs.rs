@@ -275,7 +275,7 @@ fn asking(
 ) -> Result<(Bytes, bool), Fault> {
     let engine = &life.engine;
     let due_ms = engine.takes_priority().then(|| life.due_ms(start.deadline_ms));
-    let asked = Asked { due_ms, usage: streams && engine.joins_tokens() };
+    let asked = Asked { due_ms, usage: streams && engine.wants_usage_asked() };
     legs::asking(&start.path, body, asked).map_err(|error| not_an_object(&error))
 }
 

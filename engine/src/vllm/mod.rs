@@ -47,6 +47,7 @@ pub struct VllmEngine {
     event_sockets: Option<EventSockets>,
     pacing: Pacing,
     takes_priority: bool,
+    wants_usage_asked: bool,
     /// Known once the engine serves.
     kv_cache: OnceLock<(KvCache, KvEventsFollower)>,
     _connector: Option<ConnectorListener>,
@@ -77,7 +78,7 @@ impl VllmEngine {
             }
             VllmSource::Command { .. } | VllmSource::Url(_) => None,
         };
-        let mut takes_priority = false;
+        let (mut takes_priority, mut wants_usage_asked) = (false, false);
         let (address, process) = match &config.source {
             VllmSource::Url(url) => (http::authority(url)?, None),
             VllmSource::Command { command, environment, port } => {
@@ -86,6 +87,8 @@ impl VllmEngine {
                 let order = order_arguments(command, socket);
                 takes_priority = order.iter().chain(command).any(|word| word == "priority");
                 arguments.extend(order);
+                // With it all clients are told the usage.
+                wants_usage_asked = !sets(command, "--enable-force-include-usage");
                 let launch =
                     process::Launch { command, environment, arguments, port: *port, worker_name };
                 (format!("127.0.0.1:{port}"), Some(EngineProcess::spawn(&launch)?))
@@ -99,6 +102,7 @@ impl VllmEngine {
             event_sockets,
             pacing,
             takes_priority,
+            wants_usage_asked,
             kv_cache: OnceLock::new(),
             _connector: connector,
         })
@@ -227,9 +231,9 @@ impl Engine for VllmEngine {
         Some(self.pacing.clone())
     }
 
-    /// Those that come while its server is busy go out together.
-    fn joins_tokens(&self) -> bool {
-        true
+    /// Tokens that come while its server is busy go out together.
+    fn wants_usage_asked(&self) -> bool {
+        self.wants_usage_asked
     }
 
     fn takes_priority(&self) -> bool {
