@@ -54,6 +54,8 @@ impl fleet_server::Fleet for Service {
                     Some(worker_frame::Frame::Report(report)) => {
                         reports_in.send_replace(report);
                     }
+                    // What the engine's prefix cache holds.
+                    Some(worker_frame::Frame::KvEvents(_)) => {}
                     other => panic!("{other:?}"),
                 }
             }
