@@ -68,6 +68,14 @@ impl Codec for Text {
     }
 }
 
+pub(crate) const NAME: &str =
+    "a name of at most 63 letters, digits, \"-\", \"_\" and \".\"";
+
+pub(crate) fn is_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    (1..=63).contains(&name.len()) && name.chars().all(allowed)
+}
+
 /// Names stand in HTTP headers and metric labels.
 pub(crate) struct Name;
 
@@ -76,12 +84,9 @@ impl Codec for Name {
 
     fn read(value: &DeValue<'_>, _: &Path) -> Result<String, String> {
         text(value)
-            .filter(|name| name.len() <= 63)
-            .filter(|name| name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)))
+            .filter(|name| is_name(name.strip_suffix('*').unwrap_or(name)))
             .map(str::to_owned)
-            .ok_or_else(|| {
-                "a name of at most 63 letters, digits, \"-\", \"_\" and \".\"".to_owned()
-            })
+            .ok_or_else(|| format!("{NAME}, or the start of such names and \"*\""))
     }
 
     fn write(value: &String) -> Option<String> {

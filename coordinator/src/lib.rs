@@ -33,8 +33,6 @@ use tracing::info;
 
 use crate::{fleet::FleetService, shell::Shell};
 
-/// How long open answers may go on after the order to stop.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// A stranger who connects and says nothing holds no socket for longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -59,6 +57,7 @@ pub async fn run(
     let clients = listen("coordinator.listen", coordinator.listen).await?;
     let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
     let limits = coordinator.limits;
+    let drain_timeout = limits.drain_timeout;
     let settings =
         Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
@@ -108,7 +107,7 @@ pub async fn run(
             };
             tokio::select! {
                 ended = &mut fleet => ended?,
-                _ = tokio::time::timeout(DRAIN_TIMEOUT, drained) => {}
+                _ = tokio::time::timeout(drain_timeout, drained) => {}
             }
             shell.close();
             // The last words leave.

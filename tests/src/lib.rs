@@ -4,12 +4,14 @@
 
 mod answers;
 mod cluster;
+mod control_plane;
 mod metrics;
 mod process;
 mod vllm;
 
 pub use answers::{Answer, StreamEvent, read_events, streamed_text};
 pub use cluster::{Cluster, ClusterBuilder, TlsPem};
+pub use control_plane::{ControlPlane, kube_or_skip};
 pub use metrics::Metrics;
 pub use process::baton;
 pub use vllm::{VllmInstallation, vllm_or_skip};

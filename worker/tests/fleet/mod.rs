@@ -38,6 +38,7 @@ impl fleet_server::Fleet for Service {
         commands.send(Ok(CoordinatorFrame { frame: Some(welcome) })).await.unwrap();
         let (events_in, events) = mpsc::unbounded_channel();
         let (reports_in, reports) = tokio::sync::watch::channel(Report::default());
+        let (leaving_in, leaving) = tokio::sync::watch::channel(false);
         tokio::spawn(async move {
             while let Ok(Some(frame)) = stream.message().await {
                 match frame.frame {
@@ -49,11 +50,14 @@ impl fleet_server::Fleet for Service {
                     Some(worker_frame::Frame::Report(report)) => {
                         reports_in.send_replace(report);
                     }
+                    Some(worker_frame::Frame::Leaving(_)) => {
+                        leaving_in.send_replace(true);
+                    }
                     other => panic!("{other:?}"),
                 }
             }
         });
-        let attached = Attached { hello, commands: Some(commands), events, reports };
+        let attached = Attached { hello, commands: Some(commands), events, reports, leaving };
         self.0.send(attached).await.map_err(|_| Status::cancelled("the test is over"))?;
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -65,6 +69,7 @@ pub struct Attached {
     commands: Option<mpsc::Sender<Result<CoordinatorFrame, Status>>>,
     events: mpsc::UnboundedReceiver<Event>,
     reports: tokio::sync::watch::Receiver<Report>,
+    leaving: tokio::sync::watch::Receiver<bool>,
 }
 
 impl Attached {
@@ -78,6 +83,11 @@ impl Attached {
     /// Ends the stream, as a coordinator does that stops.
     pub fn close(&mut self) {
         self.commands = None;
+    }
+
+    /// Waits until the worker has said that it leaves.
+    pub async fn leaving(&mut self) {
+        timeout(self.leaving.wait_for(|leaving| *leaving)).await.unwrap();
     }
 
     /// Waits until the worker has closed the stream.
@@ -122,7 +132,7 @@ pub struct Whole {
 
 pub struct Fleet {
     pub dir: tempfile::TempDir,
-    address: SocketAddr,
+    pub address: SocketAddr,
     attached: mpsc::Receiver<Attached>,
     server: JoinHandle<()>,
 }
@@ -135,7 +145,7 @@ impl Drop for Fleet {
 
 pub struct Worker {
     pub attached: Attached,
-    running: Running,
+    pub running: Running,
 }
 
 impl Worker {
@@ -151,6 +161,10 @@ pub struct Running {
 }
 
 impl Running {
+    pub fn order_to_stop(&self) {
+        self.stop.notify_one();
+    }
+
     pub async fn stop(self) {
         self.stop.notify_one();
         timeout(self.running).await.unwrap().unwrap();
@@ -176,10 +190,17 @@ impl Fleet {
     }
 
     pub fn spawn(&mut self, name: &str, role: Role, engine: EngineConfig) -> Running {
-        let config = WorkerConfig {
+        self.spawn_as(self.config(name, role, engine))
+    }
+
+    pub fn config(&self, name: &str, role: Role, engine: EngineConfig) -> WorkerConfig {
+        WorkerConfig {
             name: name.into(),
             role,
             coordinators: vec![self.address.to_string()],
+            every_address: false,
+            health_listen: None,
+            drain_timeout: Duration::from_secs(5),
             tls: None,
             engine,
             arena: ArenaConfig {
@@ -191,7 +212,10 @@ impl Fleet {
                 stall_timeout: Duration::from_secs(5),
                 ..TransferConfig::default()
             },
-        };
+        }
+    }
+
+    pub fn spawn_as(&self, config: WorkerConfig) -> Running {
         let stop = Arc::new(tokio::sync::Notify::new());
         let stopped = stop.clone();
         let running =
