@@ -18,7 +18,7 @@ use crate::{
     },
     value::{
         Address, AnyBytes, Codec, Count, Environment, ExistingDirectory, ExistingFile, FilePath,
-        FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative, Port,
+        FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, NameOrStart, NotNegative, Port,
         Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes, TransportName, Url,
     },
 };
@@ -136,7 +136,7 @@ keys! {
     WORKER: WorkerConfig {
         /// By which `--name` chooses it; unique in the cluster. One that ends in "*" stands for any
         /// number of workers, each with a `--name` that begins like it and an `--advertise` of its own.
-        name => name: Name = Required("\"prefill-0\"");
+        name => name: NameOrStart = Required("\"prefill-0\"");
         /// "prefill" or "decode": the pool that it starts in.
         role => role: RoleName = Required("\"prefill\"");
         /// HOST:PORT of each coordinator's workers_listen. Default: the coordinator of this file.

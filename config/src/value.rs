@@ -83,10 +83,27 @@ impl Codec for Name {
     type Value = String;
 
     fn read(value: &DeValue<'_>, _: &Path) -> Result<String, String> {
-        text(value)
-            .filter(|name| is_name(name.strip_suffix('*').unwrap_or(name)))
-            .map(str::to_owned)
-            .ok_or_else(|| format!("{NAME}, or the start of such names and \"*\""))
+        text(value).filter(|name| is_name(name)).map(str::to_owned).ok_or_else(|| NAME.to_owned())
+    }
+
+    fn write(value: &String) -> Option<String> {
+        Some(quoted(value))
+    }
+}
+
+/// A name, or what many begin with.
+pub(crate) struct NameOrStart;
+
+impl Codec for NameOrStart {
+    type Value = String;
+
+    fn read(value: &DeValue<'_>, base: &Path) -> Result<String, String> {
+        Name::read(value, base).or_else(|wanted| {
+            text(value)
+                .filter(|name| name.strip_suffix('*').is_some_and(is_name))
+                .map(str::to_owned)
+                .ok_or_else(|| format!("{wanted}, or the start of such names and \"*\""))
+        })
     }
 
     fn write(value: &String) -> Option<String> {

@@ -4,9 +4,10 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 use std::{
+    collections::BTreeSet,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering::Relaxed},
     },
     time::Duration,
@@ -17,7 +18,8 @@ use baton_tests::{ControlPlane, kube_or_skip};
 use baton_types::Role;
 use k8s_openapi::api::{
     apps::v1::Deployment,
-    core::v1::{ConfigMap, Pod, Secret, Service, ServiceAccount},
+    coordination::v1::Lease,
+    core::v1::{ConfigMap, Namespace, Node, Pod, Secret, Service, ServiceAccount},
 };
 use kube::{
     Api, Client,
@@ -80,6 +82,8 @@ async fn on_a_real_api_server() {
     refusals(&control_plane).await;
     say("the actuator outlasts an API server that goes away");
     outage(&mut control_plane).await;
+    say("a node that dies needs no hand");
+    node_dies(&mut control_plane).await;
 }
 
 // --- manifests
@@ -243,7 +247,7 @@ async fn pod_security(control_plane: &ControlPlane) {
     let dry = PostParams { dry_run: true, ..PostParams::default() };
     api::<Pod>(&client).create(&dry, &pod).await.unwrap();
     // In the namespace as all other overlays have it, IPC_LOCK is too much.
-    let namespaces = Api::<k8s_openapi::api::core::v1::Namespace>::all(client.clone());
+    let namespaces = Api::<Namespace>::all(client.clone());
     let label = json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}});
     namespaces
         .patch(NAMESPACE, &PatchParams::default(), &Patch::Merge(label))
@@ -482,4 +486,159 @@ async fn outage(control_plane: &mut ControlPlane) {
     assert_eq!((scaled.before, scaled.after), (3, 5));
     let admin = control_plane.admin().unwrap();
     assert_eq!(wanted(&admin, "baton-prefill").await, 5);
+}
+
+// --- a node that dies
+
+/// Nodes in name only: what there is of a kubelet is its heartbeat, and its word that pods run.
+struct Nodes {
+    client: Client,
+    alive: Arc<Mutex<BTreeSet<&'static str>>>,
+    beating: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        self.beating.abort();
+    }
+}
+
+impl Nodes {
+    async fn start(client: Client, names: &[&'static str]) -> Self {
+        for &name in names {
+            let resources = json!({
+                "cpu": "64", "memory": "512Gi", "ephemeral-storage": "4Ti", "pods": "110",
+                "nvidia.com/gpu": "8",
+            });
+            let node = json!({
+                "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+                "status": {
+                    "capacity": resources, "allocatable": resources,
+                    "conditions": [{
+                        "type": "Ready", "status": "True", "reason": "KubeletReady",
+                        "lastHeartbeatTime": k8s_openapi::jiff::Timestamp::now(),
+                    }],
+                },
+            });
+            let node: Node = serde_json::from_value(node).unwrap();
+            Api::all(client.clone()).create(&PostParams::default(), &node).await.unwrap();
+        }
+        let alive = Arc::new(Mutex::new(names.iter().copied().collect::<BTreeSet<_>>()));
+        let beating = tokio::spawn({
+            let (client, alive) = (client.clone(), alive.clone());
+            async move {
+                loop {
+                    let names = alive.lock().unwrap().clone();
+                    for name in names {
+                        beat(&client, name).await;
+                        run_pods(&client, name).await;
+                    }
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            }
+        });
+        Self { client, alive, beating }
+    }
+
+    fn dies(&self, name: &str) {
+        self.alive.lock().unwrap().retain(|alive| *alive != name);
+    }
+
+    /// Pods that are not being deleted, and the node of each.
+    async fn pods(&self) -> Vec<(String, Option<String>)> {
+        let pods = api::<Pod>(&self.client).list(&ListParams::default()).await.unwrap();
+        pods.into_iter()
+            .filter(|pod| pod.metadata.deletion_timestamp.is_none())
+            .map(|pod| (pod.metadata.name.unwrap(), pod.spec.unwrap().node_name))
+            .collect()
+    }
+
+    /// Waits until each of so many pods is on a node that lives.
+    async fn placed(&self, control_plane: &ControlPlane, count: usize) -> Vec<(String, String)> {
+        let deadline = std::time::Instant::now() + Duration::from_secs(180);
+        loop {
+            let pods = self.pods().await;
+            let alive = self.alive.lock().unwrap().clone();
+            let on_live: Vec<_> = pods
+                .iter()
+                .filter_map(|(pod, node)| Some((pod.clone(), node.clone()?)))
+                .filter(|(_, node)| alive.contains(node.as_str()))
+                .collect();
+            if on_live.len() == count && pods.len() == count {
+                return on_live;
+            }
+            assert!(
+                std::time::Instant::now() < deadline,
+                "{count} pods were to be placed: {pods:#?}\n{}\n{}",
+                control_plane.log("kube-controller-manager"),
+                control_plane.log("kube-scheduler")
+            );
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+}
+
+async fn beat(client: &Client, node: &str) {
+    let lease = json!({
+        "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+        "metadata": {"name": node, "namespace": "kube-node-lease"},
+        "spec": {
+            "holderIdentity": node, "leaseDurationSeconds": 40,
+            "renewTime": k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime(
+                k8s_openapi::jiff::Timestamp::now()
+            ),
+        },
+    });
+    let parameters = PatchParams::apply("kubelet").force();
+    let leases = Api::<Lease>::namespaced(client.clone(), "kube-node-lease");
+    leases.patch(node, &parameters, &Patch::Apply(lease)).await.unwrap();
+}
+
+async fn run_pods(client: &Client, node: &str) {
+    let here = ListParams::default().fields(&format!("spec.nodeName={node},status.phase=Pending"));
+    for pod in api::<Pod>(client).list(&here).await.unwrap() {
+        let status = json!({"status": {
+            "phase": "Running", "conditions": [{"type": "Ready", "status": "True"}],
+        }});
+        let name = pod.metadata.name.unwrap();
+        // It may be gone by now.
+        let _ = api::<Pod>(client)
+            .patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+            .await;
+    }
+}
+
+async fn node_dies(control_plane: &mut ControlPlane) {
+    let client = control_plane.admin().unwrap();
+    // With volumes whose provisioner is not there, nothing would be placed.
+    apply(control_plane, &with_component(control_plane, "components/network-policy"));
+    let key = format!("--service-account-private-key-file={}", control_plane.accounts_key());
+    let arguments = [
+        key.as_str(),
+        "--use-service-account-credentials=false",
+        // In place of 5 s and 50 s, to have it sooner. The pods' own 30 s stay.
+        "--node-monitor-period=500ms",
+        "--node-monitor-grace-period=6s",
+        "--node-eviction-rate=10",
+    ];
+    control_plane.start_client("kube-controller-manager", &arguments).unwrap();
+    control_plane.start_client("kube-scheduler", &[]).unwrap();
+    let nodes = Nodes::start(client.clone(), &["node-a", "node-b", "node-c"]).await;
+
+    let mut count = 0;
+    for deployment in api::<Deployment>(&client).list(&ListParams::default()).await.unwrap() {
+        count += usize::try_from(deployment.spec.unwrap().replicas.unwrap()).unwrap();
+    }
+    let before = nodes.placed(control_plane, count).await;
+    for pool in ["baton-coordinator", "baton-prefill", "baton-decode"] {
+        let used: BTreeSet<_> =
+            before.iter().filter(|(pod, _)| pod.starts_with(pool)).map(|(_, node)| node).collect();
+        assert!(used.len() > 1, "{pool} is spread: {before:?}");
+    }
+    let dead = before.iter().find(|(pod, _)| pod.starts_with("baton-decode")).unwrap().1.clone();
+    nodes.dies(&dead);
+    let after = nodes.placed(control_plane, count).await;
+    assert!(after.iter().all(|(_, node)| *node != dead));
+    let stayed = before.iter().filter(|(_, node)| *node != dead).all(|pod| after.contains(pod));
+    assert!(stayed, "and nobody else was moved: {before:?} {after:?}");
 }
