@@ -94,12 +94,8 @@ fn main() -> ExitCode {
         Command::BenchTransfer(options) => bench_transfer::run(&options),
         Command::TransferCheck(options) => transfer_check::run(&options),
         Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
-        Command::PrefillWorker(worker) => {
-            processes::worker(&worker, Role::Prefill)
-        }
-        Command::DecodeWorker(worker) => {
-            processes::worker(&worker, Role::Decode)
-        }
+        Command::PrefillWorker(worker) => processes::worker(&worker, Role::Prefill),
+        Command::DecodeWorker(worker) => processes::worker(&worker, Role::Decode),
         Command::Simulate(options) => simulate::run(&options),
         Command::Goodput(options) => goodput::run(&options),
         Command::Compare(options) => compare::run(&options),

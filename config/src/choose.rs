@@ -134,9 +134,8 @@ mod tests {
         let big = cluster.worker("baton-decode-big-0", Role::Decode, address).unwrap();
         assert_eq!(big.drain_timeout.as_secs(), 600, "the template that says more");
 
-        let message = |name, role, advertise| {
-            cluster.worker(name, role, advertise).unwrap_err().to_string()
-        };
+        let message =
+            |name, role, advertise| cluster.worker(name, role, advertise).unwrap_err().to_string();
         assert_eq!(
             message("baton-decode-6f-x2", Role::Decode, None),
             "\"baton-decode-6f-x2\" is one of several workers \"baton-decode-*\": give its own \
@@ -149,6 +148,9 @@ mod tests {
         let nobody = message("baton-prefill-", Role::Prefill, address);
         assert!(nobody.starts_with("the file has no worker"), "{nobody}");
         let odd = message("baton-prefill-a b", Role::Prefill, address);
-        assert!(odd.starts_with("--name \"baton-prefill-a b\" is not a name of at most 63"), "{odd}");
+        assert!(
+            odd.starts_with("--name \"baton-prefill-a b\" is not a name of at most 63"),
+            "{odd}"
+        );
     }
 }

@@ -68,8 +68,7 @@ impl Codec for Text {
     }
 }
 
-pub(crate) const NAME: &str =
-    "a name of at most 63 letters, digits, \"-\", \"_\" and \".\"";
+pub(crate) const NAME: &str = "a name of at most 63 letters, digits, \"-\", \"_\" and \".\"";
 
 pub(crate) fn is_name(name: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);

@@ -29,9 +29,10 @@ const WORKERS: [&str; 3] = [
 fn a_pod_of_either_deployment_is_a_worker_of_its_own_name() {
     for file in WORKERS {
         let cluster = deployed(file);
-        for (pod, role) in
-            [("baton-prefill-7c9d4b-x2v9k", Role::Prefill), ("baton-decode-5f6-abcde", Role::Decode)]
-        {
+        for (pod, role) in [
+            ("baton-prefill-7c9d4b-x2v9k", Role::Prefill),
+            ("baton-decode-5f6-abcde", Role::Decode),
+        ] {
             let worker = cluster.worker(pod, role, Some("10.1.2.3:7100")).unwrap();
             assert_eq!(worker.coordinators, ["baton-workers:7000"], "{file}");
             assert!(worker.every_address, "{file}");
@@ -85,7 +86,8 @@ fn every_service_of_the_compose_file_has_its_worker() {
     let cluster = deployed("docker/baton.toml");
     let mut started = BTreeSet::new();
     for line in compose.lines().filter(|line| line.contains("--name")) {
-        let words: Vec<_> = line.split([' ', ',', '[', ']', '"']).filter(|w| !w.is_empty()).collect();
+        let words: Vec<_> =
+            line.split([' ', ',', '[', ']', '"']).filter(|w| !w.is_empty()).collect();
         let after = |flag: &str| words[words.iter().position(|word| *word == flag).unwrap() + 1];
         let (name, advertise) = (after("--name"), after("--advertise"));
         let role = words[1].trim_end_matches("-worker").parse().unwrap();

@@ -41,7 +41,7 @@ pub struct ControlPlane {
 
 impl Drop for ControlPlane {
     fn drop(&mut self) {
-        while let Some((name, _)) = self.processes.last() {
+        while let Some(&(name, _)) = self.processes.last() {
             self.stop(name);
         }
     }
@@ -52,7 +52,8 @@ impl ControlPlane {
         let directory = tempfile::tempdir()?;
         let at = |name: &str| directory.path().join(name);
         let serving_key = KeyPair::generate()?;
-        let serving = CertificateParams::new(["127.0.0.1".to_owned()])?.self_signed(&serving_key)?;
+        let serving =
+            CertificateParams::new(["127.0.0.1".to_owned()])?.self_signed(&serving_key)?;
         fs::write(at("serving.pem"), serving.pem())?;
         fs::write(at("serving.key"), serving_key.serialize_pem())?;
         let accounts = KeyPair::generate()?;
@@ -60,14 +61,8 @@ impl ControlPlane {
         fs::write(at("accounts.pub"), accounts.public_key_pem())?;
         fs::write(at("tokens.csv"), format!("{ADMIN},admin,admin,system:masters\n"))?;
         let [port, etcd_port] = [free_port()?, free_port()?];
-        let mut control_plane = Self {
-            programs,
-            port,
-            etcd_port,
-            ca: serving.pem(),
-            processes: Vec::new(),
-            directory,
-        };
+        let mut control_plane =
+            Self { programs, port, etcd_port, ca: serving.pem(), processes: Vec::new(), directory };
         fs::write(control_plane.kubeconfig(), control_plane.kubeconfig_of(ADMIN))?;
         control_plane.start_etcd()?;
         control_plane.start_api_server().await?;
@@ -83,7 +78,8 @@ impl ControlPlane {
     }
 
     fn spawn(&mut self, name: &'static str, arguments: &[String]) -> Result<()> {
-        let log = File::options().create(true).append(true).open(self.at(&format!("{name}.log")))?;
+        let log =
+            File::options().create(true).append(true).open(self.at(&format!("{name}.log")))?;
         let child = Command::new(self.programs.join(name))
             .args(arguments)
             .stdin(Stdio::null())
@@ -140,9 +136,9 @@ impl ControlPlane {
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
             }
-            for (name, process) in &mut self.processes {
-                let name = *name;
-                if let Some(status) = process.try_wait()? {
+            for at in 0..self.processes.len() {
+                let (name, process) = &mut self.processes[at];
+                if let (name, Some(status)) = (*name, process.try_wait()?) {
                     bail!("{name} ended: {status}\n{}", self.log(name));
                 }
             }

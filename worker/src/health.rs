@@ -34,10 +34,9 @@ impl Health {
         leaving: watch::Receiver<bool>,
     ) -> Result<Self, WorkerError> {
         let Some(address) = config.health_listen else { return Ok(Self(None)) };
-        let listener =
-            listen(address).map_err(|source| WorkerError::Health { address, source })?;
+        let listener = listen(address).map_err(|source| WorkerError::Health { address, source })?;
         let router = Router::new()
-            .route("/health", get(async || StatusCode::OK))
+            .route("/health", get(|| async { StatusCode::OK }))
             .route("/ready", get(ready))
             .with_state(Seen { counters: counters.clone(), leaving });
         Ok(Self(Some(tokio::spawn(async move {

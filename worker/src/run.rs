@@ -1,4 +1,9 @@
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::{Duration, Instant}};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_config::{EngineConfig, WorkerConfig};
 use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
@@ -170,7 +175,13 @@ impl Worker {
         let tls = tls.map_err(|(path, source)| WorkerError::Tls { path, source })?;
         let transfer =
             is_fenced(&config).then(|| WorkerTransfer::bind(&config, interpose)).transpose()?;
-        Ok(Self { config, tls, counters: Arc::default(), leaving: watch::Sender::new(false), transfer })
+        Ok(Self {
+            config,
+            tls,
+            counters: Arc::default(),
+            leaving: watch::Sender::new(false),
+            transfer,
+        })
     }
 
     /// Serves with one engine until it ends.
@@ -241,9 +252,12 @@ impl Worker {
     /// Attached to every coordinator until the engine's KV side goes.
     async fn live(&self, life: Arc<Life>, port_loop: Option<PortLoop>) {
         let _lives = self.counters.lives.one();
-        let attached = join_all(self.config.coordinators.iter().map(|coordinator| {
-            self.keep_attached(life.clone(), coordinator)
-        }));
+        let attached = join_all(
+            self.config
+                .coordinators
+                .iter()
+                .map(|coordinator| self.keep_attached(life.clone(), coordinator)),
+        );
         let port_gone = async {
             match port_loop {
                 Some(port_loop) => port_loop.run().await,

@@ -205,7 +205,9 @@ impl KubernetesReplicas {
                     }
                     return Ok(Scaled { before, after });
                 }
-                Err((verb, error)) => self.pause_or_give_up(&mut retry, target, verb, error).await?,
+                Err((verb, error)) => {
+                    self.pause_or_give_up(&mut retry, target, verb, error).await?
+                }
             }
         }
     }
