@@ -5,7 +5,9 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{Event, EventBatch, Hello, KvEvents, Report, WorkerFrame, worker_frame::Frame};
+use baton_proto::{
+    Event, EventBatch, Hello, KvEvents, Leaving, Report, WorkerFrame, worker_frame::Frame,
+};
 use futures::Stream;
 use parking_lot::Mutex;
 use tokio::{
