@@ -96,36 +96,29 @@ pub async fn run_through(
             () = async { (&mut shutdown).await; worker.leave().await } => None,
         };
         engine.stop().await;
-        match served {
-            _ if *worker.leaving.borrow() => {
-                worker.close().await;
-                return Ok(());
-            }
-            None => {
-                worker.close().await;
-                return Ok(());
-            }
-            Some(Ended { error, was_ready }) => {
-                if !was_ready && !has_served {
-                    worker.close().await;
-                    return Err(error.into());
-                }
-                if was_ready {
-                    has_served = true;
-                    delay = FIRST_RESTART_DELAY;
-                }
-                tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
-                drop(engine);
-                tokio::select! {
-                    () = &mut shutdown => {
-                        worker.close().await;
-                        return Ok(());
-                    }
-                    () = tokio::time::sleep(delay) => {}
-                }
-                delay = (2 * delay).min(LAST_RESTART_DELAY);
-            }
+        // Whoever was told to stop meanwhile starts no other.
+        let Some(Ended { error, was_ready }) = served.filter(|_| !*worker.leaving.borrow()) else {
+            worker.close().await;
+            return Ok(());
+        };
+        if !was_ready && !has_served {
+            worker.close().await;
+            return Err(error.into());
         }
+        if was_ready {
+            has_served = true;
+            delay = FIRST_RESTART_DELAY;
+        }
+        tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
+        drop(engine);
+        tokio::select! {
+            () = &mut shutdown => {
+                worker.close().await;
+                return Ok(());
+            }
+            () = tokio::time::sleep(delay) => {}
+        }
+        delay = (2 * delay).min(LAST_RESTART_DELAY);
     }
 }
 
