@@ -556,6 +556,23 @@ impl Nodes {
         Self { client, alive, beating }
     }
 
+    /// Waits until the controllers have found that all of them are ready.
+    async fn taken_in(&self) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        let nodes = Api::<Node>::all(self.client.clone());
+        loop {
+            let found = nodes.list(&ListParams::default()).await.unwrap();
+            let is_tainted = |node: &Node| {
+                node.spec.as_ref().is_some_and(|spec| spec.taints.iter().flatten().next().is_some())
+            };
+            if !found.iter().any(is_tainted) {
+                return;
+            }
+            assert!(std::time::Instant::now() < deadline, "{found:#?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
     fn dies(&self, name: &str) {
         self.alive.lock().unwrap().retain(|alive| *alive != name);
     }
@@ -638,8 +655,10 @@ async fn node_dies(control_plane: &mut ControlPlane) {
         "--node-eviction-rate=10",
     ];
     control_plane.start_client("kube-controller-manager", &arguments).unwrap();
-    control_plane.start_client("kube-scheduler", &[]).unwrap();
     let nodes = Nodes::start(client.clone(), &["node-a", "node-b", "node-c"]).await;
+    // Only then: pods shall have a choice from the first.
+    nodes.taken_in().await;
+    control_plane.start_client("kube-scheduler", &[]).unwrap();
 
     let mut count = 0;
     for deployment in api::<Deployment>(&client).list(&ListParams::default()).await.unwrap() {
