@@ -1,7 +1,11 @@
 use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 
+use futures::{StreamExt, stream::FuturesUnordered};
 use parking_lot::Mutex;
-use tokio::{net::lookup_host, task::JoinSet, time::MissedTickBehavior};
+use tokio::{
+    net::lookup_host,
+    time::{Interval, MissedTickBehavior},
+};
 
 use crate::{
     attach::{Coordinator, TlsPem, keep_attached},
@@ -16,41 +20,46 @@ const LOOKUP_INTERVAL: Duration = Duration::from_secs(5);
 /// with less reason than connections.
 pub(crate) async fn keep_attached_to_all(life: Arc<Life>, authority: &str, tls: Option<&TlsPem>) {
     let name = authority.rsplit_once(':').map(|(host, _)| host.trim_matches(['[', ']']).to_owned());
-    let named: Arc<Mutex<HashSet<SocketAddr>>> = Arc::default();
+    let named: Mutex<HashSet<SocketAddr>> = Mutex::default();
+    let keep = |address: SocketAddr| {
+        let coordinator = Coordinator { address: address.to_string(), name: name.clone() };
+        let (life, named) = (life.clone(), &named);
+        async move {
+            let wanted = || named.lock().contains(&address);
+            keep_attached(life, &coordinator, tls, wanted).await;
+            address
+        }
+    };
     let mut kept = HashSet::new();
-    // Dropping it ends them all.
-    let mut attachments = JoinSet::new();
+    let mut attachments = FuturesUnordered::new();
     let mut lookups = tokio::time::interval(LOOKUP_INTERVAL);
     lookups.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut complained = false;
     loop {
-        lookups.tick().await;
-        while let Some(ended) = attachments.try_join_next() {
-            if let Ok(address) = ended {
+        tokio::select! {
+            addresses = next_lookup(&mut lookups, authority) => {
+                named.lock().clone_from(&addresses);
+                for address in addresses {
+                    if kept.insert(address) {
+                        attachments.push(keep(address));
+                    }
+                }
+            }
+            Some(address) = attachments.next() => {
                 kept.remove(&address);
             }
         }
-        let addresses: HashSet<SocketAddr> = match lookup_host(authority).await {
-            Ok(addresses) => addresses.collect(),
+    }
+}
+
+/// What the name stands for when its time has come, and it stands for anything.
+async fn next_lookup(lookups: &mut Interval, authority: &str) -> HashSet<SocketAddr> {
+    loop {
+        lookups.tick().await;
+        match lookup_host(authority).await {
+            Ok(addresses) => return addresses.collect(),
             Err(error) => {
-                if !complained {
-                    tracing::warn!(coordinators = authority, %error, "no coordinator's address");
-                }
-                complained = true;
-                continue;
+                tracing::warn!(coordinators = authority, %error, "no coordinator's address");
             }
-        };
-        complained = false;
-        named.lock().clone_from(&addresses);
-        for &address in addresses.difference(&kept) {
-            let coordinator = Coordinator { address: address.to_string(), name: name.clone() };
-            let (life, tls, named) = (life.clone(), tls.cloned(), named.clone());
-            attachments.spawn(async move {
-                let wanted = || named.lock().contains(&address);
-                keep_attached(life, &coordinator, tls.as_ref(), wanted).await;
-                address
-            });
         }
-        kept.extend(addresses);
     }
 }
