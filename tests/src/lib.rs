@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 mod answers;
+mod browser;
 mod cluster;
 mod control_plane;
 mod metrics;
@@ -10,7 +11,8 @@ mod process;
 mod vllm;
 
 pub use answers::{Answer, StreamEvent, read_events, streamed_text};
-pub use cluster::{Cluster, ClusterBuilder, TlsPem};
+pub use browser::{Browser, chromium_or_skip};
+pub use cluster::{ADMIN_TOKEN, Cluster, ClusterBuilder, TlsPem};
 pub use control_plane::{ControlPlane, kube_or_skip};
 pub use metrics::Metrics;
 pub use process::baton;

@@ -14,6 +14,7 @@ mod legs;
 mod life;
 mod outbox;
 mod relay;
+mod role;
 mod run;
 pub mod transport;
 

@@ -8,11 +8,15 @@ use std::{net::SocketAddr, time::Duration};
 use baton_config::{EngineConfig, SimConfig};
 use baton_proto::Leg;
 use baton_types::Role;
-use fleet::{Fleet, completion, fast, job, prompt};
+use fleet::{Fleet, completion, fast, job};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
+
+fn prompt(tokens: u32) -> impl Iterator<Item = u32> {
+    (0..tokens).map(|token| 100 + token)
+}
 
 /// Steps of some 10 ms: 40 tokens are under way for long enough.
 fn unhurried() -> SimConfig {
@@ -50,7 +54,8 @@ async fn it_says_so_finishes_its_jobs_and_only_then_hangs_up() {
 #[tokio::test]
 async fn what_is_not_finished_in_time_is_cancelled() {
     let mut fleet = Fleet::start().await;
-    let mut config = fleet.config("d0", Role::Decode, EngineConfig::Sim(unhurried()));
+    let mut config =
+        fleet.config(vec![fleet.address()], "d0", Role::Decode, EngineConfig::Sim(unhurried()));
     config.drain_timeout = Duration::from_millis(200);
     let running = fleet.spawn_as(config);
     let mut attached = fleet.next_attached().await;
@@ -91,7 +96,8 @@ async fn until(address: SocketAddr, path: &str, says: [&str; 2]) {
 #[tokio::test]
 async fn probes_hear_whether_it_can_be_given_requests() {
     let mut fleet = Fleet::start().await;
-    let mut config = fleet.config("d0", Role::Decode, EngineConfig::Sim(unhurried()));
+    let mut config =
+        fleet.config(vec![fleet.address()], "d0", Role::Decode, EngineConfig::Sim(unhurried()));
     let health = free_address().await;
     let nobody = free_address().await;
     config.health_listen = Some(health);
@@ -101,7 +107,7 @@ async fn probes_hear_whether_it_can_be_given_requests() {
     assert!(get(health, "/health").await.contains("200 OK"), "it need not be started again");
     running.stop().await;
 
-    config.coordinators = vec![fleet.address.to_string()];
+    config.coordinators = vec![fleet.address()];
     let running = fleet.spawn_as(config);
     let mut attached = fleet.next_attached().await;
     until(health, "/ready", ["200 OK", "ready"]).await;
@@ -118,9 +124,10 @@ async fn probes_hear_whether_it_can_be_given_requests() {
 #[tokio::test]
 async fn a_name_can_stand_for_all_its_coordinators() {
     let mut fleet = Fleet::start().await;
-    let mut config = fleet.config("d0", Role::Decode, EngineConfig::Sim(fast()));
+    let mut config =
+        fleet.config(vec![fleet.address()], "d0", Role::Decode, EngineConfig::Sim(fast()));
     config.every_address = true;
-    config.coordinators = vec![format!("localhost:{}", fleet.address.port())];
+    config.coordinators = vec![format!("localhost:{}", fleet.port())];
     let running = fleet.spawn_as(config);
     let mut attached = fleet.next_attached().await;
     assert_eq!(attached.hello.worker_name, "d0");
