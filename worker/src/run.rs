@@ -276,6 +276,7 @@ impl Worker {
             counters: self.counters.clone(),
             load: parking_lot::Mutex::default(),
             leaving: self.leaving.subscribe(),
+            born: std::time::Instant::now(),
         }
     }
 
