@@ -593,7 +593,7 @@ impl State {
     ) -> Option<wire::StartJob> {
         let client = self.clients.get(&request)?;
         let forward = client.request.clone()?;
-        let left_ms = self.slo.ttft_ms - client.arrived.elapsed().as_secs_f64() * 1000.0;
+        let left_ms = self.slo.ttft_ms - client.timeline.arrived.elapsed().as_secs_f64() * 1000.0;
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
         let deadline_ms = left_ms.max(1.0) as u32;
         let (fenced, engine_handoff_params) = match handoff {
