@@ -19,9 +19,9 @@ use crate::{
     },
     value::{
         ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
-        ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name,
-        NotNegative, Port, Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes,
-        TransportName, Url,
+        ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes,
+        NameOrStart, NotNegative, Port, Positive, Program, Requirements, RoleName, Seconds, Text,
+        TokenBytes, TransportName, Url,
     },
 };
 
@@ -104,6 +104,8 @@ keys! {
         body_timeout_seconds => body_timeout: Seconds = ByDefault;
         /// A request with no first token after this time is answered with 504.
         first_token_timeout_seconds => first_token_timeout: Seconds = ByDefault;
+        /// After the order to stop (SIGTERM), open answers may go on for this time.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
         /// Open client connections; further ones wait to be accepted.
         max_connections => max_connections: Count = ByDefault;
     }
@@ -163,12 +165,22 @@ keys! {
 keys! {
     /// `[[worker]]`
     WORKER: WorkerConfig {
-        /// By which `--name` chooses it; unique in the cluster.
-        name => name: Name = Required("\"prefill-0\"");
+        /// By which `--name` chooses it; unique in the cluster. One that ends in "*" stands for any
+        /// number of workers, each with a `--name` that begins like it and an `--advertise` of its own.
+        name => name: NameOrStart = Required("\"prefill-0\"");
         /// "prefill" or "decode": the pool that it starts in.
         role => role: RoleName = Required("\"prefill\"");
         /// HOST:PORT of each coordinator's workers_listen. Default: the coordinator of this file.
         coordinators => coordinators: HostPorts = Optional("[\"127.0.0.1:7000\"]");
+        /// Those are names of which every address is a coordinator (Kubernetes' headless Services). They
+        /// are looked up again every 5 s.
+        every_address => every_address: Flag = ByDefault;
+        /// Where probes are answered over HTTP: /health while the process runs, /ready while the worker
+        /// can be given requests.
+        health_listen => health_listen: Maybe<Address> = Optional("\"127.0.0.1:7200\"");
+        /// After the order to stop (SIGTERM) the worker takes nothing new; what it has may go on for
+        /// this time.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
     }
 }
 
@@ -210,6 +222,8 @@ keys! {
     SIM: SimConfig {
         /// Name that requests give for the model.
         model => model: Text = ByDefault;
+        /// Of the model's weights. Workers of different revisions never hand over to each other.
+        revision => revision: Maybe<Text> = Optional("\"2026-11\"");
         /// Longest prompt plus output.
         max_model_tokens => max_model_tokens: Count = ByDefault;
         /// Tokens of one KV block.
@@ -395,6 +409,9 @@ pub(crate) fn blank_worker() -> WorkerConfig {
         name: String::new(),
         role: Role::Prefill,
         coordinators: Vec::new(),
+        every_address: false,
+        health_listen: None,
+        drain_timeout: Duration::from_secs(30),
         tls: None,
         engine: EngineConfig::Sim(SimConfig::default()),
         arena: ArenaConfig::default(),

@@ -41,8 +41,6 @@ use tracing::info;
 pub use crate::balancing::{Replicas, ScaleError};
 use crate::{admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell};
 
-/// How long open answers may go on after the order to stop.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// What operators, their pages and their scripts hold open; further ones wait.
 const ADMIN_CONNECTIONS: usize = 64;
 /// A stranger who connects and says nothing holds no socket for longer.
@@ -86,6 +84,7 @@ pub async fn run_with(
         None => None,
     };
     let limits = coordinator.limits;
+    let drain_timeout = limits.drain_timeout;
     let defaults = Settings::default();
     let settings = Settings {
         first_token_timeout: limits.first_token_timeout,
@@ -153,7 +152,7 @@ pub async fn run_with(
             };
             tokio::select! {
                 ended = &mut fleet => ended?,
-                _ = tokio::time::timeout(DRAIN_TIMEOUT, drained) => {}
+                _ = tokio::time::timeout(drain_timeout, drained) => {}
             }
             shell.close();
             // The last words leave.

@@ -260,6 +260,14 @@ impl Shell {
         state.handoffs.worker_gone(worker);
     }
 
+    pub(crate) fn worker_leaves(&self, worker: WorkerKey) {
+        let mut state = self.state.lock();
+        if let Some(view) = state.core.worker(worker) {
+            info!(worker = view.description.name, role = %view.description.role, "worker leaves");
+        }
+        self.tell_core(&mut state, Event::Drain { worker }, None);
+    }
+
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);

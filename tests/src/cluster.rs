@@ -32,6 +32,7 @@ pub struct ClusterBuilder {
     arena_toml: String,
     balancer_toml: String,
     tls: Option<TlsPem>,
+    drain_timeout_seconds: u32,
     ready: bool,
 }
 
@@ -94,6 +95,7 @@ impl ClusterBuilder {
                 .into(),
             balancer_toml: String::new(),
             tls: None,
+            drain_timeout_seconds: 1,
             ready: true,
         }
     }
@@ -144,6 +146,12 @@ impl ClusterBuilder {
     /// Mutual TLS between coordinator and workers, who all show this one certificate.
     pub fn tls(mut self, pem: TlsPem) -> Self {
         self.tls = Some(pem);
+        self
+    }
+
+    /// How long a worker that is told to stop goes on with what it has.
+    pub fn drain_timeout_seconds(mut self, seconds: u32) -> Self {
+        self.drain_timeout_seconds = seconds;
         self
     }
 
@@ -224,6 +232,7 @@ impl ClusterBuilder {
         for (index, (name, role)) in workers.iter().enumerate() {
             let [transfer_port, engine_port] = ports[name];
             writeln!(toml, "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"")?;
+            writeln!(toml, "drain_timeout_seconds = {}", self.drain_timeout_seconds)?;
             writeln!(toml, "[worker.transfer]\nlisten = \"127.0.0.1:{transfer_port}\"")?;
             if let Engine::Vllm { installation, arguments } = &self.engine {
                 let socket = directory.join(format!("{name}.sock"));

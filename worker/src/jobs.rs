@@ -54,6 +54,7 @@ impl Jobs {
         let (life, outbox) = (self.life.clone(), self.outbox.clone());
         let task = async move {
             let _entry = entry;
+            let _open = life.counters.jobs_open.one();
             run(start, &life, &outbox).await;
         };
         running.insert(job, tokio::spawn(task.instrument(span)).abort_handle());

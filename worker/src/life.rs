@@ -6,6 +6,7 @@ use baton_transfer::Ledger;
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin};
 use bytes::Bytes;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::{counters::Counters, handoff::Handoffs, role::RoleKeeper};
 
@@ -19,6 +20,8 @@ pub(crate) struct Life {
     pub(crate) description: EngineDescription,
     pub(crate) counters: Arc<Counters>,
     pub(crate) load: Mutex<EngineLoad>,
+    /// Turns true when this worker takes nothing new.
+    pub(crate) leaving: watch::Receiver<bool>,
     pub(crate) born: Instant,
 }
 

@@ -264,7 +264,7 @@ fn arena_layout(config: &SimConfig, arena: &ArenaConfig) -> Result<ArenaLayout, 
 fn compatibility(config: &SimConfig, layout: ArenaLayout) -> Compatibility {
     Compatibility {
         model: config.model.clone(),
-        revision: String::new(),
+        revision: config.revision.clone().unwrap_or_default(),
         kv_dtype: "sim".to_owned(),
         kv_layout: "token-major".to_owned(),
         block_size_tokens: config.block_size_tokens,

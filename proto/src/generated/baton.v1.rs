@@ -2,7 +2,7 @@
 /// First a Hello, then the others in any order.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WorkerFrame {
-    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3, 4, 5")]
     pub frame: ::core::option::Option<worker_frame::Frame>,
 }
 /// Nested message and enum types in `WorkerFrame`.
@@ -17,8 +17,13 @@ pub mod worker_frame {
         Report(super::Report),
         #[prost(message, tag = "4")]
         KvEvents(super::KvEvents),
+        #[prost(message, tag = "5")]
+        Leaving(super::Leaving),
     }
 }
+/// This worker was told to stop: it finishes what it has and takes nothing new.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Leaving {}
 /// First a Welcome or a Refusal, then Commands; last a Refusal, where another worker took the name.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CoordinatorFrame {
