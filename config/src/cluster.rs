@@ -206,6 +206,8 @@ pub struct VllmConfig {
     pub engine_handoff: bool,
     /// How long the engine may take until it serves.
     pub start_timeout: Duration,
+    /// Step times (JSON) to begin with.
+    pub profile: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -214,8 +216,9 @@ pub enum VllmSource {
     Url(String),
     /// Started and stopped by the worker.
     Command {
-        /// Program and arguments; the worker adds `--port`, `--host 127.0.0.1` and
-        /// `--kv-transfer-config`.
+        /// Program and arguments. The worker adds `--port` and `--host 127.0.0.1`; with a
+        /// `connector_socket` `--kv-transfer-config` and `--scheduler-cls`; and, like the last one
+        /// where the command does not say otherwise, `--scheduling-policy` and `--kv-events-config`.
         command: Vec<String>,
         environment: BTreeMap<String, String>,
         /// Loopback port that vLLM shall serve on.

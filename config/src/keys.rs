@@ -234,8 +234,11 @@ keys! {
     VLLM: VllmKeys {
         /// A vLLM that is already running. Either this, or command and port.
         url => url: Maybe<Url> = Optional("\"http://127.0.0.1:8100\"");
-        /// A vLLM that the worker starts and stops: program and arguments. The worker adds --host,
-        /// --port and --kv-transfer-config.
+        /// A vLLM that the worker starts and stops: program and arguments. The worker adds --host and
+        /// --port, and with a connector_socket --kv-transfer-config; also, where the command does not
+        /// say otherwise, --kv-events-config, --scheduling-policy priority and, with a
+        /// connector_socket, --scheduler-cls: requests are served by their deadlines, and a step takes
+        /// in as much of a prompt as [slo] itl_ms leaves beside its decodes.
         command => command: Maybe<Program> =
             Optional("[\"/opt/vllm/bin/vllm\", \"serve\", \"/models/llama\"]");
         /// Loopback port that the started vLLM serves on.
@@ -252,6 +255,9 @@ keys! {
         engine_handoff => engine_handoff: Flag = ByDefault;
         /// How long the engine may take until it serves.
         start_timeout_seconds => start_timeout: Seconds = ByDefault;
+        /// Step times (JSON, as `baton profile` writes them) to begin with; from then on they are
+        /// learnt. Without them they are not known before the first steps.
+        profile => profile: Maybe<ExistingFile> = Optional("\"profile.json\"");
     }
 }
 
@@ -276,6 +282,7 @@ pub(crate) struct VllmKeys {
     pub(crate) connector_socket: Option<PathBuf>,
     pub(crate) engine_handoff: bool,
     pub(crate) start_timeout: Duration,
+    pub(crate) profile: Option<PathBuf>,
 }
 
 impl Default for VllmKeys {
@@ -288,6 +295,7 @@ impl Default for VllmKeys {
             connector_socket: None,
             engine_handoff: false,
             start_timeout: Duration::from_secs(600),
+            profile: None,
         }
     }
 }
@@ -302,6 +310,7 @@ impl From<&EngineConfig> for EngineKeys {
             connector_socket: vllm.connector_socket.clone(),
             engine_handoff: vllm.engine_handoff,
             start_timeout: vllm.start_timeout,
+            profile: vllm.profile.clone(),
             ..VllmKeys::default()
         };
         match &vllm.source {
@@ -359,6 +368,7 @@ impl From<EngineKeys> for Option<EngineConfig> {
             connector_socket: keys.connector_socket,
             engine_handoff: keys.engine_handoff,
             start_timeout: keys.start_timeout,
+            profile: keys.profile,
         }))
     }
 }

@@ -109,6 +109,7 @@ fn what_the_sample_shows_as_default_is_the_default() {
         connector_socket: None,
         engine_handoff: false,
         start_timeout: Duration::from_secs(600),
+        profile: None,
     });
     assert_eq!(parse(&file).workers[0].engine, expected);
     assert!(keys > 20, "only {keys} defaults found in the sample");
@@ -211,6 +212,7 @@ fn engine() -> impl Strategy<Value = EngineConfig> {
             connector_socket: socket,
             engine_handoff,
             start_timeout,
+            profile: None,
         })
     });
     prop_oneof![sim, vllm]

@@ -54,6 +54,7 @@ pub(crate) struct State {
     engine_handoffs: HashMap<JobId, Bytes>,
     handoffs: HandoffMatrix,
     pub(crate) journal: Journal,
+    slo: SloConfig,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -154,6 +155,7 @@ impl Shell {
                 engine_handoffs: HashMap::new(),
                 handoffs: HandoffMatrix::default(),
                 journal: Journal::default(),
+                slo,
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
@@ -170,6 +172,12 @@ impl Shell {
     /// The core's time.
     pub(crate) fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
+    #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
+    pub(crate) fn itl_target_ms(&self) -> f32 {
+        self.state.lock().slo.itl_ms as f32
     }
 
     /// Takes a request in and sets its legs going.
@@ -575,7 +583,11 @@ impl State {
         leg: Leg,
         handoff: Option<HandoffPlan>,
     ) -> Option<wire::StartJob> {
-        let forward = self.clients.get(&request)?.request.clone()?;
+        let client = self.clients.get(&request)?;
+        let forward = client.request.clone()?;
+        let left_ms = self.slo.ttft_ms - client.arrived.elapsed().as_secs_f64() * 1000.0;
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
+        let deadline_ms = left_ms.max(1.0) as u32;
         let (fenced, engine_handoff_params) = match handoff {
             None | Some(HandoffPlan::Engine { prefill: None }) => (None, Bytes::new()),
             Some(HandoffPlan::Engine { prefill: Some(prefill) }) => {
@@ -599,6 +611,7 @@ impl State {
             body: forward.body,
             handoff: fenced,
             engine_handoff_params,
+            deadline_ms,
         })
     }
 }

@@ -28,6 +28,7 @@ pub struct ClusterBuilder {
     decode: usize,
     engine: Engine,
     coordinator_toml: String,
+    slo_toml: String,
     arena_toml: String,
     balancer_toml: String,
     tls: Option<TlsPem>,
@@ -86,6 +87,7 @@ impl ClusterBuilder {
             decode: 1,
             engine,
             coordinator_toml: String::new(),
+            slo_toml: String::new(),
             // Beside the configuration, so that a killed worker's goes with it; smaller than some
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
@@ -130,6 +132,12 @@ impl ClusterBuilder {
     /// Keys of `[balancer]`.
     pub fn balancer(mut self, keys: &str) -> Self {
         self.balancer_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[slo]`.
+    pub fn slo(mut self, keys: &str) -> Self {
+        self.slo_toml = keys.to_owned();
         self
     }
 
@@ -202,9 +210,9 @@ impl ClusterBuilder {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\
+             [coordinator.limits]\n{}\n\n[slo]\n{}\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\
              token_file = \"admin.token\"\n\n[arena]\n{}\n\n",
-            self.coordinator_toml, self.arena_toml
+            self.coordinator_toml, self.slo_toml, self.arena_toml
         );
         writeln!(toml, "[balancer]\n{}\n", self.balancer_toml)?;
         if let Some(tls) = &self.tls {

@@ -106,6 +106,9 @@ async fn serve(
     outbox: Outbox,
     mut served: Served,
 ) -> Result<std::convert::Infallible, AttachError> {
+    if let Some(pacing) = life.engine.pacing() {
+        pacing.set_itl_target_ms(welcome.itl_target_ms.into());
+    }
     let jobs = Jobs::new(life.clone(), outbox.clone());
     let every = Duration::from_millis(u64::from(welcome.report_interval_ms.max(10)));
     let mut kv_events = KvTelling::new(life);

@@ -1,7 +1,7 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
-use baton_proto::{Hello, KvCache, Peer, Report};
+use baton_proto::{Hello, KvCache, Peer, Report, StepModel};
 use baton_transfer::Ledger;
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin};
 use bytes::Bytes;
@@ -19,6 +19,7 @@ pub(crate) struct Life {
     pub(crate) description: EngineDescription,
     pub(crate) counters: Arc<Counters>,
     pub(crate) load: Mutex<EngineLoad>,
+    pub(crate) born: Instant,
 }
 
 /// How this engine's KV can get to others.
@@ -70,6 +71,12 @@ impl Life {
         self.counters.jobs_running.get() == 0 && handoffs_open == 0
     }
 
+    /// A time so many milliseconds from now, on this life's own clock.
+    pub(crate) fn due_ms(&self, in_ms: u32) -> i64 {
+        let now_ms = i64::try_from(self.born.elapsed().as_millis()).unwrap_or(i64::MAX);
+        now_ms.saturating_add(in_ms.into())
+    }
+
     pub(crate) fn hello(&self) -> Hello {
         let mut hello = Hello {
             protocol_version: baton_proto::PROTOCOL_VERSION,
@@ -84,6 +91,11 @@ impl Life {
                 block_size_tokens: cache.block_size_tokens,
                 adapters: self.description.adapters.clone(),
             }),
+            step_model: self
+                .engine
+                .pacing()
+                .and_then(|pacing| pacing.cold_start())
+                .map(|model| StepModel::fitted(&model, 0)),
             ..Hello::default()
         };
         match &self.kv {
@@ -121,6 +133,11 @@ impl Life {
                 .engine
                 .kv_cache()
                 .map_or(0, |cache| cache.log.len() as u64),
+            step_model: self
+                .engine
+                .pacing()
+                .and_then(|pacing| pacing.fitted())
+                .map(|(model, samples)| StepModel::fitted(&model, samples)),
             ..Report::default()
         };
         if let KvSide::Fenced(fenced) = &self.kv {

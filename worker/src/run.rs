@@ -259,6 +259,7 @@ impl Worker {
             description: description.clone(),
             counters: self.counters.clone(),
             load: parking_lot::Mutex::default(),
+            born: std::time::Instant::now(),
         }
     }
 

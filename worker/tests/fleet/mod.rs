@@ -20,7 +20,10 @@ pub async fn timeout<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.expect("within a minute")
 }
 
-struct Service(mpsc::Sender<Attached>);
+struct Service {
+    attached: mpsc::Sender<Attached>,
+    itl_target_ms: f32,
+}
 
 #[tonic::async_trait]
 impl fleet_server::Fleet for Service {
@@ -30,11 +33,13 @@ impl fleet_server::Fleet for Service {
         &self,
         request: Request<Streaming<WorkerFrame>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
+        let itl_target_ms = self.itl_target_ms;
         let mut stream = request.into_inner();
         let first = stream.message().await?.and_then(|frame| frame.frame);
         let Some(worker_frame::Frame::Hello(hello)) = first else { panic!("{first:?}") };
         let (commands, receiver) = mpsc::channel(16);
-        let welcome = coordinator_frame::Frame::Welcome(Welcome { report_interval_ms: 20 });
+        let welcome =
+            coordinator_frame::Frame::Welcome(Welcome { report_interval_ms: 20, itl_target_ms });
         commands.send(Ok(CoordinatorFrame { frame: Some(welcome) })).await.unwrap();
         let (events_in, events) = mpsc::unbounded_channel();
         let (reports_in, reports) = tokio::sync::watch::channel(Report::default());
@@ -49,13 +54,14 @@ impl fleet_server::Fleet for Service {
                     Some(worker_frame::Frame::Report(report)) => {
                         reports_in.send_replace(report);
                     }
+                    // What the engine's prefix cache holds.
                     Some(worker_frame::Frame::KvEvents(_)) => {}
                     other => panic!("{other:?}"),
                 }
             }
         });
         let attached = Attached { hello, commands: Some(commands), events, reports };
-        self.0.send(attached).await.map_err(|_| Status::cancelled("the test is over"))?;
+        self.attached.send(attached).await.map_err(|_| Status::cancelled("the test is over"))?;
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 }
@@ -176,11 +182,17 @@ impl Running {
 
 impl Fleet {
     pub async fn start() -> Self {
+        Self::start_with_target(0.0).await
+    }
+
+    /// Whose workers are told a time between two tokens.
+    pub async fn start_with_target(itl_target_ms: f32) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (sender, attached) = mpsc::channel(4);
+        let service = Service { attached: sender, itl_target_ms };
         let server = tonic::transport::Server::builder()
-            .add_service(fleet_server::FleetServer::new(Service(sender)))
+            .add_service(fleet_server::FleetServer::new(service))
             .serve_with_incoming(TcpListenerStream::new(listener));
         let server = tokio::spawn(async move { server.await.unwrap() });
         Self { dir: tempfile::tempdir().unwrap(), address, attached, server }
