@@ -262,6 +262,59 @@ fn up_serves_a_chat_and_leaves_nothing_behind_at_ctrl_c() {
 }
 
 #[test]
+fn operators_see_and_order_what_up_started() {
+    let mut up = Up::start(&["--decode", "2"]);
+    let line = up.line_with("  baton top --admin ");
+    let access: Vec<&str> = line.split_whitespace().skip(2).collect();
+    let run = |arguments: &[&str]| {
+        let mut command = baton(&[arguments, &access].concat());
+        command.env_remove("BATON_ADMIN_TOKEN");
+        output(command)
+    };
+    let said = |arguments: &[&str]| {
+        let output = run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        text(&output.stdout)
+    };
+    let status = said(&["status"]);
+    assert!(status.contains("disaggregated · 1 prefill and 2 decode workers"), "{status}");
+    assert_eq!(status.lines().filter(|line| line.contains(" ready ")).count(), 3, "{status}");
+
+    // Nothing runs there, so it has drained at once.
+    assert_eq!(said(&["drain", "decode-1"]), "decode-1 is drained\n");
+    assert_eq!(said(&["mode", "aggregated"]), "the mode is aggregated\n");
+    let json: serde_json::Value = serde_json::from_str(&said(&["status", "--json"])).unwrap();
+    assert_eq!(
+        (&json["mode"], &json["workers"][1]["state"]),
+        (&"aggregated".into(), &"drained".into())
+    );
+    assert_eq!(said(&["drain", "decode-1", "--undrain"]), "decode-1 is ready\n");
+
+    let refused = |arguments: &[&str], says: &str| {
+        let output = run(arguments);
+        assert!(!output.status.success() && text(&output.stderr).contains(says), "{output:?}");
+    };
+    refused(&["drain", "decode-7"], "attached are decode-0, decode-1, prefill-0");
+    refused(&["mode", "split"], "\"aggregated\", \"disaggregated\" or \"adaptive\"");
+    refused(&["top"], "baton status --watch writes lines");
+    let wrong = up.directory.path().join("wrong.token");
+    fs::write(&wrong, "0123456789abcdef").unwrap();
+    let wrong = wrong.to_str().unwrap();
+    let output = output(baton(&["status", access[0], access[1], "--token-file", wrong]));
+    assert!(text(&output.stderr).contains("does not take this token"), "{output:?}");
+}
+
+#[test]
+fn shells_complete_its_words() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = output(baton(&["completions", shell]));
+        assert!(output.status.success());
+        let script = text(&output.stdout);
+        assert!(script.contains("transfer-check") && script.contains("undrain"), "{shell}");
+    }
+}
+
+#[test]
 fn nothing_outlives_an_up_that_was_killed() {
     let mut up = Up::start(&[]);
     up.address();

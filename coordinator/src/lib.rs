@@ -17,6 +17,7 @@ mod metrics;
 mod prefixes;
 mod prompt;
 mod shell;
+mod spans;
 mod timeline;
 
 use std::{
@@ -36,7 +37,9 @@ use tokio::net::TcpListener;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming};
 use tracing::info;
 
-use crate::{admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell};
+use crate::{
+    admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell, spans::Tracer,
+};
 
 /// How long open answers may go on after the order to stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -53,6 +56,8 @@ pub enum CoordinatorError {
     Tls { path: PathBuf, source: io::Error },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
+    #[error("telemetry.otlp_endpoint: {0}")]
+    Telemetry(#[from] opentelemetry_otlp::ExporterBuildError),
     #[error(transparent)]
     AdminToken(#[from] admin::TokenError),
     #[error("the worker listener ended: {0}")]
@@ -77,7 +82,8 @@ pub async fn run(
     let settings =
         Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
-    let shell = Shell::new(settings, config.slo, limits.max_unread_bytes);
+    let tracer = Tracer::open(&config.telemetry)?;
+    let shell = Shell::new(settings, config.slo, limits.max_unread_bytes).traced(tracer);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let mut server = Server::builder()
@@ -137,6 +143,10 @@ pub async fn run(
         }
     }
     ticks.abort();
+    if let Some(tracer) = shell.tracer.clone() {
+        // It waits for its own thread, whose connection this one drives.
+        let _ = tokio::task::spawn_blocking(move || tracer.close()).await;
+    }
     admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
 }

@@ -7,6 +7,7 @@ mod browser;
 mod cluster;
 mod metrics;
 mod process;
+mod prometheus;
 mod vllm;
 
 pub use answers::{Answer, StreamEvent, read_events, streamed_text};
@@ -14,4 +15,5 @@ pub use browser::{Browser, chromium_or_skip};
 pub use cluster::{ADMIN_TOKEN, Cluster, ClusterBuilder, TlsPem};
 pub use metrics::Metrics;
 pub use process::baton;
+pub use prometheus::{Prometheus, prometheus_or_skip};
 pub use vllm::{VllmInstallation, vllm_or_skip};

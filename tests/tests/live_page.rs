@@ -20,12 +20,14 @@ fn nothing_overflows(browser: &mut Browser, name: &str) {
             "[...document.querySelectorAll('body *')].filter((element) => {
                if (element.closest('.scroll, dialog, svg, .track, .gauge')) return false;
                const box = element.getBoundingClientRect();
-               return box.width > 0 && (box.right > innerWidth + 1 || box.left < -1);
+               return box.width > 0 && (box.right > document.documentElement.clientWidth + 1 || box.left < -1);
              }).map((element) => element.outerHTML.slice(0, 120))",
         )
         .unwrap();
     assert_eq!(wide, json!([]), "{name}");
-    let scrolls = browser.evaluate("document.scrollingElement.scrollWidth > innerWidth").unwrap();
+    let scrolls = browser
+        .evaluate("document.scrollingElement.scrollWidth > document.documentElement.clientWidth")
+        .unwrap();
     assert_eq!(scrolls, false, "{name}");
 }
 

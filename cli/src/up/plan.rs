@@ -13,7 +13,7 @@ use std::{
 use anyhow::Context as _;
 use baton_config::{
     AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-    SimConfig, SloConfig, TransferConfig, WorkerConfig,
+    SimConfig, SloConfig, TelemetryConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -102,6 +102,7 @@ pub(super) fn plan(
         },
         slo: SloConfig::default(),
         admin: Some(admin.clone()),
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers,

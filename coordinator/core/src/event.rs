@@ -72,7 +72,7 @@ pub enum Action {
     /// The answer is complete.
     Finish { request: RequestKey },
     /// A leg failed: for the record.
-    Blame { leg: Leg, fault: Fault },
+    Blame { request: RequestKey, leg: Leg, fault: Fault },
     /// A worker of this name attached anew: end the stream of its former self.
     Disconnect { worker: WorkerKey },
 }
