@@ -7,6 +7,7 @@ use baton_types::Role;
 pub struct ClusterConfig {
     pub coordinator: CoordinatorConfig,
     pub slo: SloConfig,
+    pub balancer: BalancerConfig,
     /// Absent: nobody can look in or intervene.
     pub admin: Option<AdminConfig>,
     pub telemetry: TelemetryConfig,
@@ -69,6 +70,54 @@ pub struct SloConfig {
 impl Default for SloConfig {
     fn default() -> Self {
         Self { ttft_ms: 2000.0, itl_ms: 50.0 }
+    }
+}
+
+/// Pools that follow the load.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BalancerConfig {
+    pub actuator: BalancerActuator,
+    /// No flip leaves fewer workers in a pool.
+    pub min_prefill: u32,
+    pub min_decode: u32,
+    /// How long a worker stays where a flip brought it, and how long no flip takes back another's.
+    pub dwell: Duration,
+    /// A worker that was told to change its role and still has requests after this time stays.
+    pub drain_timeout: Duration,
+}
+
+impl Default for BalancerConfig {
+    fn default() -> Self {
+        Self {
+            actuator: BalancerActuator::Flip,
+            min_prefill: 1,
+            min_decode: 1,
+            dwell: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(120),
+        }
+    }
+}
+
+/// What becomes of the balancer's advice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BalancerActuator {
+    /// Workers change their role, and replicas are asked for where somebody can give them.
+    Flip,
+    /// It is told in the log and in the metrics.
+    Advise,
+    /// There is none.
+    Off,
+}
+
+impl BalancerActuator {
+    pub const ALL: [Self; 3] = [Self::Flip, Self::Advise, Self::Off];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Flip => "flip",
+            Self::Advise => "advise",
+            Self::Off => "off",
+        }
     }
 }
 
@@ -173,6 +222,8 @@ pub struct VllmConfig {
     pub engine_handoff: bool,
     /// How long the engine may take until it serves.
     pub start_timeout: Duration,
+    /// Step times (JSON) to begin with.
+    pub profile: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -181,8 +232,9 @@ pub enum VllmSource {
     Url(String),
     /// Started and stopped by the worker.
     Command {
-        /// Program and arguments; the worker adds `--port`, `--host 127.0.0.1` and
-        /// `--kv-transfer-config`.
+        /// Program and arguments. The worker adds `--port` and `--host 127.0.0.1`; with a
+        /// `connector_socket` `--kv-transfer-config` and `--scheduler-cls`; and, like the last one
+        /// where the command does not say otherwise, `--scheduling-policy` and `--kv-events-config`.
         command: Vec<String>,
         environment: BTreeMap<String, String>,
         /// Loopback port that vLLM shall serve on.

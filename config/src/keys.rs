@@ -13,15 +13,15 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-        SimConfig, SloConfig, TelemetryConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource,
-        WorkerConfig,
+        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+        LimitsConfig, SimConfig, SloConfig, TelemetryConfig, TlsConfig, TransferConfig, VllmConfig,
+        VllmSource, WorkerConfig,
     },
     value::{
-        Address, AnyBytes, Codec, Count, Environment, ExistingDirectory, ExistingFile, FilePath,
-        FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative, Port,
-        Positive, Program, Ratio, Requirements, RoleName, Seconds, Text, TokenBytes, TransportName,
-        Url,
+        ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
+        ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name,
+        NotNegative, Port, Positive, Program, Ratio, Requirements, RoleName, Seconds, Text,
+        TokenBytes, TransportName, Url,
     },
 };
 
@@ -116,6 +116,24 @@ keys! {
         ttft_ms => ttft_ms: Positive = ByDefault;
         /// Time between two tokens, in milliseconds.
         itl_ms => itl_ms: Positive = ByDefault;
+    }
+}
+
+keys! {
+    /// `[balancer]`
+    BALANCER: BalancerConfig {
+        /// "flip": workers go over to the pool that needs them. "advise": it is only said, in log and
+        /// metrics, which should. "off".
+        actuator => actuator: ActuatorName = ByDefault;
+        /// No flip leaves fewer prefill workers.
+        min_prefill => min_prefill: Count = ByDefault;
+        /// No flip leaves fewer decode workers.
+        min_decode => min_decode: Count = ByDefault;
+        /// A worker that changed its pool stays there for so long, and so long no other goes the way
+        /// back.
+        dwell_seconds => dwell: Seconds = ByDefault;
+        /// A worker that was told to change its pool, and still has requests after this time, stays.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
     }
 }
 
@@ -226,8 +244,11 @@ keys! {
     VLLM: VllmKeys {
         /// A vLLM that is already running. Either this, or command and port.
         url => url: Maybe<Url> = Optional("\"http://127.0.0.1:8100\"");
-        /// A vLLM that the worker starts and stops: program and arguments. The worker adds --host,
-        /// --port and --kv-transfer-config.
+        /// A vLLM that the worker starts and stops: program and arguments. The worker adds --host and
+        /// --port, and with a connector_socket --kv-transfer-config; also, where the command does not
+        /// say otherwise, --kv-events-config, --scheduling-policy priority and, with a
+        /// connector_socket, --scheduler-cls: requests are served by their deadlines, and a step takes
+        /// in as much of a prompt as [slo] itl_ms leaves beside its decodes.
         command => command: Maybe<Program> =
             Optional("[\"/opt/vllm/bin/vllm\", \"serve\", \"/models/llama\"]");
         /// Loopback port that the started vLLM serves on.
@@ -244,6 +265,9 @@ keys! {
         engine_handoff => engine_handoff: Flag = ByDefault;
         /// How long the engine may take until it serves.
         start_timeout_seconds => start_timeout: Seconds = ByDefault;
+        /// Step times (JSON, as `baton profile` writes them) to begin with; from then on they are
+        /// learnt. Without them they are not known before the first steps.
+        profile => profile: Maybe<ExistingFile> = Optional("\"profile.json\"");
     }
 }
 
@@ -268,6 +292,7 @@ pub(crate) struct VllmKeys {
     pub(crate) connector_socket: Option<PathBuf>,
     pub(crate) engine_handoff: bool,
     pub(crate) start_timeout: Duration,
+    pub(crate) profile: Option<PathBuf>,
 }
 
 impl Default for VllmKeys {
@@ -280,6 +305,7 @@ impl Default for VllmKeys {
             connector_socket: None,
             engine_handoff: false,
             start_timeout: Duration::from_secs(600),
+            profile: None,
         }
     }
 }
@@ -294,6 +320,7 @@ impl From<&EngineConfig> for EngineKeys {
             connector_socket: vllm.connector_socket.clone(),
             engine_handoff: vllm.engine_handoff,
             start_timeout: vllm.start_timeout,
+            profile: vllm.profile.clone(),
             ..VllmKeys::default()
         };
         match &vllm.source {
@@ -351,6 +378,7 @@ impl From<EngineKeys> for Option<EngineConfig> {
             connector_socket: keys.connector_socket,
             engine_handoff: keys.engine_handoff,
             start_timeout: keys.start_timeout,
+            profile: keys.profile,
         }))
     }
 }
@@ -388,6 +416,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
     ClusterConfig {
         coordinator: blank_coordinator(),
         slo: SloConfig::default(),
+        balancer: BalancerConfig::default(),
         admin: None,
         telemetry: TelemetryConfig::default(),
         tls: None,

@@ -5,9 +5,9 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-    SimConfig, SloConfig, TelemetryConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
-    sample,
+    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+    LimitsConfig, SimConfig, SloConfig, TelemetryConfig, TransferConfig, VllmConfig, VllmSource,
+    WorkerConfig, sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -37,6 +37,7 @@ fn default_cluster() -> ClusterConfig {
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        balancer: BalancerConfig::default(),
         admin: None,
         telemetry: TelemetryConfig::default(),
         tls: None,
@@ -109,6 +110,7 @@ fn what_the_sample_shows_as_default_is_the_default() {
         connector_socket: None,
         engine_handoff: false,
         start_timeout: Duration::from_secs(600),
+        profile: None,
     });
     assert_eq!(parse(&file).workers[0].engine, expected);
     assert!(keys > 20, "only {keys} defaults found in the sample");
@@ -211,6 +213,7 @@ fn engine() -> impl Strategy<Value = EngineConfig> {
             connector_socket: socket,
             engine_handoff,
             start_timeout,
+            profile: None,
         })
     });
     prop_oneof![sim, vllm]

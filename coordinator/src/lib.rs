@@ -8,6 +8,7 @@
 //! Made for a current-thread runtime: a work-stealing one costs half as much again for each token.
 
 pub mod admin;
+mod balancing;
 mod client;
 mod fleet;
 mod handoffs;
@@ -26,17 +27,19 @@ use std::{
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
-use baton_config::{ClusterConfig, TlsConfig};
-use baton_core::Settings;
+use baton_config::{BalancerActuator, ClusterConfig, TlsConfig};
+use baton_core::{Settings, policy::Targets};
 use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
 use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming};
 use tracing::info;
 
+pub use crate::balancing::{Replicas, ScaleError};
 use crate::{
     admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell, spans::Tracer,
 };
@@ -69,6 +72,15 @@ pub async fn run(
     config: ClusterConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), CoordinatorError> {
+    run_with(config, None, shutdown).await
+}
+
+/// The same, with somebody who can give the pools more or fewer workers.
+pub async fn run_with(
+    config: ClusterConfig,
+    replicas: Option<Arc<dyn Replicas>>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), CoordinatorError> {
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
     let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
@@ -79,11 +91,20 @@ pub async fn run(
         None => None,
     };
     let limits = coordinator.limits;
-    let settings =
-        Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
+    let defaults = Settings::default();
+    let settings = Settings {
+        first_token_timeout: limits.first_token_timeout,
+        ttft: Duration::from_secs_f64(config.slo.ttft_ms / 1000.0),
+        targets: Targets { step_ms: config.slo.itl_ms, ..defaults.targets },
+        role_change_timeout: config.balancer.drain_timeout,
+        ..defaults
+    };
+    let balancer = config.balancer;
+    let balances = balancer.actuator != BalancerActuator::Off;
+    let balancing = balances.then(|| balancing::settings(&balancer));
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
     let tracer = Tracer::open(&config.telemetry)?;
-    let shell = Shell::new(settings, config.slo, limits.max_unread_bytes).traced(tracer);
+    let shell = Shell::new(settings, balancing, config.slo, limits.max_unread_bytes).traced(tracer);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let mut server = Server::builder()
@@ -122,11 +143,14 @@ pub async fn run(
         }
     });
 
+    let balancing = tokio::spawn(balancing::keep_balanced(shell.clone(), balancer, replicas));
+
     tokio::pin!(fleet);
     tokio::select! {
         ended = &mut fleet => ended?,
         () = shutdown => {
             front.abort();
+            balancing.abort();
             info!(open_requests = shell.requests_open(), "coordinator stops");
             let drained = async {
                 while shell.requests_open() > 0 {

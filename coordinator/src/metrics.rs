@@ -19,9 +19,10 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use self::catalogue::Catalogue;
+pub(crate) use self::catalogue::Catalogue;
 use crate::{
     admin::{BucketCount, Latency},
+    balancing::BalancerMetrics,
     shell::{Shell, WorkerStatus},
 };
 
@@ -169,6 +170,7 @@ pub(crate) struct Metrics {
     prompt_tokens: Family<LegLabels, Counter>,
     prefix_hit_tokens: Family<LegLabels, Counter>,
     kv_events_gaps: Counter,
+    pub(crate) balancer: BalancerMetrics,
     fleet: FleetMetrics,
 }
 
@@ -241,6 +243,7 @@ impl Metrics {
         let (prompt_tokens, prefix_hit_tokens) =
             (Family::<LegLabels, Counter>::default(), Family::<LegLabels, Counter>::default());
         let kv_events_gaps = Counter::default();
+        let balancer = BalancerMetrics::default();
         let fleet = FleetMetrics::default();
 
         let r = &mut catalogue;
@@ -310,6 +313,7 @@ impl Metrics {
             "Times that news of a worker's prefix cache were missed and asked for anew",
             kv_events_gaps.clone(),
         );
+        balancer.register(r);
         fleet.register(r);
         for (name, help, milliseconds) in [
             ("slo_ttft", "Target for TTFT, as configured", slo.ttft_ms),
@@ -342,6 +346,7 @@ impl Metrics {
             prompt_tokens,
             prefix_hit_tokens,
             kv_events_gaps,
+            balancer,
             fleet,
         }
     }

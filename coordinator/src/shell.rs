@@ -3,18 +3,22 @@
 
 mod operators;
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_config::SloConfig;
 use baton_core::{
-    Action, Core, Event, HandoffPlan, JobId, RequestKey, RequestShape, Route, Settings,
-    WorkerDescription, WorkerKey,
+    Action, AnnouncedChange, BalancerSettings, Core, Event, HandoffPlan, JobId, RequestKey,
+    RequestShape, Route, Settings, WorkerDescription, WorkerKey,
 };
 use baton_proto as wire;
 use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -43,15 +47,16 @@ pub(crate) struct Shell {
 }
 
 #[derive(Debug)]
-struct State {
-    core: Core,
+pub(crate) struct State {
+    pub(crate) core: Core,
     prefixes: Prefixes,
     clients: HashMap<RequestKey, Client>,
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
     handoffs: HandoffMatrix,
-    journal: Journal,
+    pub(crate) journal: Journal,
+    slo: SloConfig,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -135,16 +140,27 @@ impl Drop for InFlight {
 }
 
 impl Shell {
-    pub(crate) fn new(settings: Settings, slo: SloConfig, max_unread_bytes: u64) -> Self {
+    pub(crate) fn new(
+        settings: Settings,
+        balancing: Option<BalancerSettings>,
+        slo: SloConfig,
+        max_unread_bytes: u64,
+    ) -> Self {
+        let core = Core::new(settings);
+        let core = match balancing {
+            Some(balancing) => core.balanced(balancing),
+            None => core,
+        };
         Self {
             state: Arc::new(Mutex::new(State {
-                core: Core::new(settings),
+                core,
                 prefixes: Prefixes::default(),
                 clients: HashMap::new(),
                 links: HashMap::new(),
                 engine_handoffs: HashMap::new(),
                 handoffs: HandoffMatrix::default(),
                 journal: Journal::default(),
+                slo,
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
@@ -158,6 +174,21 @@ impl Shell {
     /// The same, with a trace of each request.
     pub(crate) fn traced(self, tracer: Option<Tracer>) -> Self {
         Self { tracer: tracer.map(Arc::new), ..self }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// The core's time.
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
+    #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
+    pub(crate) fn itl_target_ms(&self) -> f32 {
+        self.state.lock().slo.itl_ms as f32
     }
 
     /// Takes a request in and sets its legs going.
@@ -230,6 +261,7 @@ impl Shell {
         self.carry_out(&mut state, actions, None);
         state.links.insert(worker, attached);
         state.prefixes.worker_attached(worker, hello);
+        self.role_change(&mut state, worker, hello.role_change.as_ref());
         worker
     }
 
@@ -250,12 +282,22 @@ impl Shell {
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);
+        self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
+        self.role_change(&mut state, worker, report.role_change.as_ref());
         if let Some(attached) = state.links.get_mut(&worker) {
             attached.report = report;
             if is_unheard {
                 attached.link.restart_kv_events();
             }
         }
+    }
+
+    /// What a worker says of its role.
+    fn role_change(&self, state: &mut State, worker: WorkerKey, change: Option<&wire::RoleChange>) {
+        let change = change.and_then(|change| {
+            Some(AnnouncedChange { to: change.to().try_into().ok()?, number: change.number })
+        });
+        self.tell_core(state, Event::RoleChange { worker, change }, None);
     }
 
     /// What a worker says of its prefix cache.
@@ -390,7 +432,8 @@ impl Shell {
         if client.relaying.as_ref().is_none_or(|relaying| relaying.job != job) {
             return;
         }
-        client.tokens(event.tokens, now, &self.metrics);
+        let gap = client.tokens(event.tokens, now, &self.metrics);
+        state.core.tokens(job, event.tokens, gap);
         if client.answer.push(&event.payload).is_err() {
             if let Some(client) = state.clients.remove(&request) {
                 self.request_ended(state, &client, Outcome::TooSlow);
@@ -402,7 +445,7 @@ impl Shell {
         }
     }
 
-    fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
+    pub(crate) fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
         let mut actions = std::mem::take(&mut state.actions);
         state.core.handle(event, self.started.elapsed(), &mut actions);
         self.carry_out(state, actions, answer);
@@ -465,6 +508,19 @@ impl Shell {
                         }
                     }
                     self.metrics.leg_failed(leg, &fault);
+                }
+                Action::SetRole { worker, role } => {
+                    if let Some(view) = state.core.worker(worker) {
+                        info!(worker = view.description.name, %role, "worker is told its role");
+                    }
+                    if let Some(attached) = state.links.get(&worker) {
+                        attached.link.set_role(role);
+                    }
+                }
+                Action::Release { worker, change } => {
+                    if let Some(attached) = state.links.get(&worker) {
+                        attached.link.release(change);
+                    }
                 }
                 Action::Disconnect { worker } => {
                     if let Some(attached) = state.links.remove(&worker) {
@@ -560,6 +616,9 @@ impl State {
         if let Some(trace) = &client.trace {
             trace.passed_on(leg, &mut forward.headers);
         }
+        let left_ms = self.slo.ttft_ms - client.timeline.arrived.elapsed().as_secs_f64() * 1000.0;
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
+        let deadline_ms = left_ms.max(1.0) as u32;
         let (fenced, engine_handoff_params) = match handoff {
             None | Some(HandoffPlan::Engine { prefill: None }) => (None, Bytes::new()),
             Some(HandoffPlan::Engine { prefill: Some(prefill) }) => {
@@ -583,6 +642,7 @@ impl State {
             body: forward.body,
             handoff: fenced,
             engine_handoff_params,
+            deadline_ms,
         })
     }
 }
@@ -606,18 +666,25 @@ impl Client {
         }
     }
 
-    fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) {
-        let Some(relaying) = self.relaying.as_mut().filter(|_| tokens > 0) else { return };
+    /// Answers how long after those before them they came, where somebody could see that.
+    fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) -> Option<Duration> {
+        let relaying = self.relaying.as_mut().filter(|_| tokens > 0)?;
         metrics.tokens(relaying.path, tokens);
         // An answer that comes whole has no first token that anybody could see.
         match relaying.last_tokens.filter(|_| relaying.event_stream) {
-            Some(last) => metrics.gaps(relaying.path, now.duration_since(last), tokens),
+            Some(last) => {
+                let gap = now.duration_since(last);
+                metrics.gaps(relaying.path, gap, tokens);
+                relaying.last_tokens = Some(now);
+                return Some(gap);
+            }
             None if relaying.event_stream => {
                 metrics.first_token(relaying.path, now.duration_since(self.timeline.arrived));
             }
             None => {}
         }
         relaying.last_tokens = Some(now);
+        None
     }
 
     /// Says `error` in whatever way the answer still allows.

@@ -28,9 +28,11 @@ pub struct ClusterBuilder {
     decode: usize,
     engine: Engine,
     coordinator_toml: String,
+    slo_toml: String,
     arena_toml: String,
     tables_toml: String,
     log: Vec<String>,
+    balancer_toml: String,
     tls: Option<TlsPem>,
     ready: bool,
 }
@@ -87,12 +89,14 @@ impl ClusterBuilder {
             decode: 1,
             engine,
             coordinator_toml: String::new(),
+            slo_toml: String::new(),
             // Beside the configuration, so that a killed worker's goes with it; smaller than some
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
             tables_toml: String::new(),
             log: Vec::new(),
+            balancer_toml: String::new(),
             tls: None,
             ready: true,
         }
@@ -139,6 +143,18 @@ impl ClusterBuilder {
     /// Logs in JSON, what `filter` lets through.
     pub fn json_logs(mut self, filter: &str) -> Self {
         self.log = ["--log-format", "json", "--log", filter].map(str::to_owned).into();
+        self
+    }
+
+    /// Keys of `[balancer]`.
+    pub fn balancer(mut self, keys: &str) -> Self {
+        self.balancer_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[slo]`.
+    pub fn slo(mut self, keys: &str) -> Self {
+        self.slo_toml = keys.to_owned();
         self
     }
 
@@ -212,10 +228,11 @@ impl ClusterBuilder {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\
+             [coordinator.limits]\n{}\n\n[slo]\n{}\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\
              token_file = \"admin.token\"\n\n[arena]\n{}\n\n{}\n",
-            self.coordinator_toml, self.arena_toml, self.tables_toml
+            self.coordinator_toml, self.slo_toml, self.arena_toml, self.tables_toml
         );
+        writeln!(toml, "[balancer]\n{}\n", self.balancer_toml)?;
         if let Some(tls) = &self.tls {
             writeln!(toml, "{}", tls.write_to(&directory.join("tls"))?)?;
         }

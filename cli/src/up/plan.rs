@@ -12,8 +12,8 @@ use std::{
 
 use anyhow::Context as _;
 use baton_config::{
-    AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-    SimConfig, SloConfig, TelemetryConfig, TransferConfig, WorkerConfig,
+    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+    LimitsConfig, SimConfig, SloConfig, TelemetryConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -101,6 +101,7 @@ pub(super) fn plan(
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        balancer: BalancerConfig::default(),
         admin: Some(admin.clone()),
         telemetry: TelemetryConfig::default(),
         tls: None,

@@ -6,6 +6,7 @@ use axum::{
     response::{IntoResponse, Redirect, Response},
     routing::{get, post},
 };
+use baton_types::{ParseRoleError, Role};
 use http::{HeaderValue, Method, StatusCode, header};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -33,6 +34,7 @@ pub(crate) fn router(shell: Shell, token: AdminToken) -> Router {
         .route("/admin/mode", post(set_mode))
         .route("/admin/workers/{name}/drain", post(drain))
         .route("/admin/workers/{name}/undrain", post(undrain))
+        .route("/admin/workers/{name}/role", post(set_role))
         .route("/debug/transfer", get(transfer))
         .route("/metrics", get(metrics))
         .route_layer(middleware::from_fn_with_state(admin.clone(), only_with_token));
@@ -112,6 +114,29 @@ fn set_drains(admin: &Admin, worker: String, drains: bool) -> Result<Json<Worker
     Ok(Json(WorkerNow { worker, state }))
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RoleOrder {
+    role: String,
+}
+
+#[derive(Debug, Serialize)]
+struct RoleOrdered {
+    worker: String,
+    role: Role,
+}
+
+async fn set_role(
+    State(admin): State<Admin>,
+    Path(worker): Path<String>,
+    body: Bytes,
+) -> Result<Json<RoleOrdered>, AdminError> {
+    let order: RoleOrder = serde_json::from_slice(&body).map_err(AdminError::RoleBody)?;
+    let role: Role = order.role.parse()?;
+    admin.shell.set_role(&worker, role)?;
+    Ok(Json(RoleOrdered { worker, role }))
+}
+
 async fn no_such_path(method: Method, request: Request) -> AdminError {
     AdminError::NoSuchPath { method, path: request.uri().path().to_owned() }
 }
@@ -128,6 +153,10 @@ enum AdminError {
     Body(#[from] serde_json::Error),
     #[error(transparent)]
     Mode(#[from] UnknownMode),
+    #[error("the body is not {{\"role\": …}}: {0}")]
+    RoleBody(serde_json::Error),
+    #[error(transparent)]
+    Role(#[from] ParseRoleError),
     #[error(transparent)]
     Worker(#[from] UnknownWorker),
     #[error("there is no {method} {path} here")]
@@ -151,7 +180,8 @@ impl IntoResponse for AdminError {
     fn into_response(self) -> Response {
         let (status, code) = match self {
             Self::NoToken => (StatusCode::UNAUTHORIZED, "no_token"),
-            Self::Body(_) => (StatusCode::BAD_REQUEST, "invalid_body"),
+            Self::Body(_) | Self::RoleBody(_) => (StatusCode::BAD_REQUEST, "invalid_body"),
+            Self::Role(_) => (StatusCode::BAD_REQUEST, "unknown_role"),
             Self::Mode(_) => (StatusCode::BAD_REQUEST, "unknown_mode"),
             Self::Worker(_) => (StatusCode::NOT_FOUND, "unknown_worker"),
             Self::NoSuchPath { .. } => (StatusCode::NOT_FOUND, "no_such_path"),

@@ -1,5 +1,6 @@
 use std::{fmt::Write as _, fs};
 
+use baton_core::{Decision, PoolFigures, Reason, Verdict};
 use baton_types::{FaultKind, Origin, Role};
 
 use super::{catalogue::Row, *};
@@ -30,6 +31,14 @@ fn observed() -> (Metrics, String) {
     metrics.aggregated(AggregatedReason::OneToken);
     metrics.leg_failed(Leg::Decode, &Fault::new(Origin::Engine, FaultKind::Failed, "x"));
     metrics.prompt(Leg::Prefill, 100, 50);
+    metrics.balancer.decided(&Decision {
+        verdict: Verdict::Hold,
+        reason: Reason::Balanced,
+        prefill: PoolFigures::default(),
+        decode: PoolFigures::default(),
+    });
+    metrics.balancer.flip(Role::Prefill, "operator");
+    metrics.balancer.in_flight(0);
     let worker = WorkerStatus {
         name: "prefill-0".to_owned(),
         role: Role::Prefill,
@@ -139,7 +148,8 @@ A histogram has `_bucket`, `_sum` and `_count`.
 |---|---|
 | `path` | `disaggregated`, `aggregated`; `none`: it ended before a worker answered |
 | `outcome` | `ok`, `client_error` (4xx), `server_error` (5xx), `broken_off` (in the middle of its answer), `cancelled` (the client went away), `too_slow` (the client left too much unread) |
-| `reason` | why a request was not split: [http.md](http.md#what-is-not-split) |
+| `reason` | why a request was not split: [http.md](http.md#what-is-not-split); of the balancer, why it decided so |
+| `verdict`, `to` | what the balancer advised, and the role that a worker was told to take |
 | `leg` | `prefill`, `decode`, `aggregated` |
 | `origin`, `kind` | who is to blame for a leg's failure, and in which way |
 | `worker`, `role` | a worker's name, and `prefill` or `decode` |

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use baton_core::{Event, RequestKey, Route, WorkerKey, WorkerView};
 use baton_proto as wire;
+use baton_types::Role;
 use http::HeaderValue;
 use tracing::info;
 
@@ -129,13 +130,7 @@ impl Shell {
         drains: bool,
     ) -> Result<&'static str, UnknownWorker> {
         let mut state = self.state.lock();
-        let found = state.core.workers().find(|view| view.description.name == name);
-        let Some(worker) = found.map(|view| view.key) else {
-            let mut others: Vec<String> =
-                state.core.workers().map(|view| view.description.name.clone()).collect();
-            others.sort();
-            return Err(UnknownWorker { name: name.chars().take(128).collect(), others });
-        };
+        let worker = named(&state, name)?;
         let order = if drains { Event::Drain { worker } } else { Event::Undrain { worker } };
         self.tell_core(&mut state, order, None);
         let kind = if drains { "drain" } else { "undrain" };
@@ -144,6 +139,19 @@ impl Shell {
         let view = state.core.worker(worker);
         let report = state.links.get(&worker).map(|attached| &attached.report);
         Ok(view.zip(report).map_or("gone", |(view, report)| standing(&view, report)))
+    }
+
+    /// Orders a worker to the other pool, or back to its own where it is on its way. It finishes what
+    /// it has first.
+    pub(crate) fn set_role(&self, name: &str, role: Role) -> Result<(), UnknownWorker> {
+        let mut state = self.state.lock();
+        let worker = named(&state, name)?;
+        if state.core.worker(worker).is_some_and(|view| view.description.role != role) {
+            self.metrics.balancer.flip(role, "operator");
+        }
+        self.tell_core(&mut state, Event::SetRole { worker, role }, None);
+        state.journal.decided("role", name, format!("to {role}"), "operator");
+        Ok(())
     }
 
     /// A request is over: what it leaves behind. Words are made of it when somebody looks.
@@ -227,6 +235,16 @@ fn log_end(ended: &EndedRequest, outcome: Outcome) {
         Outcome::Ok => line!(debug),
         _ => line!(info),
     }
+}
+
+fn named(state: &State, name: &str) -> Result<WorkerKey, UnknownWorker> {
+    let found = state.core.workers().find(|view| view.description.name == name);
+    found.map(|view| view.key).ok_or_else(|| {
+        let mut others: Vec<String> =
+            state.core.workers().map(|view| view.description.name.clone()).collect();
+        others.sort();
+        UnknownWorker { name: name.chars().take(128).collect(), others }
+    })
 }
 
 /// How many requests are open, and the first of them to arrive.
@@ -319,7 +337,8 @@ fn worker_state(state: &State, view: &WorkerView<'_>, attached: &Attached) -> Wo
 }
 
 fn standing(view: &WorkerView<'_>, report: &wire::Report) -> &'static str {
-    match (view.drains, view.jobs_open, report.handoffs_open) {
+    let is_out = view.drains || view.changes_to.is_some();
+    match (is_out, view.jobs_open, report.handoffs_open) {
         (false, ..) => "ready",
         (true, 0, 0) => "drained",
         (true, ..) => "draining",
