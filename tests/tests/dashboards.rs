@@ -92,8 +92,13 @@ async fn every_expression_has_data_and_rules_see_what_they_are_for() {
     let checked = promtool.args(["check", "rules"]).arg(&rules).output().unwrap();
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
 
-    let mut cluster =
-        ClusterBuilder::sim().pools(1, 2).engine("time_scale = 0.05").start().await.unwrap();
+    let mut cluster = ClusterBuilder::sim()
+        .pools(1, 3)
+        .engine("time_scale = 0.05")
+        .balancer("actuator = \"advise\"")
+        .start()
+        .await
+        .unwrap();
     let prometheus = Prometheus::start(&programs, cluster.address(), &rules).await.unwrap();
     load(&cluster, 0).await;
     // A leg that fails, once Prometheus knows that there were none.
@@ -106,6 +111,12 @@ async fn every_expression_has_data_and_rules_see_what_they_are_for() {
     cluster.kill(&decode);
     let _ = broken.text().await;
     cluster.start_process(&decode).unwrap();
+
+    // A worker that goes over to the other pool.
+    let spare = if decode == "decode-2" { "decode-1" } else { "decode-2" };
+    let role = format!("/admin/workers/{spare}/role");
+    let ordered = cluster.admin_post(&role, &json!({"role": "prefill"})).await;
+    assert_eq!(ordered.status, 200, "{}", ordered.text);
 
     let expressions = dashboard();
     assert!(expressions.len() > 30, "{}", expressions.len());
@@ -130,6 +141,7 @@ async fn every_expression_has_data_and_rules_see_what_they_are_for() {
     }
 
     cluster.terminate("prefill-0").unwrap();
+    cluster.terminate(spare).unwrap();
     is_pending_or_fires(&prometheus, "BatonPoolEmpty").await;
     cluster.kill("coordinator");
     is_pending_or_fires(&prometheus, "BatonCoordinatorDown").await;
