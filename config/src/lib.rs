@@ -17,8 +17,8 @@ mod write;
 pub use choose::NoSuchWorker;
 pub use cluster::{
     AdminConfig, ArenaConfig, BalancerActuator, BalancerConfig, ClusterConfig, CoordinatorConfig,
-    EngineConfig, LimitsConfig, Requirement, SimConfig, SloConfig, TlsConfig, TransferConfig,
-    TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+    EngineConfig, LimitsConfig, Requirement, SimConfig, SloConfig, TelemetryConfig, TlsConfig,
+    TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};
