@@ -136,6 +136,7 @@ impl Core {
         match event {
             Event::WorkerLost { worker } => self.worker_lost(worker, now, actions),
             Event::Report { worker, report } => self.fleet.report(worker, &report),
+            Event::ModelChanged { worker, model } => self.fleet.model_changed(worker, model),
             Event::PrefillDone { job } => self.prefill_done(job, now, actions),
             Event::Answered { job } => self.answered(job, now, actions),
             Event::Ended { job } => self.ended(job, now, actions),
@@ -170,7 +171,7 @@ impl Core {
     /// By the SLO.
     fn due(&self, shape: &RequestShape, now: Duration) -> Duration {
         let Settings { ttft, ttft_prefill_factor, .. } = self.settings;
-        let model = self.fleet.iter().find_map(|(_, worker)| worker.description.model);
+        let model = self.fleet.iter().find_map(|(_, worker)| worker.load.model);
         let alone_ms = model.map_or(0.0, |model| model.prefill_alone_ms(0, shape.prompt_tokens));
         now + ttft + milliseconds(ttft_prefill_factor * alone_ms)
     }

@@ -463,3 +463,21 @@ proptest! {
         core.check_invariants();
     }
 }
+
+#[test]
+fn a_worker_without_a_model_takes_its_peers_until_it_has_its_own() {
+    let known = WorkerDescription { model: Some(MODEL), ..worker("p", Role::Prefill) };
+    let stranger = WorkerDescription {
+        handoff: HandoffMode::Fenced { compatibility: [9; 32] },
+        ..worker("x", Role::Decode)
+    };
+    let (mut f, keys) = Fixture::new([worker("d", Role::Decode), known, stranger]);
+    let model = |f: &Fixture, at: usize| f.core.worker(keys[at]).unwrap().load.model;
+    assert_eq!([0, 1, 2].map(|at| model(&f, at)), [Some(MODEL), Some(MODEL), None]);
+
+    let slower = StepModel { decode_ms: [30.0, 0.1, 1e-5], ..MODEL };
+    f.handle(Event::ModelChanged { worker: keys[1], model: slower });
+    assert_eq!([0, 1].map(|at| model(&f, at)), [Some(slower), Some(slower)]);
+    f.handle(Event::ModelChanged { worker: keys[0], model: MODEL });
+    assert_eq!([0, 1].map(|at| model(&f, at)), [Some(MODEL), Some(slower)]);
+}

@@ -1,4 +1,4 @@
-use baton_types::{Fault, Generation, HandoffId, Leg};
+use baton_types::{Fault, Generation, HandoffId, Leg, StepModel};
 
 use crate::{
     fleet::{WorkerKey, WorkerReport},
@@ -16,6 +16,11 @@ pub enum Event {
     Report {
         worker: WorkerKey,
         report: WorkerReport,
+    },
+    /// What is known of how long a worker's steps take is better known now.
+    ModelChanged {
+        worker: WorkerKey,
+        model: StepModel,
     },
     /// The prefill leg is through: its engine has computed the prompt.
     PrefillDone {

@@ -33,9 +33,16 @@ pub struct WorkerDescription {
     pub role: Role,
     pub models: Vec<String>,
     pub handoff: HandoffMode,
-    /// How long its engine's steps take, where that is known.
+    /// How long its engine's steps take, where that is known of this worker itself.
     pub model: Option<StepModel>,
     pub kv_capacity_tokens: Option<u64>,
+}
+
+impl WorkerDescription {
+    /// The same model in engines that can take each other's KV: likely the same hardware too.
+    fn is_peer_of(&self, other: &Self) -> bool {
+        self.handoff == other.handoff && self.models == other.models
+    }
 }
 
 /// What a worker says of its engine, now and then.
@@ -56,6 +63,7 @@ pub struct Load {
     pub decodes: u32,
     /// Prompts that wait for it here.
     pub queued: u32,
+    /// Its own model, or that of a peer as long as it has none.
     pub model: Option<StepModel>,
     /// When it was last given work, counted in placements: equals take turns.
     pub last_placed: u64,
@@ -230,27 +238,68 @@ pub struct WorkerView<'a> {
 pub(crate) struct Fleet {
     workers: Keyed<Worker>,
     placements: u64,
+    /// Workers of which nothing is known that their steps could be predicted by.
+    without_model: usize,
 }
 
 impl Fleet {
     pub(crate) fn attach(&mut self, description: WorkerDescription) -> WorkerKey {
         let load = Load {
-            model: description.model,
+            model: description.model.or_else(|| self.model_of_a_peer(&description)),
             kv_capacity_tokens: description.kv_capacity_tokens,
             ..Load::default()
         };
+        self.without_model += usize::from(load.model.is_none());
         let prefixes = RecentPrefixes::new(description.kv_capacity_tokens);
-        WorkerKey(self.workers.insert(Worker {
+        let key = WorkerKey(self.workers.insert(Worker {
             description,
             load,
             queue: Queue::default(),
             prefixes,
             jobs_running: 0,
-        }))
+        }));
+        if let Some(model) = self.workers.get(key.0).and_then(|worker| worker.description.model) {
+            self.lend(key, model);
+        }
+        key
     }
 
     pub(crate) fn detach(&mut self, key: WorkerKey) -> Option<Worker> {
-        self.workers.remove(key.0)
+        let worker = self.workers.remove(key.0)?;
+        self.without_model -= usize::from(worker.load.model.is_none());
+        Some(worker)
+    }
+
+    /// The steps of every worker can be predicted.
+    pub(crate) fn is_predictable(&self) -> bool {
+        self.without_model == 0
+    }
+
+    pub(crate) fn model_changed(&mut self, key: WorkerKey, model: StepModel) {
+        let Some(worker) = self.workers.get_mut(key.0) else { return };
+        worker.description.model = Some(model);
+        self.without_model -= usize::from(worker.load.model.is_none());
+        worker.load.model = Some(model);
+        self.lend(key, model);
+    }
+
+    /// A worker that was not observed yet is taken to be like its peers that were.
+    fn lend(&mut self, from: WorkerKey, model: StepModel) {
+        let Some(lender) = self.workers.get(from.0).map(|worker| worker.description.clone()) else {
+            return;
+        };
+        for worker in self.workers.iter_mut() {
+            if worker.description.model.is_none() && worker.description.is_peer_of(&lender) {
+                self.without_model -= usize::from(worker.load.model.is_none());
+                worker.load.model = Some(model);
+            }
+        }
+    }
+
+    fn model_of_a_peer(&self, description: &WorkerDescription) -> Option<StepModel> {
+        let mut peers =
+            self.iter().filter(|(_, worker)| worker.description.is_peer_of(description));
+        peers.find_map(|(_, worker)| worker.description.model)
     }
 
     pub(crate) fn get(&self, key: WorkerKey) -> Option<&Worker> {
