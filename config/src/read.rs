@@ -10,7 +10,17 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 7] = ["coordinator", "slo", "tls", "engine", "arena", "transfer", "worker"];
+const TABLES: [&str; 9] = [
+    "coordinator",
+    "slo",
+    "placement",
+    "admission",
+    "tls",
+    "engine",
+    "arena",
+    "transfer",
+    "worker",
+];
 
 impl ClusterConfig {
     /// Reads a file. Relative paths in it are taken from the file's own directory.
@@ -72,6 +82,12 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
     read_coordinator(reader, root, &mut cluster);
     if let Some(place) = reader.table(root, "slo") {
         reader.read_keys(&place, keys::SLO, &[], &[], &mut cluster.slo);
+    }
+    if let Some(place) = reader.table(root, "placement") {
+        reader.read_keys(&place, keys::PLACEMENT, &[], &[], &mut cluster.placement);
+    }
+    if let Some(place) = reader.table(root, "admission") {
+        reader.read_keys(&place, keys::ADMISSION, &[], &[], &mut cluster.admission);
     }
     if let Some(place) = reader.table(root, "tls") {
         let tls = cluster.tls.insert(keys::blank_tls());

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig, SimConfig, SloConfig,
-        TransferConfig,
+        AdmissionConfig, ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig, PlacementConfig,
+        SimConfig, SloConfig, TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
 };
@@ -19,6 +19,8 @@ impl ClusterConfig {
         write_table(&mut text, "[coordinator]", keys::COORDINATOR, &self.coordinator);
         write_table(&mut text, "[coordinator.limits]", keys::LIMITS, &self.coordinator.limits);
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
+        write_table(&mut text, "[placement]", keys::PLACEMENT, &self.placement);
+        write_table(&mut text, "[admission]", keys::ADMISSION, &self.admission);
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
         }
@@ -79,6 +81,10 @@ pub fn sample() -> String {
 
     push(&mut text, SLO);
     describe_keys(&mut text, keys::SLO, &SloConfig::default(), Shown::AsNeeded);
+    push(&mut text, PLACEMENT);
+    describe_keys(&mut text, keys::PLACEMENT, &PlacementConfig::default(), Shown::AsNeeded);
+    push(&mut text, ADMISSION);
+    describe_keys(&mut text, keys::ADMISSION, &AdmissionConfig::default(), Shown::AsNeeded);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
 
@@ -146,8 +152,17 @@ const INTRODUCTION: &str = "\
 ";
 
 const SLO: &str = "
-# What you promise your users; shown beside what is observed.
+# What you promise your users: what requests are placed by, and shown beside what is observed.
 [slo]";
+
+const PLACEMENT: &str = "
+# Where the legs of a request run.
+[placement]";
+
+const ADMISSION: &str = "
+# Who waits, how long, and who is turned away. A request's priority is a whole number, in its JSON or in
+# the header x-baton-priority: smaller ones come first.
+[admission]";
 
 const TLS: &str = "
 # Mutual TLS between coordinator and workers: PEM files. Needed as soon as an address below is not

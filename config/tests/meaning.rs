@@ -5,8 +5,9 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-    SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
+    AdmissionConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LateRequests,
+    LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode, SimConfig, SloConfig,
+    TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -36,6 +37,8 @@ fn default_cluster() -> ClusterConfig {
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        placement: PlacementConfig::default(),
+        admission: AdmissionConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers: vec![worker("prefill-0", Role::Prefill), worker("decode-0", Role::Decode)],
@@ -225,6 +228,15 @@ proptest! {
         cluster.workers[1].arena.import_bytes = bytes + 1;
         cluster.workers[1].transfer.stall_timeout = Duration::from_millis(milliseconds);
         cluster.coordinator.limits.max_body_bytes = bytes;
+        cluster.placement = PlacementConfig {
+            mode: PlacementMode::Never,
+            policy: Some("random".to_owned()),
+            on_no_prefill: OnNoPrefill::Reject,
+            late: LateRequests::Fifo,
+        };
+        cluster.admission.wait_for_worker = Duration::from_millis(milliseconds % 2);
+        cluster.admission.early_rejection_priority = Some(-3);
+        cluster.admission.tenant_header = Some("x-tenant".to_owned());
         let text = cluster.to_toml();
         match ClusterConfig::parse(&text, Path::new("/")) {
             Ok(read) => prop_assert_eq!(read, cluster, "{}", text),

@@ -10,8 +10,10 @@
 mod client;
 mod fleet;
 mod metrics;
+mod placed;
 mod prefixes;
 mod prompt;
+mod settings;
 mod shell;
 
 use std::{
@@ -24,7 +26,6 @@ use std::{
 };
 
 use baton_config::{ClusterConfig, TlsConfig};
-use baton_core::Settings;
 use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
 use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
@@ -35,6 +36,8 @@ use crate::{fleet::FleetService, shell::Shell};
 
 /// How long open answers may go on after the order to stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// What is due by the clock, and by predictions, is looked after this often.
+const TICK_INTERVAL: Duration = Duration::from_millis(20);
 /// A stranger who connects and says nothing holds no socket for longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -46,6 +49,8 @@ pub enum CoordinatorError {
     Tls { path: PathBuf, source: io::Error },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
+    #[error("placement.policy is {name:?}: expected one of {known}")]
+    Policy { name: String, known: String },
     #[error("the worker listener ended: {0}")]
     Fleet(#[from] tonic::transport::Error),
 }
@@ -55,14 +60,14 @@ pub async fn run(
     config: ClusterConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), CoordinatorError> {
+    let policy = settings::placement_policy(&config)?;
+    let settings = settings::core_settings(&config);
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
     let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
     let limits = coordinator.limits;
-    let settings =
-        Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
-    let shell = Shell::new(settings, config.slo, limits.max_unread_bytes);
+    let shell = Shell::new(settings, policy, config.slo, limits.max_unread_bytes);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let mut server = Server::builder()
@@ -83,11 +88,17 @@ pub async fn run(
     let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
     let fleet = server.add_service(service).serve_with_incoming(incoming);
 
-    let front = tokio::spawn(client::serve(shell.clone(), limits, tokenizer, clients));
+    let front = tokio::spawn(client::serve(
+        shell.clone(),
+        limits,
+        config.admission.tenant_header,
+        tokenizer,
+        clients,
+    ));
     let ticks = tokio::spawn({
         let shell = shell.clone();
         async move {
-            let mut interval = tokio::time::interval(Duration::from_millis(100));
+            let mut interval = tokio::time::interval(TICK_INTERVAL);
             loop {
                 interval.tick().await;
                 shell.tick();

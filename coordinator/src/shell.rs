@@ -1,15 +1,19 @@
 //! Carries the core's decisions out: between clients' answers on one side and workers' links on the
 //! other. One lock holds it all, since all of it runs on one thread; it is never held over an await.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_config::SloConfig;
 use baton_core::{
-    Action, Core, Event, HandoffPlan, JobId, RequestKey, RequestShape, Route, Settings,
-    WorkerDescription, WorkerKey,
+    Action, Core, Event, HandoffPlan, JobId, Rejection, RequestKey, RequestShape, Route, Settings,
+    Tenant, WorkerDescription, WorkerKey, WorkerReport, policy::Policy,
 };
 use baton_proto as wire;
-use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role};
+use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role, StepModel};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use parking_lot::Mutex;
@@ -19,6 +23,7 @@ use crate::{
     client::{Answer, ClientError, Head, broken_stream_event},
     fleet::{Link, PeerInfo},
     metrics::{Metrics, Outcome, Path},
+    placed::{Explanation, Handoff, Placed, PlacedRequests, path_of},
     prefixes::{CachedPrefix, Prefixes},
     prompt::Prompt,
 };
@@ -36,13 +41,17 @@ pub(crate) struct Shell {
 struct State {
     core: Core,
     prefixes: Prefixes,
+    placed: PlacedRequests,
     clients: HashMap<RequestKey, Client>,
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
+    tidy_at: Duration,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
+
+const TIDY_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 struct Attached {
@@ -50,6 +59,7 @@ struct Attached {
     peer: Option<PeerInfo>,
     models: Vec<String>,
     max_model_tokens: u32,
+    kv_capacity_tokens: Option<u64>,
     report: wire::Report,
 }
 
@@ -64,6 +74,8 @@ struct Client {
     streams: bool,
     arrived: Instant,
     relaying: Option<Relaying>,
+    tenant: Tenant,
+    placed: Placed,
 }
 
 #[derive(Debug)]
@@ -117,14 +129,21 @@ impl Drop for InFlight {
 }
 
 impl Shell {
-    pub(crate) fn new(settings: Settings, slo: SloConfig, max_unread_bytes: u64) -> Self {
+    pub(crate) fn new(
+        settings: Settings,
+        policy: Box<dyn Policy>,
+        slo: SloConfig,
+        max_unread_bytes: u64,
+    ) -> Self {
         Self {
             state: Arc::new(Mutex::new(State {
-                core: Core::new(settings),
+                core: Core::with_policy(settings, policy),
                 prefixes: Prefixes::default(),
+                placed: PlacedRequests::default(),
                 clients: HashMap::new(),
                 links: HashMap::new(),
                 engine_handoffs: HashMap::new(),
+                tidy_at: Duration::ZERO,
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
@@ -134,7 +153,7 @@ impl Shell {
     }
 
     /// Takes a request in and sets its legs going.
-    pub(crate) fn arrive(&self, incoming: IncomingRequest) -> (Arc<Answer>, InFlight) {
+    pub(crate) fn arrive(&self, mut incoming: IncomingRequest) -> (Arc<Answer>, InFlight) {
         let answer = Answer::new(self.max_unread_bytes);
         let mut state = self.state.lock();
         let mut actions = std::mem::take(&mut state.actions);
@@ -142,8 +161,17 @@ impl Shell {
         let prompt = incoming.prompt.map(|prompt| {
             let model = incoming.shape.model.clone();
             let cached = state.prefixes.cached(model.as_deref(), &prompt, now);
+            incoming.shape.prompt_tokens = cached.prompt_tokens;
+            incoming.shape.held_tokens = cached.held_tokens.clone();
             KnownPrompt { prompt, model, cached }
         });
+        let RequestShape { priority, tenant, .. } = incoming.shape.clone();
+        let placed = Placed {
+            arrived: now.saturating_sub(incoming.arrived.elapsed()),
+            priority,
+            tenant: tenant.name.clone(),
+            ..Placed::default()
+        };
         let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
         state.clients.insert(
             request,
@@ -155,6 +183,8 @@ impl Shell {
                 streams: incoming.streams,
                 arrived: incoming.arrived,
                 relaying: None,
+                tenant,
+                placed,
             },
         );
         self.carry_out(&mut state, actions, None);
@@ -164,7 +194,7 @@ impl Shell {
     fn client_gone(&self, request: RequestKey) {
         let mut state = self.state.lock();
         if let Some(client) = state.clients.remove(&request) {
-            self.metrics.request_ended(client.path(), Outcome::Cancelled, client.arrived.elapsed());
+            self.request_ended(&mut state, client, Outcome::Cancelled);
             self.tell_core(&mut state, Event::ClientGone { request }, None);
         }
     }
@@ -185,12 +215,17 @@ impl Shell {
             peer,
             models: description.models.clone(),
             max_model_tokens: hello.max_model_tokens,
+            kv_capacity_tokens: description.kv_capacity_tokens,
             report: wire::Report::default(),
         };
+        let name = description.name.clone();
         let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
-        self.carry_out(&mut state, actions, None);
+        // Requests may have waited for this worker: it has its link before they are sent there.
         state.links.insert(worker, attached);
         state.prefixes.worker_attached(worker, hello);
+        let State { placed, links, .. } = &mut *state;
+        placed.worker_attached(worker, &name, |worker| links.contains_key(&worker));
+        self.carry_out(&mut state, actions, None);
         worker
     }
 
@@ -207,12 +242,56 @@ impl Shell {
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);
-        if let Some(attached) = state.links.get_mut(&worker) {
-            attached.report = report;
-            if is_unheard {
-                attached.link.restart_kv_events();
-            }
+        let Some(attached) = state.links.get_mut(&worker) else { return };
+        let capacity_tokens = attached.kv_capacity_tokens;
+        let used_ratio = report.engine_kv_used_ratio;
+        let model = report.step_model.as_ref().and_then(usable_model);
+        attached.report = report;
+        if is_unheard {
+            attached.link.restart_kv_events();
         }
+        let view = state.core.worker(worker);
+        if let Some(view) = view
+            && let Some(capacity_tokens) = capacity_tokens
+        {
+            let kv_used_tokens = part_of(capacity_tokens, used_ratio);
+            // What is not of prompts that are still computed is of sequences that decode.
+            let decode_context_tokens = kv_used_tokens.saturating_sub(view.load.prefill_tokens);
+            let report = WorkerReport { decode_context_tokens, kv_used_tokens };
+            self.tell_core(&mut state, Event::Report { worker, report }, None);
+        }
+        if let Some(model) = model {
+            self.tell_core(&mut state, Event::ModelChanged { worker, model }, None);
+        }
+    }
+
+    /// Why a request, one of those that are open or one of the last that ended, went where it went.
+    pub(crate) fn explain(&self, request_id: &str) -> Option<Explanation> {
+        let state = self.state.lock();
+        let of_id = |client: &&Client| client.request_id.as_bytes() == request_id.as_bytes();
+        match state.clients.values().find(of_id) {
+            Some(client) => Some(state.placed.explain_open(request_id, &client.placed)),
+            None => state.placed.explain(request_id),
+        }
+    }
+
+    pub(crate) fn waiting_by_priority(&self) -> BTreeMap<i32, usize> {
+        self.state.lock().core.waiting_by_priority()
+    }
+
+    /// The client was answered, or went away: for the record, and its tenant's account.
+    fn request_ended(&self, state: &mut State, mut client: Client, outcome: Outcome) {
+        client.placed.last_token = client.last_token();
+        let (path, e2e) = (client.path(), client.arrived.elapsed());
+        self.metrics.request_ended(path, outcome, e2e);
+        state.core.answered_tokens(&client.tenant, client.placed.output_tokens);
+        if let Some(placed) = client.placed.decisions.last() {
+            self.metrics.prediction(
+                client.placed.predicted_ttft().zip(client.placed.first_token),
+                placed.itl_ms().zip(client.placed.itl_ms()),
+            );
+        }
+        state.placed.ended(client.request_id, client.placed, path, outcome, e2e);
     }
 
     /// What a worker says of its prefix cache.
@@ -238,7 +317,11 @@ impl Shell {
 
     pub(crate) fn tick(&self) {
         let mut state = self.state.lock();
-        state.prefixes.tidy(self.started.elapsed());
+        let now = self.started.elapsed();
+        if now >= state.tidy_at {
+            state.prefixes.tidy(now);
+            state.tidy_at = now + TIDY_INTERVAL;
+        }
         self.tell_core(&mut state, Event::Tick, None);
     }
 
@@ -328,6 +411,7 @@ impl Shell {
         if event.status != 0 {
             if let Some(moved) = event.handoff.take() {
                 self.metrics.handoff(&moved);
+                state.handed_over(request, worker, &moved);
             }
             self.tell_core(state, Event::Answered { job }, Some(&event));
         }
@@ -338,10 +422,8 @@ impl Shell {
         client.tokens(event.tokens, now, &self.metrics);
         if client.answer.push(&event.payload).is_err() {
             info!(request_id = ?client.request_id, "client reads too slowly: cancelled");
-            let client = state.clients.remove(&request);
-            if let Some(client) = client {
-                let seconds = client.arrived.elapsed();
-                self.metrics.request_ended(client.path(), Outcome::TooSlow, seconds);
+            if let Some(client) = state.clients.remove(&request) {
+                self.request_ended(state, client, Outcome::TooSlow);
             }
             return self.tell_core(state, Event::ClientGone { request }, None);
         }
@@ -361,6 +443,9 @@ impl Shell {
             match action {
                 Action::Start { worker, job, request, leg, handoff } => {
                     self.prompt_goes_to(state, worker, request, leg);
+                    if leg != Leg::Decode {
+                        self.attempted(state, request);
+                    }
                     if let Some(start) = state.start_job(job, request, leg, handoff)
                         && let Some(attached) = state.links.get(&worker)
                     {
@@ -379,26 +464,28 @@ impl Shell {
                 }
                 Action::Reject { request, rejection } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
+                    if let Rejection::Overloaded { reason, .. } = &rejection {
+                        self.metrics.shed(*reason, client.placed.priority);
+                    }
                     let error = ClientError::from(rejection);
                     let outcome = if error.status().is_server_error() {
                         Outcome::ServerError
                     } else {
                         Outcome::ClientError
                     };
-                    self.metrics.request_ended(client.path(), outcome, client.arrived.elapsed());
                     client.break_off(&error);
+                    self.request_ended(state, client, outcome);
                 }
                 Action::BreakOff { request, .. } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
-                    let seconds = client.arrived.elapsed();
-                    self.metrics.request_ended(client.path(), Outcome::BrokenOff, seconds);
                     client.break_off(&ClientError::NoWorker);
+                    self.request_ended(state, client, Outcome::BrokenOff);
                 }
                 Action::Finish { request } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
                     let outcome = client.outcome();
-                    self.metrics.request_ended(client.path(), outcome, client.arrived.elapsed());
                     client.answer.complete();
+                    self.request_ended(state, client, outcome);
                 }
                 Action::Blame { leg, fault } => {
                     warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message,
@@ -415,6 +502,21 @@ impl Shell {
             }
         }
         state.actions = actions;
+    }
+
+    /// The legs of a request are set going.
+    fn attempted(&self, state: &mut State, request: RequestKey) {
+        let State { clients, core, .. } = state;
+        let (Some(client), Some(decision)) =
+            (clients.get_mut(&request), core.take_decision(request))
+        else {
+            return;
+        };
+        self.metrics.decided(path_of(&decision), decision.reason.as_str());
+        if client.placed.decisions.is_empty() {
+            self.metrics.waited(client.placed.priority, client.arrived.elapsed());
+        }
+        client.placed.decisions.push(decision);
     }
 
     /// A leg reads the prompt on this worker.
@@ -485,6 +587,20 @@ impl Shell {
 }
 
 impl State {
+    fn handed_over(&mut self, request: RequestKey, to: WorkerKey, moved: &wire::HandoffResult) {
+        let Some(client) = self.clients.get_mut(&request) else { return };
+        let blocks = moved.blocks.saturating_add(moved.blocks_reused);
+        if let Some(known) = &client.prompt {
+            self.prefixes.prompt_had_blocks(to, &known.prompt, blocks);
+        }
+        client.placed.handoff = Some(Handoff {
+            bytes: moved.bytes,
+            blocks: moved.blocks,
+            blocks_reused: moved.blocks_reused,
+            milliseconds: Duration::from_micros(moved.micros).as_secs_f64() * 1000.0,
+        });
+    }
+
     fn start_job(
         &mut self,
         job: JobId,
@@ -536,15 +652,25 @@ impl Client {
     fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) {
         let Some(relaying) = self.relaying.as_mut().filter(|_| tokens > 0) else { return };
         metrics.tokens(relaying.path, tokens);
+        self.placed.output_tokens += u64::from(tokens);
         // An answer that comes whole has no first token that anybody could see.
         match relaying.last_tokens.filter(|_| relaying.event_stream) {
             Some(last) => metrics.gaps(relaying.path, now.duration_since(last), tokens),
             None if relaying.event_stream => {
-                metrics.first_token(relaying.path, now.duration_since(self.arrived));
+                let ttft = now.duration_since(self.arrived);
+                metrics.first_token(relaying.path, ttft);
+                self.placed.first_token = Some(ttft);
             }
             None => {}
         }
         relaying.last_tokens = Some(now);
+    }
+
+    /// When the last tokens came, if anybody could see them come.
+    fn last_token(&self) -> Option<Duration> {
+        let last = self.relaying.as_ref()?.last_tokens?;
+        self.placed.first_token?;
+        Some(last.duration_since(self.arrived))
     }
 
     /// Says `error` in whatever way the answer still allows.
@@ -576,6 +702,19 @@ pub(crate) struct WorkerStatus {
     pub(crate) report: wire::Report,
     /// Blocks of its prefix cache that are known here.
     pub(crate) prefix_blocks: usize,
+}
+
+/// Of an engine whose steps take no time nothing could be predicted.
+pub(crate) fn usable_model(model: &wire::StepModel) -> Option<StepModel> {
+    let model = StepModel::try_from(model).ok()?;
+    let takes_time = |times: [f64; 3]| times.iter().any(|time| *time > 0.0);
+    (takes_time(model.prefill_ms) && takes_time(model.decode_ms)).then_some(model)
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, clippy::cast_sign_loss)]
+fn part_of(whole: u64, ratio: f32) -> u64 {
+    // Saturates.
+    (whole as f64 * f64::from(ratio.clamp(0.0, 1.0))) as u64
 }
 
 fn end_to_end_headers(headers: &[wire::Header]) -> HeaderMap {

@@ -1,4 +1,5 @@
 use async_trait::async_trait;
+use baton_types::StepModel;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use http::{HeaderMap, StatusCode};
@@ -38,6 +39,11 @@ pub trait Engine: Send + Sync + 'static {
         None
     }
 
+    /// How long its steps take, where a profile says so.
+    fn step_model(&self) -> Option<StepModel> {
+        None
+    }
+
     /// Waits until the engine has ended, and says why. Never returns where an engine cannot end by
     /// itself. After it, a new engine must be started.
     async fn ended(&self) -> EngineError {
@@ -53,6 +59,8 @@ pub trait Engine: Send + Sync + 'static {
 #[derive(Clone, Debug)]
 pub struct KvCache {
     pub block_size_tokens: u32,
+    /// Of the whole cache, where that is known.
+    pub capacity_tokens: Option<u64>,
     pub log: KvCacheLog,
 }
 

@@ -87,6 +87,48 @@ impl From<wire::Compatibility> for types::Compatibility {
     }
 }
 
+impl wire::StepModel {
+    /// A model that was fitted to so many observed steps.
+    pub fn fitted(model: &types::StepModel, samples: u64) -> Self {
+        Self {
+            prefill_ms: model.prefill_ms.to_vec(),
+            decode_ms: model.decode_ms.to_vec(),
+            prefill_interference_factor: model.prefill_interference_factor,
+            samples,
+        }
+    }
+}
+
+impl TryFrom<&wire::StepModel> for types::StepModel {
+    type Error = WireError;
+
+    fn try_from(model: &wire::StepModel) -> Result<Self, WireError> {
+        let factor = model.prefill_interference_factor;
+        let [prefill_interference_factor] =
+            coefficients("prefill_interference_factor", &[factor], "a finite number from 0 up")?;
+        let three = "three finite numbers from 0 up";
+        Ok(Self {
+            prefill_ms: coefficients("prefill_ms", &model.prefill_ms, three)?,
+            decode_ms: coefficients("decode_ms", &model.decode_ms, three)?,
+            prefill_interference_factor,
+        })
+    }
+}
+
+fn coefficients<const N: usize>(
+    field: &'static str,
+    values: &[f64],
+    expected: &'static str,
+) -> Result<[f64; N], WireError> {
+    let possible = values.iter().all(|value| value.is_finite() && *value >= 0.0);
+    values.try_into().ok().filter(|_| possible).ok_or_else(|| WireError::Invalid {
+        message: "StepModel",
+        field,
+        value: format!("{values:?}"),
+        expected,
+    })
+}
+
 impl From<&types::Fault> for wire::Fault {
     fn from(fault: &types::Fault) -> Self {
         Self {

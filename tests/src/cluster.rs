@@ -25,6 +25,8 @@ pub struct ClusterBuilder {
     decode: usize,
     engine: Engine,
     coordinator_toml: String,
+    placement_toml: String,
+    admission_toml: String,
     arena_toml: String,
     tls: Option<TlsPem>,
     ready: bool,
@@ -82,6 +84,9 @@ impl ClusterBuilder {
             decode: 1,
             engine,
             coordinator_toml: String::new(),
+            // What a scenario is about shall not depend on what splitting is predicted to bring.
+            placement_toml: "mode = \"always\"".to_owned(),
+            admission_toml: String::new(),
             // Beside the configuration, so that a killed worker's goes with it; smaller than some
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
@@ -119,6 +124,18 @@ impl ClusterBuilder {
     /// Keys of `[coordinator.limits]`.
     pub fn limits(mut self, keys: &str) -> Self {
         self.coordinator_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[placement]`. Without them all requests are split that can be.
+    pub fn placement(mut self, keys: &str) -> Self {
+        self.placement_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[admission]`.
+    pub fn admission(mut self, keys: &str) -> Self {
+        self.admission_toml = keys.to_owned();
         self
     }
 
@@ -188,8 +205,8 @@ impl ClusterBuilder {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[arena]\n{}\n\n",
-            self.coordinator_toml, self.arena_toml
+             [coordinator.limits]\n{}\n\n[placement]\n{}\n\n[admission]\n{}\n\n[arena]\n{}\n\n",
+            self.coordinator_toml, self.placement_toml, self.admission_toml, self.arena_toml
         );
         if let Some(tls) = &self.tls {
             writeln!(toml, "{}", tls.write_to(&directory.join("tls"))?)?;
@@ -385,12 +402,12 @@ impl Cluster {
 
     pub async fn post(&self, path: &str, body: &Value) -> Answer {
         let response = self.http.post(self.url(path)).json(body).send().await;
-        Answer::read(response.expect("an answer")).await.expect("a whole answer")
+        Answer::of(response.expect("an answer")).await.expect("a whole answer")
     }
 
     pub async fn get(&self, path: &str) -> Answer {
         let response = self.http.get(self.url(path)).send().await.expect("an answer");
-        Answer::read(response).await.expect("a whole answer")
+        Answer::of(response).await.expect("a whole answer")
     }
 
     /// A greedy completion of token ids or text.

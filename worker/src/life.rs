@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
-use baton_proto::{Hello, KvCache, Peer, Report};
+use baton_proto::{Hello, KvCache, Peer, Report, StepModel};
 use baton_transfer::Ledger;
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin, Role};
 use bytes::Bytes;
@@ -79,7 +79,9 @@ impl Life {
             kv_cache: self.engine.kv_cache().map(|cache| KvCache {
                 block_size_tokens: cache.block_size_tokens,
                 adapters: self.description.adapters.clone(),
+                capacity_tokens: cache.capacity_tokens.unwrap_or_default(),
             }),
+            step_model: self.engine.step_model().map(|model| StepModel::fitted(&model, 0)),
             ..Hello::default()
         };
         match &self.kv {

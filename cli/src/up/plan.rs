@@ -4,8 +4,8 @@ use std::{io, net::SocketAddr, path::Path, time::Duration};
 
 use anyhow::Context as _;
 use baton_config::{
-    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-    SloConfig, TransferConfig, WorkerConfig,
+    AdmissionConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
+    PlacementConfig, PlacementMode, SimConfig, SloConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -83,6 +83,9 @@ pub(super) fn plan(
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        // To show both pools at work, whatever a laptop's load would make of them.
+        placement: PlacementConfig { mode: PlacementMode::Always, ..PlacementConfig::default() },
+        admission: AdmissionConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers,

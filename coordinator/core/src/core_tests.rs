@@ -4,12 +4,14 @@ use baton_types::{Epoch, StepModel};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{AggregatedReason, HandoffMode, WorkerReport};
+use crate::{
+    AggregatedReason, DecisionReason, HandoffMode, OnNoPrefill, ShedReason, Tenant, WorkerReport,
+};
 
-const NOW: Duration = Duration::from_secs(1);
+pub(super) const NOW: Duration = Duration::from_secs(1);
 const FENCED: HandoffMode = HandoffMode::Fenced { compatibility: [1; 32] };
 
-fn worker(name: &str, role: Role) -> WorkerDescription {
+pub(super) fn worker(name: &str, role: Role) -> WorkerDescription {
     WorkerDescription {
         name: name.into(),
         epoch: Epoch::from_u128(1),
@@ -21,13 +23,13 @@ fn worker(name: &str, role: Role) -> WorkerDescription {
     }
 }
 
-fn shape() -> RequestShape {
+pub(super) fn shape() -> RequestShape {
     RequestShape { model: Some("m".into()), ..RequestShape::default() }
 }
 
-struct Fixture {
-    core: Core,
-    actions: Vec<Action>,
+pub(super) struct Fixture {
+    pub(super) core: Core,
+    pub(super) actions: Vec<Action>,
 }
 
 impl Fixture {
@@ -37,21 +39,21 @@ impl Fixture {
         (fixture, keys)
     }
 
-    fn attach(&mut self, description: WorkerDescription) -> WorkerKey {
+    pub(super) fn attach(&mut self, description: WorkerDescription) -> WorkerKey {
         self.core.attach(description, NOW, &mut self.actions)
     }
 
-    fn arrive(&mut self, shape: RequestShape) -> (RequestKey, Vec<Action>) {
+    pub(super) fn arrive(&mut self, shape: RequestShape) -> (RequestKey, Vec<Action>) {
         let key = self.core.arrive(shape, HandoffId::from_u128(7), NOW, &mut self.actions);
         (key, self.taken())
     }
 
-    fn handle(&mut self, event: Event) -> Vec<Action> {
+    pub(super) fn handle(&mut self, event: Event) -> Vec<Action> {
         self.core.handle(event, NOW, &mut self.actions);
         self.taken()
     }
 
-    fn taken(&mut self) -> Vec<Action> {
+    pub(super) fn taken(&mut self) -> Vec<Action> {
         self.core.check_invariants();
         std::mem::take(&mut self.actions)
     }
@@ -61,7 +63,7 @@ impl Fixture {
     }
 }
 
-fn started(actions: &[Action]) -> Vec<(WorkerKey, JobId, Leg, Option<HandoffPlan>)> {
+pub(super) fn started(actions: &[Action]) -> Vec<(WorkerKey, JobId, Leg, Option<HandoffPlan>)> {
     let start = |action: &Action| match *action {
         Action::Start { worker, job, leg, handoff, .. } => Some((worker, job, leg, handoff)),
         _ => None,
@@ -309,6 +311,7 @@ enum Step {
     Fail(u8, bool),
     ClientGone(u8),
     Report(u8, u16),
+    Learn(u8, u8),
     Advance(u16),
 }
 
@@ -324,6 +327,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (any::<u8>(), any::<bool>()).prop_map(|(job, retryable)| Step::Fail(job, retryable)),
         2 => any::<u8>().prop_map(Step::ClientGone),
         2 => (any::<u8>(), any::<u16>()).prop_map(|(worker, tokens)| Step::Report(worker, tokens)),
+        1 => (any::<u8>(), 1..9u8).prop_map(|(worker, slower)| Step::Learn(worker, slower)),
         1 => (0..400u16).prop_map(Step::Advance),
     ];
     prop::collection::vec(step, 1..200)
@@ -336,6 +340,20 @@ fn cores() -> impl Strategy<Value = (Split, Order, usize)> {
     (split, order, 0..POLICIES.len())
 }
 
+/// Little room to wait in, and little that goes on to workers.
+fn admissions() -> impl Strategy<Value = (Option<AdmissionSettings>, OnNoPrefill, u64)> {
+    let admission = (1..6usize, 0..3000u64, prop::option::of(-2..2i32)).prop_map(
+        |(max_waiting, backlog_ms, early_rejection)| AdmissionSettings {
+            max_waiting,
+            max_wait: Duration::from_secs(60),
+            backlog: Duration::from_millis(backlog_ms),
+            early_rejection,
+        },
+    );
+    let on_no_prefill = prop_oneof![Just(OnNoPrefill::Local), Just(OnNoPrefill::Reject)];
+    (prop::option::weighted(0.7, admission), on_no_prefill, 0..100u64)
+}
+
 const MODEL: StepModel = StepModel {
     prefill_ms: [20.0, 0.05, 1e-6],
     decode_ms: [10.0, 0.05, 1e-5],
@@ -346,9 +364,18 @@ proptest! {
     #[test]
     fn every_request_ends_once_and_every_count_returns_to_zero(
         (split, order, policy) in cores(),
+        (admission, on_no_prefill, patience) in admissions(),
         steps in steps(),
     ) {
-        let settings = Settings { split, order, ..Settings::default() };
+        let settings = Settings {
+            split,
+            order,
+            admission,
+            on_no_prefill,
+            wait_for_worker: Duration::from_secs(patience),
+            keeps_decisions: patience % 2 == 0,
+            ..Settings::default()
+        };
         let mut core = Core::with_policy(settings, (POLICIES[policy].make)(1));
         let mut now = NOW;
         let mut workers: Vec<WorkerKey> = Vec::new();
@@ -391,6 +418,12 @@ proptest! {
                         prompt_tokens: 1 + u32::try_from(arrivals * 977 % 9000).unwrap(),
                         prefix_blocks: [1, 2, 3 + u64::try_from(arrivals % 4).unwrap()].into(),
                         prefix_block_tokens: 512,
+                        answers_whole: arrivals % 3 == 0,
+                        priority: i32::try_from(arrivals % 4).unwrap() - 2,
+                        tenant: Tenant {
+                            name: if arrivals % 5 == 0 { "a" } else { "b" }.into(),
+                            weight: 1.0,
+                        },
                         ..RequestShape::default()
                     };
                     arrivals += 1;
@@ -422,6 +455,11 @@ proptest! {
                     let report =
                         WorkerReport { decode_context_tokens: tokens, kv_used_tokens: tokens };
                     core.handle(Event::Report { worker: workers[at], report }, now, &mut actions);
+                },
+                Step::Learn(at, slower) => if let Some(at) = pick(at, workers.len()) {
+                    let decode_ms = MODEL.decode_ms.map(|value| value * f64::from(slower));
+                    let model = StepModel { decode_ms, ..MODEL };
+                    core.handle(Event::ModelChanged { worker: workers[at], model }, now, &mut actions);
                 },
                 Step::Advance(seconds) => {
                     now += Duration::from_secs(seconds.into());

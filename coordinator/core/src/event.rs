@@ -1,6 +1,9 @@
+use std::time::Duration;
+
 use baton_types::{Fault, Generation, HandoffId, Leg, StepModel};
 
 use crate::{
+    admission::ShedReason,
     fleet::{WorkerKey, WorkerReport},
     placement::Route,
     request::{JobId, RequestKey},
@@ -95,6 +98,14 @@ pub enum Rejection {
         model: String,
     },
     NoWorker,
+    /// No worker of the prefill pool is there, and decode workers are not to prefill.
+    NoPrefillWorker,
+    /// Not now: there is more to do than can be done.
+    Overloaded {
+        reason: ShedReason,
+        /// When the work that is here now is predicted to be done.
+        retry_after: Duration,
+    },
     /// Every try failed; the last one like this.
     LegFailed {
         leg: Leg,

@@ -207,6 +207,8 @@ pub(crate) struct Worker {
     pub(crate) description: WorkerDescription,
     pub(crate) load: Load,
     pub(crate) queue: Queue,
+    /// Milliseconds of prefill of all who wait in it, those who are late too.
+    pub(crate) queued_ms: f64,
     pub(crate) prefixes: RecentPrefixes,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
@@ -215,6 +217,13 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn serves(&self, model: Option<&str>) -> bool {
         model.is_none_or(|model| self.description.models.iter().any(|name| name == model))
+    }
+
+    /// Milliseconds until it is through with the prompts it has, as far as that can be predicted.
+    pub(crate) fn backlog_ms(&self, now: Duration, targets: &Targets) -> Option<f64> {
+        self.load.model?;
+        let work_ms = self.load.dispatched_left_ms(now, targets) + self.queued_ms;
+        Some(work_ms / self.load.prefill_rate(targets))
     }
 
     /// Called whenever the queue changed.
@@ -255,6 +264,7 @@ impl Fleet {
             description,
             load,
             queue: Queue::default(),
+            queued_ms: 0.0,
             prefixes,
             jobs_running: 0,
         }));

@@ -8,7 +8,9 @@
 //! Whatever drives it (the coordinator on tokio, a simulator in virtual time, a property test) carries
 //! the actions out in their order. See [`Core`] for the invariants that hold in between.
 
+mod admission;
 mod core;
+mod decision;
 mod event;
 mod fleet;
 mod keyed;
@@ -20,7 +22,9 @@ mod recent_prefixes;
 mod request;
 
 pub use crate::{
-    core::{Core, Settings},
+    admission::{AdmissionSettings, OLDEST_EVERY, OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant},
+    core::{Core, OnNoPrefill, Settings},
+    decision::{Chosen, Considered, Decision, DecisionReason, Prediction},
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
     placement::{AggregatedReason, Route, Split},

@@ -53,7 +53,11 @@ pub(super) async fn ready(State(front): State<Front>) -> impl IntoResponse {
 }
 
 pub(super) async fn metrics(State(front): State<Front>) -> impl IntoResponse {
-    let text = front.shell.metrics.render(front.shell.requests_open(), &front.shell.workers());
+    let text = front.shell.metrics.render(
+        front.shell.requests_open(),
+        &front.shell.waiting_by_priority(),
+        &front.shell.workers(),
+    );
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, content_type)], text)
 }

@@ -8,7 +8,7 @@ use axum::{
 };
 use baton_config::LimitsConfig;
 use baton_tokens::PromptTokenizer;
-use http::Method;
+use http::{HeaderName, Method};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::Semaphore};
 use tower_service::Service;
@@ -31,6 +31,8 @@ const BUFFER_BYTES: usize = 64 << 10;
 pub(super) struct Front {
     pub(super) shell: Shell,
     pub(super) limits: Arc<LimitsConfig>,
+    /// Names the tenant of requests that are nobody's otherwise.
+    pub(super) tenant_header: Option<HeaderName>,
     /// Where prompts are tokenized here.
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
 }
@@ -40,13 +42,20 @@ pub(super) struct Front {
 pub(crate) async fn serve(
     shell: Shell,
     limits: LimitsConfig,
+    tenant_header: Option<String>,
     tokenizer: Option<PromptTokenizer>,
     listener: TcpListener,
 ) {
     let connections = Arc::new(Semaphore::new(limits.max_connections as usize));
     let limits = Arc::new(limits);
-    let router =
-        router(Front { shell, limits: limits.clone(), tokenizer: tokenizer.map(Arc::new) });
+    // The configuration takes nothing that is no header's name.
+    let tenant_header = tenant_header.and_then(|name| HeaderName::try_from(name).ok());
+    let router = router(Front {
+        shell,
+        limits: limits.clone(),
+        tenant_header,
+        tokenizer: tokenizer.map(Arc::new),
+    });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout)

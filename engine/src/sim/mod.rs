@@ -22,7 +22,7 @@ use std::sync::{Arc, atomic::Ordering::Relaxed};
 use async_trait::async_trait;
 use baton_arena::{Arena, ArenaError, ArenaLayout};
 use baton_config::{ArenaConfig, SimConfig};
-use baton_types::Compatibility;
+use baton_types::{Compatibility, StepModel};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
@@ -71,6 +71,7 @@ pub struct SimEngine {
     gauges: Arc<Gauges>,
     kv_blocks: u32,
     kv_cache: KvCache,
+    step_model: Option<StepModel>,
     ports: Mutex<Option<mpsc::Receiver<KvPort>>>,
 }
 
@@ -95,6 +96,12 @@ impl SimEngine {
         check(config)?;
         let profile =
             config.profile.as_deref().map_or_else(|| Ok(Profile::demo()), Profile::read)?;
+        // As fast as the machine can says nothing of how fast that is.
+        let step_model = (config.time_scale > 0.0).then(|| StepModel {
+            prefill_ms: profile.model.prefill_ms.map(|value| value * config.time_scale),
+            decode_ms: profile.model.decode_ms.map(|value| value * config.time_scale),
+            ..profile.model
+        });
         let layout = arena_layout(config, arena)?;
         arena_files::remove_stale(arena, worker_name);
         let arena = Arena::create(&arena_files::fresh_path(arena, worker_name), layout)?;
@@ -151,7 +158,14 @@ impl SimEngine {
             },
             gauges,
             kv_blocks: config.kv_blocks,
-            kv_cache: KvCache { block_size_tokens: config.block_size_tokens, log },
+            kv_cache: KvCache {
+                block_size_tokens: config.block_size_tokens,
+                capacity_tokens: Some(
+                    u64::from(config.kv_blocks) * u64::from(config.block_size_tokens),
+                ),
+                log,
+            },
+            step_model,
             ports: Mutex::new(Some(ports_receiver)),
         })
     }
@@ -176,6 +190,10 @@ impl SimEngine {
 impl Engine for SimEngine {
     async fn ready(&self) -> Result<EngineDescription, EngineError> {
         Ok(self.description.clone())
+    }
+
+    fn step_model(&self) -> Option<StepModel> {
+        self.step_model
     }
 
     async fn run(&self, request: EngineRequest) -> Result<Answer, EngineError> {
