@@ -299,6 +299,81 @@ fn a_request_without_a_first_token_is_given_up_in_time() {
     assert_eq!(f.core.requests_open(), 1, "the one that answers goes on");
 }
 
+#[test]
+fn a_drained_worker_is_given_nothing_and_finishes_what_it_has() {
+    let (mut f, keys) = Fixture::new([
+        worker("p", Role::Prefill),
+        worker("d1", Role::Decode),
+        worker("d2", Role::Decode),
+    ]);
+    let (_, actions) = f.arrive(shape());
+    let legs = started(&actions);
+    let (drained, other) = (legs[1].0, keys[if legs[1].0 == keys[1] { 2 } else { 1 }]);
+    assert_eq!(f.handle(Event::Drain { worker: drained }), []);
+    for _ in 0..4 {
+        let (_, actions) = f.arrive(shape());
+        assert_eq!(started(&actions)[1].0, other);
+    }
+    let view = f.core.worker(drained).unwrap();
+    assert!(view.drains && view.jobs_open == 1);
+    f.handle(Event::Answered { job: legs[1].1 });
+    f.handle(Event::Ended { job: legs[1].1 });
+    assert_eq!(f.core.worker(drained).unwrap().jobs_open, 0);
+
+    // It lost its stream, and is the same; then its engine has another life.
+    let name = f.core.worker(drained).unwrap().description.name.clone();
+    let mut description = worker(&name, Role::Decode);
+    let again = f.attach(description.clone());
+    f.taken();
+    assert!(f.core.worker(again).unwrap().drains);
+    description.epoch = Epoch::from_u128(2);
+    let restarted = f.attach(description);
+    f.taken();
+    assert!(!f.core.worker(restarted).unwrap().drains);
+    f.handle(Event::Drain { worker: restarted });
+    f.handle(Event::Undrain { worker: restarted });
+    let mut used = BTreeSet::new();
+    for _ in 0..8 {
+        let (_, actions) = f.arrive(shape());
+        used.insert(started(&actions)[1].0);
+    }
+    assert!(used.contains(&restarted));
+}
+
+#[test]
+fn where_all_are_drained_there_is_no_worker_and_the_model_is_known() {
+    let (mut f, keys) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    f.handle(Event::Drain { worker: keys[1] });
+    let (_, actions) = f.arrive(shape());
+    let [(on, _, Leg::Aggregated, None)] = started(&actions)[..] else { panic!("{actions:?}") };
+    assert_eq!(on, keys[0], "the other pool does it all");
+    f.handle(Event::Drain { worker: keys[0] });
+    f.attach(WorkerDescription { models: vec!["n".into()], ..worker("n", Role::Decode) });
+    let (request, actions) = f.arrive(shape());
+    assert_eq!(actions, [Action::Reject { request, rejection: Rejection::NoWorker }]);
+}
+
+#[test]
+fn what_an_engine_hands_over_goes_to_another_where_its_decode_worker_drains() {
+    let by_engine =
+        |name, role| WorkerDescription { handoff: HandoffMode::Engine, ..worker(name, role) };
+    let (mut f, keys) = Fixture::new([
+        by_engine("p", Role::Prefill),
+        by_engine("d1", Role::Decode),
+        by_engine("d2", Role::Decode),
+    ]);
+    let (_, actions) = f.arrive(shape());
+    let [(_, prefill, Leg::Prefill, _)] = started(&actions)[..] else { panic!("{actions:?}") };
+    f.handle(Event::Drain { worker: keys[1] });
+    let actions = f.handle(Event::PrefillDone { job: prefill });
+    assert_eq!(started(&actions)[0].0, keys[2]);
+    let (_, actions) = f.arrive(shape());
+    let prefill = started(&actions)[0].1;
+    f.handle(Event::Drain { worker: keys[2] });
+    let actions = f.handle(Event::PrefillDone { job: prefill });
+    assert_eq!(started(&actions)[0].0, keys[2], "nobody else can");
+}
+
 /// A step of the world, drawn at random and applied to whatever is there.
 #[derive(Clone, Debug)]
 enum Step {
@@ -312,6 +387,7 @@ enum Step {
     ClientGone(u8),
     Report(u8, u16),
     Learn(u8, u8),
+    Drain(u8, bool),
     Advance(u16),
 }
 
@@ -328,6 +404,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => any::<u8>().prop_map(Step::ClientGone),
         2 => (any::<u8>(), any::<u16>()).prop_map(|(worker, tokens)| Step::Report(worker, tokens)),
         1 => (any::<u8>(), 1..9u8).prop_map(|(worker, slower)| Step::Learn(worker, slower)),
+        1 => any::<(u8, bool)>().prop_map(|(worker, drains)| Step::Drain(worker, drains)),
         1 => (0..400u16).prop_map(Step::Advance),
     ];
     prop::collection::vec(step, 1..200)
@@ -460,6 +537,12 @@ proptest! {
                     let decode_ms = MODEL.decode_ms.map(|value| value * f64::from(slower));
                     let model = StepModel { decode_ms, ..MODEL };
                     core.handle(Event::ModelChanged { worker: workers[at], model }, now, &mut actions);
+                },
+                Step::Drain(at, drains) => if let Some(at) = pick(at, workers.len()) {
+                    let worker = workers[at];
+                    let event =
+                        if drains { Event::Drain { worker } } else { Event::Undrain { worker } };
+                    core.handle(event, now, &mut actions);
                 },
                 Step::Advance(seconds) => {
                     now += Duration::from_secs(seconds.into());

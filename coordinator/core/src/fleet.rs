@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use baton_types::{Epoch, Role, StepModel};
 
@@ -212,6 +212,10 @@ pub(crate) struct Worker {
     pub(crate) prefixes: RecentPrefixes,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
+    /// Those, and prefills that only keep their exports.
+    pub(crate) jobs_open: u32,
+    /// An operator took it out.
+    pub(crate) drains: bool,
 }
 
 impl Worker {
@@ -224,6 +228,16 @@ impl Worker {
         self.load.model?;
         let work_ms = self.load.dispatched_left_ms(now, targets) + self.queued_ms;
         Some(work_ms / self.load.prefill_rate(targets))
+    }
+
+    /// Whether it may be given requests for this model.
+    pub(crate) fn takes(&self, model: Option<&str>) -> bool {
+        self.is_routable() && self.serves(model)
+    }
+
+    /// Whether it may be given work.
+    pub(crate) fn is_routable(&self) -> bool {
+        !self.drains
     }
 
     /// Called whenever the queue changed.
@@ -239,6 +253,10 @@ pub struct WorkerView<'a> {
     pub key: WorkerKey,
     pub description: &'a WorkerDescription,
     pub jobs_running: u32,
+    /// Those, and prefills whose exports others have not taken yet: 0 once it has drained.
+    pub jobs_open: u32,
+    /// An operator took it out: it is given nothing more.
+    pub drains: bool,
     pub load: &'a Load,
 }
 
@@ -249,6 +267,8 @@ pub(crate) struct Fleet {
     placements: u64,
     /// Workers of which nothing is known that their steps could be predicted by.
     without_model: usize,
+    /// Workers that an operator took out, by name, and the life for which this holds.
+    drained: BTreeMap<String, Epoch>,
 }
 
 impl Fleet {
@@ -260,6 +280,11 @@ impl Fleet {
         };
         self.without_model += usize::from(load.model.is_none());
         let prefixes = RecentPrefixes::new(description.kv_capacity_tokens);
+        // One that only lost its stream is the same that was taken out.
+        let drains = self.drained.get(&description.name) == Some(&description.epoch);
+        if !drains {
+            self.drained.remove(&description.name);
+        }
         let key = WorkerKey(self.workers.insert(Worker {
             description,
             load,
@@ -267,6 +292,8 @@ impl Fleet {
             queued_ms: 0.0,
             prefixes,
             jobs_running: 0,
+            jobs_open: 0,
+            drains,
         }));
         if let Some(model) = self.workers.get(key.0).and_then(|worker| worker.description.model) {
             self.lend(key, model);
@@ -332,8 +359,20 @@ impl Fleet {
         self.iter().filter(|(_, worker)| worker.description.role == role).count()
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.workers.len()
+    /// Some worker may be given work.
+    pub(crate) fn is_routable(&self) -> bool {
+        self.iter().any(|(_, worker)| worker.is_routable())
+    }
+
+    pub(crate) fn set_drains(&mut self, key: WorkerKey, drains: bool) {
+        let Some(worker) = self.workers.get_mut(key.0) else { return };
+        worker.drains = drains;
+        let WorkerDescription { name, epoch, .. } = &worker.description;
+        if drains {
+            self.drained.insert(name.clone(), *epoch);
+        } else {
+            self.drained.remove(name);
+        }
     }
 
     /// A worker was chosen: it waited least of all now.
@@ -348,6 +387,7 @@ impl Fleet {
     pub(crate) fn job_started(&mut self, job: &Job, now: Duration) {
         if let Some(worker) = self.workers.get_mut(job.worker.0) {
             worker.jobs_running += u32::from(job.stage.is_running());
+            worker.jobs_open += 1;
             worker.load.enter(job, now);
         }
     }
@@ -357,6 +397,7 @@ impl Fleet {
             let running = u32::from(job.stage.is_running());
             debug_assert!(worker.jobs_running >= running, "a job ends once");
             worker.jobs_running = worker.jobs_running.saturating_sub(running);
+            worker.jobs_open = worker.jobs_open.saturating_sub(1);
             worker.load.leave(job, now);
         }
     }
