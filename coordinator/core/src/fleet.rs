@@ -314,6 +314,9 @@ impl Fleet {
 
     pub(crate) fn model_changed(&mut self, key: WorkerKey, model: StepModel) {
         let Some(worker) = self.workers.get_mut(key.0) else { return };
+        if worker.description.model == Some(model) {
+            return;
+        }
         worker.description.model = Some(model);
         self.without_model -= usize::from(worker.load.model.is_none());
         worker.load.model = Some(model);

@@ -33,7 +33,7 @@ pub(crate) enum ClientError {
     LegFailed { leg: baton_types::Leg },
     #[error("no prefill worker is ready, and requests are not to be served without; try again shortly")]
     NoPrefillWorker,
-    #[error("there is more to do than can be done in time; try again in {} s", seconds(retry_after))]
+    #[error("there is more to do than can be done in time; try again in {} s", seconds(.retry_after))]
     Overloaded { reason: ShedReason, retry_after: Duration },
     #[error("no worker gave a first token in time")]
     FirstTokenTimeout,
