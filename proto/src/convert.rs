@@ -192,3 +192,26 @@ fn wrong_length(
 ) -> WireError {
     WireError::Invalid { message, field, value: format!("{len} bytes"), expected }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_model_that_cannot_be_is_refused() {
+        let model = types::StepModel {
+            prefill_ms: [16.0, 0.12, 2.5e-6],
+            decode_ms: [11.0, 0.06, 2.6e-5],
+            prefill_interference_factor: 0.8,
+        };
+        let wire = wire::StepModel::fitted(&model, 7);
+        assert_eq!(types::StepModel::try_from(&wire).unwrap(), model);
+        for decode_ms in [vec![1.0, 2.0], vec![1.0, -2.0, 3.0], vec![f64::NAN, 2.0, 3.0]] {
+            let bad = wire::StepModel { decode_ms, ..wire.clone() };
+            let error = types::StepModel::try_from(&bad).unwrap_err().to_string();
+            assert!(error.starts_with("StepModel.decode_ms is ["), "{error}");
+        }
+        let bad = wire::StepModel { prefill_interference_factor: -1.0, ..wire };
+        assert!(types::StepModel::try_from(&bad).is_err());
+    }
+}

@@ -37,7 +37,7 @@ pub mod coordinator_frame {
         Commands(super::Commands),
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Hello {
     #[prost(uint32, tag = "1")]
     pub protocol_version: u32,
@@ -67,6 +67,23 @@ pub struct Hello {
     /// Present where this worker tells of its prefix cache.
     #[prost(message, optional, tag = "11")]
     pub kv_cache: ::core::option::Option<KvCache>,
+    /// How long its engine's steps take, as a profile says: to begin with. Absent where nobody knows.
+    #[prost(message, optional, tag = "12")]
+    pub step_model: ::core::option::Option<StepModel>,
+}
+/// `baton_types::StepModel`.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StepModel {
+    /// Three each.
+    #[prost(double, repeated, tag = "1")]
+    pub prefill_ms: ::prost::alloc::vec::Vec<f64>,
+    #[prost(double, repeated, tag = "2")]
+    pub decode_ms: ::prost::alloc::vec::Vec<f64>,
+    #[prost(double, tag = "3")]
+    pub prefill_interference_factor: f64,
+    /// Observed steps that it was fitted to.
+    #[prost(uint64, tag = "4")]
+    pub samples: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KvCache {
@@ -112,11 +129,15 @@ pub struct Compatibility {
     #[prost(string, tag = "9")]
     pub connector_version: ::prost::alloc::string::String,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct Welcome {
     /// Reports are wanted this often.
     #[prost(uint32, tag = "1")]
     pub report_interval_ms: u32,
+    /// The time between two tokens that the engine's steps shall keep to: as much prefill as decodes can
+    /// bear beside them, no more. 0: the engine's own budget of tokens.
+    #[prost(float, tag = "2")]
+    pub itl_target_ms: f32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refusal {
@@ -155,6 +176,10 @@ pub struct StartJob {
     /// Decode leg of an engine's own handoff: the JSON of kv_transfer_params that prefill answered.
     #[prost(bytes = "bytes", tag = "7")]
     pub engine_handoff_params: ::prost::bytes::Bytes,
+    /// The request's first token is due in so long, counted from when this is sent: 1 where that is past,
+    /// 0 where nobody says. An engine with a queue serves first what is due first.
+    #[prost(uint32, tag = "8")]
+    pub deadline_ms: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Header {
@@ -287,6 +312,9 @@ pub struct Report {
     /// Handoffs from this worker that have ended, by how: "acked", "aborted", "expired", "broken".
     #[prost(map = "string, uint64", tag = "15")]
     pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// How long the engine's steps take, as they were observed. Absent where it does not tell of them.
+    #[prost(message, optional, tag = "16")]
+    pub step_model: ::core::option::Option<StepModel>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
