@@ -41,12 +41,13 @@ pub(crate) struct Shell {
 struct State {
     core: Core,
     prefixes: Prefixes,
+    tidy_at: Duration,
     placed: PlacedRequests,
     clients: HashMap<RequestKey, Client>,
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
-    tidy_at: Duration,
+    slo: SloConfig,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -139,17 +140,24 @@ impl Shell {
             state: Arc::new(Mutex::new(State {
                 core: Core::with_policy(settings, policy),
                 prefixes: Prefixes::default(),
+                tidy_at: Duration::ZERO,
                 placed: PlacedRequests::default(),
                 clients: HashMap::new(),
                 links: HashMap::new(),
                 engine_handoffs: HashMap::new(),
-                tidy_at: Duration::ZERO,
+                slo,
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
             started: Instant::now(),
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
+    }
+
+    /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
+    #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
+    pub(crate) fn itl_target_ms(&self) -> f32 {
+        self.state.lock().slo.itl_ms as f32
     }
 
     /// Takes a request in and sets its legs going.
@@ -608,7 +616,11 @@ impl State {
         leg: Leg,
         handoff: Option<HandoffPlan>,
     ) -> Option<wire::StartJob> {
-        let forward = self.clients.get(&request)?.request.clone()?;
+        let client = self.clients.get(&request)?;
+        let forward = client.request.clone()?;
+        let left_ms = self.slo.ttft_ms - client.arrived.elapsed().as_secs_f64() * 1000.0;
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
+        let deadline_ms = left_ms.max(1.0) as u32;
         let (fenced, engine_handoff_params) = match handoff {
             None | Some(HandoffPlan::Engine { prefill: None }) => (None, Bytes::new()),
             Some(HandoffPlan::Engine { prefill: Some(prefill) }) => {
@@ -632,6 +644,7 @@ impl State {
             body: forward.body,
             handoff: fenced,
             engine_handoff_params,
+            deadline_ms,
         })
     }
 }

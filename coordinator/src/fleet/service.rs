@@ -47,7 +47,10 @@ impl Fleet for FleetService {
                 return Ok(Response::new(LinkStream(Link::refusal(reason))));
             }
         };
-        let link = Link::welcome(REPORT_INTERVAL_MS);
+        let link = Link::welcome(wire::Welcome {
+            report_interval_ms: REPORT_INTERVAL_MS,
+            itl_target_ms: self.shell.itl_target_ms(),
+        });
         let worker = self.shell.attach(description, link.clone(), peer, &hello);
         tokio::spawn(read(self.shell.clone(), worker, frames, link.clone()));
         Ok(Response::new(LinkStream(link)))
