@@ -130,12 +130,16 @@ impl PlacedRequests {
         }
     }
 
+    fn name(&self, worker: WorkerKey) -> String {
+        self.names.get(&worker).map_or_else(|| "a worker that is gone".to_owned(), |n| n.to_string())
+    }
+
     fn attempt(&self, decision: &Decision, arrived: Duration) -> Attempt {
         let since_arrival = |at: Duration| milliseconds(at.saturating_sub(arrived));
         let considered = |considered: &Considered| {
             let predicted = considered.predicted;
             ConsideredWorker {
-                worker: self.names.get(&considered.worker).cloned().unwrap_or_default(),
+                worker: self.name(considered.worker),
                 cached_tokens: considered.hit_tokens,
                 has_kv_room: considered.has_kv_room,
                 queue_ms: predicted.map(|predicted| predicted.queue_ms),
@@ -145,7 +149,7 @@ impl PlacedRequests {
             }
         };
         let choice = |chosen: &baton_core::Chosen| Choice {
-            worker: self.names.get(&chosen.worker).cloned().unwrap_or_default(),
+            worker: self.name(chosen.worker),
             candidates: chosen.candidates,
             considered: chosen.considered.iter().map(considered).collect(),
         };
@@ -201,7 +205,7 @@ pub(crate) struct Attempt {
 
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Choice {
-    pub(crate) worker: Arc<str>,
+    pub(crate) worker: String,
     pub(crate) candidates: usize,
     /// The chosen one and those that seemed quickest.
     pub(crate) considered: Vec<ConsideredWorker>,
@@ -209,7 +213,7 @@ pub(crate) struct Choice {
 
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct ConsideredWorker {
-    pub(crate) worker: Arc<str>,
+    pub(crate) worker: String,
     pub(crate) cached_tokens: u32,
     pub(crate) has_kv_room: bool,
     pub(crate) queue_ms: Option<f64>,

@@ -292,6 +292,7 @@ mod tests {
             kv_cache: block_size_tokens.map(|block_size_tokens| wire::KvCache {
                 block_size_tokens,
                 adapters: strings(adapters),
+                capacity_tokens: 0,
             }),
             ..wire::Hello::default()
         }

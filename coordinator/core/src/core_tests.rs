@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    AggregatedReason, DecisionReason, HandoffMode, OnNoPrefill, ShedReason, Tenant, WorkerReport,
+    AggregatedReason, HandoffMode, OnNoPrefill, Tenant, WorkerReport,
 };
 
 pub(super) const NOW: Duration = Duration::from_secs(1);

@@ -1,8 +1,10 @@
+use baton_types::{Leg, Role};
+
 use super::{super::tests::*, *};
 use crate::{
-    AdmissionSettings, Event, Order, Settings, Tenant, WorkerDescription, policy::policy,
+    AdmissionSettings, DecisionReason, Event, Order, RequestShape, Settings, WorkerDescription,
+    policy::policy,
 };
-use baton_types::{Leg, Role};
 
 /// 100 ms for each thousand tokens, and decode steps of 10 ms.
 const MODEL: baton_types::StepModel = baton_types::StepModel {
