@@ -9,6 +9,8 @@ pub struct ClusterConfig {
     pub slo: SloConfig,
     pub placement: PlacementConfig,
     pub admission: AdmissionConfig,
+    /// Absent: nobody can look in or intervene.
+    pub admin: Option<AdminConfig>,
     /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
     /// `insecure_plaintext` is set.
     pub tls: Option<TlsConfig>,
@@ -144,6 +146,20 @@ impl Default for AdmissionConfig {
             early_rejection_priority: None,
             tenant_header: None,
         }
+    }
+}
+
+/// Where operators look in and intervene.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminConfig {
+    pub listen: SocketAddr,
+    /// Its first line is the token that operators show; `BATON_ADMIN_TOKEN` goes before it.
+    pub token_file: Option<PathBuf>,
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), token_file: None }
     }
 }
 

@@ -13,9 +13,10 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        AdmissionConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LateRequests,
-        LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode, SimConfig, SloConfig, TlsConfig,
-        TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+        LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode, SimConfig,
+        SloConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource,
+        WorkerConfig,
     },
     value::{
         Address, AnyBytes, Codec, Count, Environment, ExistingDirectory, ExistingFile, FilePath,
@@ -152,6 +153,17 @@ keys! {
         /// Requests that name no tenant otherwise are of the one that this header names. Whoever can
         /// reach the coordinator can then be anyone: for use behind a proxy that sets it.
         tenant_header => tenant_header: Maybe<HeaderName> = Optional("\"x-tenant\"");
+    }
+}
+
+keys! {
+    /// `[admin]`
+    ADMIN: AdminConfig {
+        /// Where operators connect (HTTP): the page /ui, the state, drains and modes.
+        listen => listen: Address = ByDefault;
+        /// Its first line is the token that operators show. The environment variable
+        /// BATON_ADMIN_TOKEN goes before it; one of them must be there.
+        token_file => token_file: Maybe<ExistingFile> = Optional("\"admin.token\"");
     }
 }
 
@@ -405,6 +417,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
         slo: SloConfig::default(),
         placement: PlacementConfig::default(),
         admission: AdmissionConfig::default(),
+        admin: None,
         tls: None,
         insecure_plaintext: false,
         workers: Vec::new(),

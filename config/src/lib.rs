@@ -16,9 +16,10 @@ mod write;
 
 pub use choose::NoSuchWorker;
 pub use cluster::{
-    AdmissionConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LateRequests,
-    LimitsConfig, MAX_PRIORITY, OnNoPrefill, PlacementConfig, PlacementMode, Requirement, SimConfig,
-    SloConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+    LateRequests, LimitsConfig, MAX_PRIORITY, OnNoPrefill, PlacementConfig, PlacementMode,
+    Requirement, SimConfig, SloConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig,
+    VllmSource, WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        AdmissionConfig, ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig, PlacementConfig,
-        SimConfig, SloConfig, TransferConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig,
+        PlacementConfig, SimConfig, SloConfig, TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
 };
@@ -21,6 +21,9 @@ impl ClusterConfig {
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
         write_table(&mut text, "[placement]", keys::PLACEMENT, &self.placement);
         write_table(&mut text, "[admission]", keys::ADMISSION, &self.admission);
+        if let Some(admin) = &self.admin {
+            write_table(&mut text, "[admin]", keys::ADMIN, admin);
+        }
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
         }
@@ -85,6 +88,8 @@ pub fn sample() -> String {
     describe_keys(&mut text, keys::PLACEMENT, &PlacementConfig::default(), Shown::AsNeeded);
     push(&mut text, ADMISSION);
     describe_keys(&mut text, keys::ADMISSION, &AdmissionConfig::default(), Shown::AsNeeded);
+    push(&mut text, ADMIN);
+    describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
 
@@ -163,6 +168,11 @@ const ADMISSION: &str = "
 # Who waits, how long, and who is turned away. A request's priority is a whole number, in its JSON or in
 # the header x-baton-priority: smaller ones come first.
 [admission]";
+
+const ADMIN: &str = "
+# A listener of its own for operators: `baton status`, `baton drain`, `baton mode`, and the page /ui.
+# Off where this table is absent.
+#[admin]";
 
 const TLS: &str = "
 # Mutual TLS between coordinator and workers: PEM files. Needed as soon as an address below is not

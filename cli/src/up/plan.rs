@@ -86,6 +86,7 @@ pub(super) fn plan(
         // To show both pools at work, whatever a laptop's load would make of them.
         placement: PlacementConfig { mode: PlacementMode::Always, ..PlacementConfig::default() },
         admission: AdmissionConfig::default(),
+        admin: None,
         tls: None,
         insecure_plaintext: false,
         workers,

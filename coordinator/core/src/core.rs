@@ -17,7 +17,7 @@ use crate::{
     policy::{Candidate, Choice, POLICIES, Policy, Targets},
     queue::{Order, Waiting},
     recent_prefixes::RecentPrefixes,
-    request::{Job, JobId, Phase, Request, RequestKey, RequestShape, Stage},
+    request::{Job, JobId, Phase, Request, RequestKey, RequestShape, RequestView, Stage},
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -207,6 +207,15 @@ impl Core {
         }
     }
 
+    pub fn split(&self) -> Split {
+        self.settings.split
+    }
+
+    /// From here on requests are split like this. Those that have their route go on as they are.
+    pub fn set_split(&mut self, split: Split) {
+        self.settings.split = split;
+    }
+
     pub fn worker(&self, key: WorkerKey) -> Option<WorkerView<'_>> {
         self.fleet.get(key).map(|worker| view(key, worker))
     }
@@ -218,6 +227,15 @@ impl Core {
     /// Whom a job works for, as what and where, while it counts.
     pub fn job(&self, job: JobId) -> Option<(RequestKey, Leg, WorkerKey)> {
         self.jobs.get(job.0).map(|job| (job.request, job.leg, job.worker))
+    }
+
+    pub fn request(&self, key: RequestKey) -> Option<RequestView<'_>> {
+        self.requests.get(key.0).map(|request| request.view(key))
+    }
+
+    /// Those that have not ended.
+    pub fn requests(&self) -> impl Iterator<Item = RequestView<'_>> {
+        self.requests.iter().map(|(key, request)| request.view(RequestKey(key)))
     }
 
     /// Each role has a worker.

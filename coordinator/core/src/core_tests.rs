@@ -374,6 +374,74 @@ fn what_an_engine_hands_over_goes_to_another_where_its_decode_worker_drains() {
     assert_eq!(started(&actions)[0].0, keys[2], "nobody else can");
 }
 
+#[test]
+fn a_worker_that_drains_ends_what_it_has_and_gets_nothing_new() {
+    let (mut f, keys) = Fixture::new([
+        worker("p0", Role::Prefill),
+        worker("p1", Role::Prefill),
+        worker("d", Role::Decode),
+    ]);
+    let (_, before) = f.arrive(shape());
+    let drained = started(&before)[0].0;
+    let other = if drained == keys[0] { keys[1] } else { keys[0] };
+    assert_eq!(f.handle(Event::Drain { worker: drained }), [], "its job goes on");
+    for _ in 0..3 {
+        let (_, actions) = f.arrive(shape());
+        assert_eq!(started(&actions)[0].0, other);
+    }
+    f.handle(Event::Drain { worker: other });
+    let (request, actions) = f.arrive(shape());
+    assert_eq!(started(&actions)[0].2, Leg::Aggregated, "decode does both");
+    let view = f.core.request(request).unwrap();
+    let reason = AggregatedReason::NoPrefillWorker;
+    assert_eq!(view.route, Some(Route::Aggregated { worker: keys[2], reason }));
+
+    f.handle(Event::Drain { worker: keys[2] });
+    let (_, actions) = f.arrive(shape());
+    assert!(
+        matches!(actions[..], [Action::Reject { rejection: Rejection::NoWorker, .. }]),
+        "the model is known, though nobody takes it now: {actions:?}"
+    );
+    f.handle(Event::Undrain { worker: drained });
+    f.handle(Event::Undrain { worker: keys[2] });
+    let (_, actions) = f.arrive(shape());
+    assert_eq!(started(&actions)[0].0, drained);
+}
+
+#[test]
+fn what_waits_for_a_worker_that_drains_waits_elsewhere() {
+    let settings = Settings { order: Order::LateLast, ..Settings::default() };
+    let mut f = Fixture { core: Core::new(settings), actions: Vec::new() };
+    let predictable = |name, role| WorkerDescription { model: Some(MODEL), ..worker(name, role) };
+    let keys = ["p0", "p1"].map(|name| f.attach(predictable(name, Role::Prefill)));
+    f.attach(predictable("d", Role::Decode));
+    let long = || RequestShape { prompt_tokens: 5000, ..shape() };
+    for _ in 0..12 {
+        f.arrive(long());
+    }
+    let queued = |f: &Fixture| keys.map(|key| f.core.worker(key).map(|w| w.load.queued).unwrap());
+    let [first, second] = queued(&f);
+    assert!(first > 0 && second > 0, "{first} {second}");
+    f.handle(Event::Drain { worker: keys[0] });
+    assert_eq!(queued(&f), [0, first + second]);
+}
+
+#[test]
+fn a_mode_counts_for_the_requests_that_come_after_it() {
+    let (mut f, _) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    f.core.set_split(Split::Never);
+    let (request, actions) = f.arrive(shape());
+    assert_eq!(started(&actions)[0].2, Leg::Aggregated);
+    f.core.set_split(Split::Always);
+    let is_split = |f: &Fixture, key| {
+        matches!(f.core.request(key).unwrap().route, Some(Route::Disaggregated { .. }))
+    };
+    assert!(!is_split(&f, request));
+    let (request, _) = f.arrive(shape());
+    assert!(is_split(&f, request));
+    assert_eq!(f.core.requests().count(), 2);
+}
+
 /// A step of the world, drawn at random and applied to whatever is there.
 #[derive(Clone, Debug)]
 enum Step {
@@ -388,6 +456,7 @@ enum Step {
     Report(u8, u16),
     Learn(u8, u8),
     Drain(u8, bool),
+    Split(Split),
     Advance(u16),
 }
 
@@ -405,6 +474,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (any::<u8>(), any::<u16>()).prop_map(|(worker, tokens)| Step::Report(worker, tokens)),
         1 => (any::<u8>(), 1..9u8).prop_map(|(worker, slower)| Step::Learn(worker, slower)),
         1 => any::<(u8, bool)>().prop_map(|(worker, drains)| Step::Drain(worker, drains)),
+        1 => splits().prop_map(Step::Split),
         1 => (0..400u16).prop_map(Step::Advance),
     ];
     prop::collection::vec(step, 1..200)
@@ -412,9 +482,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 /// A core of any kind.
 fn cores() -> impl Strategy<Value = (Split, Order, usize)> {
-    let split = prop_oneof![Just(Split::Always), Just(Split::Never), Just(Split::PerRequest)];
     let order = prop_oneof![Just(Order::Arrival), Just(Order::LateLast)];
-    (split, order, 0..POLICIES.len())
+    (splits(), order, 0..POLICIES.len())
+}
+
+fn splits() -> impl Strategy<Value = Split> {
+    prop_oneof![Just(Split::Always), Just(Split::Never), Just(Split::PerRequest)]
 }
 
 /// Little room to wait in, and little that goes on to workers.
@@ -544,6 +617,7 @@ proptest! {
                         if drains { Event::Drain { worker } } else { Event::Undrain { worker } };
                     core.handle(event, now, &mut actions);
                 },
+                Step::Split(split) => core.set_split(split),
                 Step::Advance(seconds) => {
                     now += Duration::from_secs(seconds.into());
                     core.handle(Event::Tick, now, &mut actions);
@@ -559,6 +633,8 @@ proptest! {
                             *uses += 1;
                             prop_assert_eq!(*uses, 1, "one fence, one attempt");
                         }
+                        let drains = core.worker(worker).is_some_and(|worker| worker.drains);
+                        prop_assert!(!drains || leg != Leg::Prefill, "who drains begins nothing");
                         jobs.push(job);
                     }
                     Action::Cancel { job, .. } => prop_assert!(core.job(job).is_none()),

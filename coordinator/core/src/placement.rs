@@ -179,7 +179,7 @@ fn is_partner(prefill: &Worker, decode: &Worker, shape: &RequestShape, split: Sp
     handoff != HandoffMode::None
         && decode.description.handoff == handoff
         && (split == Split::PerRequest || decode.description.role == Role::Decode)
-        && decode.serves(shape.model.as_deref())
+        && decode.takes(shape.model.as_deref())
 }
 
 /// Those that take requests for the model and are admitted, but for `avoid` (workers that failed this request)
