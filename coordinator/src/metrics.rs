@@ -225,9 +225,8 @@ const ITL_BUCKETS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0];
 const E2E_BUCKETS: [f64; 14] =
     [0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0];
-const PREDICTION_ERROR_BUCKETS: [f64; 14] = [
-    0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-];
+const PREDICTION_ERROR_BUCKETS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const HANDOFF_BUCKETS: [f64; 12] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
@@ -458,7 +457,11 @@ impl Metrics {
     }
 
     /// What was predicted, and what came of it: TTFT, and ITL in milliseconds.
-    pub(crate) fn prediction(&self, ttft: Option<(Duration, Duration)>, itl_ms: Option<(f64, f64)>) {
+    pub(crate) fn prediction(
+        &self,
+        ttft: Option<(Duration, Duration)>,
+        itl_ms: Option<(f64, f64)>,
+    ) {
         if let Some((predicted, observed)) = ttft {
             let [predicted, observed] = [predicted, observed].map(|time| time.as_secs_f64());
             self.prediction_error_ttft.observe(predicted, observed);

@@ -114,7 +114,8 @@ impl PlacedRequests {
     /// The latest of this id.
     pub(crate) fn explain(&self, request_id: &str) -> Option<Explanation> {
         let mut latest_first = self.ended.iter().rev();
-        let ended = latest_first.find(|ended| ended.request_id.as_bytes() == request_id.as_bytes())?;
+        let ended =
+            latest_first.find(|ended| ended.request_id.as_bytes() == request_id.as_bytes())?;
         let explanation = self.explain_open(request_id, &ended.placed);
         Some(Explanation { observed: Some(ended.observed.clone()), ..explanation })
     }
@@ -131,7 +132,9 @@ impl PlacedRequests {
     }
 
     fn name(&self, worker: WorkerKey) -> String {
-        self.names.get(&worker).map_or_else(|| "a worker that is gone".to_owned(), |n| n.to_string())
+        self.names
+            .get(&worker)
+            .map_or_else(|| "a worker that is gone".to_owned(), |n| n.to_string())
     }
 
     fn attempt(&self, decision: &Decision, arrived: Duration) -> Attempt {

@@ -376,6 +376,9 @@ mod tests {
         let cached = prefixes.cached(None, &more, Duration::ZERO);
         assert!((35..=41).contains(&cached.prompt_tokens), "{}", cached.prompt_tokens);
         prefixes.prompt_had_blocks(a, &prompt("x"), 1);
-        assert_eq!(prefixes.cached(None, &more, Duration::ZERO).prompt_tokens, cached.prompt_tokens);
+        assert_eq!(
+            prefixes.cached(None, &more, Duration::ZERO).prompt_tokens,
+            cached.prompt_tokens
+        );
     }
 }

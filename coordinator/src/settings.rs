@@ -47,7 +47,9 @@ pub(crate) fn core_settings(config: &ClusterConfig) -> Settings {
 }
 
 /// The policy of `[placement]`.
-pub(crate) fn placement_policy(config: &ClusterConfig) -> Result<Box<dyn Policy>, CoordinatorError> {
+pub(crate) fn placement_policy(
+    config: &ClusterConfig,
+) -> Result<Box<dyn Policy>, CoordinatorError> {
     let placement = &config.placement;
     let own = match placement.mode {
         PlacementMode::Adaptive => "slack",

@@ -55,7 +55,10 @@ async fn a_small_tenant_is_served_beside_a_large_one() {
     let (large, small) = tokio::join!(futures::future::join_all(large), small);
     assert!(large.iter().chain(&small).all(|(_, answer)| answer.status == 200));
     let (large, small) = (last(&large), last(&small));
-    assert!(small < large, "the small tenant's last answer was number {small}, the other's {large}");
+    assert!(
+        small < large,
+        "the small tenant's last answer was number {small}, the other's {large}"
+    );
 }
 
 #[tokio::test]
@@ -68,14 +71,16 @@ async fn the_important_come_first_and_of_a_full_queue_the_unimportant_go() {
             m.sum("baton_requests_shed_total", &["reason=\"queue_full\""]) >= 1.0
         };
         cluster.eventually("a full queue", queued).await;
-        let high = (100..106).map(|seed| ask(&cluster, &answered, seed, &[("x-baton-priority", "-1")]));
+        let high =
+            (100..106).map(|seed| ask(&cluster, &answered, seed, &[("x-baton-priority", "-1")]));
         futures::future::join_all(high).await
     };
     let (low, high) = tokio::join!(futures::future::join_all(low), high);
     for (_, answer) in &high {
         assert_eq!(answer.status, 200, "{}", answer.text);
     }
-    let shed: Vec<&(usize, Answer)> = low.iter().filter(|(_, answer)| answer.status == 429).collect();
+    let shed: Vec<&(usize, Answer)> =
+        low.iter().filter(|(_, answer)| answer.status == 429).collect();
     assert!(shed.len() >= 6, "{} were shed", shed.len());
     for (_, answer) in &shed {
         answer.assert_error(429, "queue_full");
@@ -97,7 +102,8 @@ async fn the_important_come_first_and_of_a_full_queue_the_unimportant_go() {
 async fn who_would_be_too_late_is_told_at_once_where_that_is_wanted() {
     let cluster = slow().admission("early_rejection_priority = 1").start().await.unwrap();
     // 25,000 tokens need more than the two seconds of the SLO on any worker.
-    let body = |priority: i32| json!({"prompt": prompt(1, 25_000), "max_tokens": 2, "priority": priority});
+    let body =
+        |priority: i32| json!({"prompt": prompt(1, 25_000), "max_tokens": 2, "priority": priority});
     let refused = cluster.post("/v1/completions", &body(1)).await;
     refused.assert_error(429, "cannot_meet_slo");
     assert!(refused.header("retry-after").parse::<u64>().unwrap() >= 1);
@@ -109,11 +115,8 @@ async fn who_would_be_too_late_is_told_at_once_where_that_is_wanted() {
 
 #[tokio::test]
 async fn a_request_waits_for_the_first_worker() {
-    let mut cluster = ClusterBuilder::sim()
-        .admission("wait_for_worker_seconds = 60")
-        .start()
-        .await
-        .unwrap();
+    let mut cluster =
+        ClusterBuilder::sim().admission("wait_for_worker_seconds = 60").start().await.unwrap();
     for name in ["prefill-0", "decode-0"] {
         cluster.kill(name);
     }

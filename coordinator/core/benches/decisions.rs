@@ -1,6 +1,10 @@
 //! How long it takes to decide where a request goes, among a thousand workers.
 
-#![allow(clippy::expect_used, missing_docs, reason = "a benchmark fails loudly, criterion has no docs")]
+#![allow(
+    clippy::expect_used,
+    missing_docs,
+    reason = "a benchmark fails loudly, criterion has no docs"
+)]
 
 use std::{hint::black_box, time::Duration};
 

@@ -502,7 +502,8 @@ impl Core {
         if let (Some(request), Some(on)) = (self.requests.get(key.0), self.fleet.get_mut(worker)) {
             let shape = &request.shape;
             job.prompt_tokens = shape.prompt_tokens;
-            job.work_ms = on.load.prefill_ms(hit_tokens(worker, &on.prefixes, shape), shape.prompt_tokens);
+            job.work_ms =
+                on.load.prefill_ms(hit_tokens(worker, &on.prefixes, shape), shape.prompt_tokens);
             on.prefixes.used(&shape.prefix_blocks, shape.prefix_block_tokens);
         }
         let id = JobId(self.jobs.insert(job));

@@ -4,9 +4,7 @@ use baton_types::{Epoch, StepModel};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{
-    AggregatedReason, HandoffMode, OnNoPrefill, Tenant, WorkerReport,
-};
+use crate::{AggregatedReason, HandoffMode, OnNoPrefill, Tenant, WorkerReport};
 
 pub(super) const NOW: Duration = Duration::from_secs(1);
 const FENCED: HandoffMode = HandoffMode::Fenced { compatibility: [1; 32] };

@@ -31,7 +31,9 @@ pub(crate) enum ClientError {
     NoWorker,
     #[error("the {leg} leg of this request failed and was tried again in vain")]
     LegFailed { leg: baton_types::Leg },
-    #[error("no prefill worker is ready, and requests are not to be served without; try again shortly")]
+    #[error(
+        "no prefill worker is ready, and requests are not to be served without; try again shortly"
+    )]
     NoPrefillWorker,
     #[error("there is more to do than can be done in time; try again in {} s", seconds(.retry_after))]
     Overloaded { reason: ShedReason, retry_after: Duration },

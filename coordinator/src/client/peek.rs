@@ -298,7 +298,10 @@ mod tests {
         )
         .unwrap();
         assert!(peeked.streams && !peeked.shape.answers_whole);
-        assert_eq!([0, 3, -70].map(|n| shape(&format!(r#"{{"priority":{n}}}"#)).priority), [0, 3, -10]);
+        assert_eq!(
+            [0, 3, -70].map(|n| shape(&format!(r#"{{"priority":{n}}}"#)).priority),
+            [0, 3, -10]
+        );
         assert_eq!(peeked.shape.model.as_deref(), Some("m1"));
         assert_eq!(peeked.shape.max_output_tokens, Some(7));
         assert_eq!(peeked.shape.unsplittable, None);

@@ -286,7 +286,8 @@ impl Core {
     ) -> Option<RequestKey> {
         let split = self.split_now();
         let room = self.rooms.get_mut(model)?;
-        let key = room.next(&self.accounts, |waits| now + milliseconds(waits.alone_ms) > waits.due)?;
+        let key =
+            room.next(&self.accounts, |waits| now + milliseconds(waits.alone_ms) > waits.due)?;
         let Request { shape, avoid, .. } = self.requests.get(key.0)?;
         let plan = placement::plan(&self.fleet, shape, avoid, split, candidates).ok()?;
         let local = plan == Plan::Aggregated(AggregatedReason::NoPrefillWorker);

@@ -125,7 +125,10 @@ fn when_all_have_enough_to_do_the_others_wait_here_for_their_turn() {
     assert_eq!(f.core.requests_open(), 0);
     let place = |request| order.iter().position(|one| *one == request).unwrap();
     assert!(place(urgent) < place(large[0]), "a class before the other");
-    assert!(place(small) < place(large[1]), "a tenant that had nothing yet before one that had much");
+    assert!(
+        place(small) < place(large[1]),
+        "a tenant that had nothing yet before one that had much"
+    );
 }
 
 #[test]
