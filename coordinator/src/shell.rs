@@ -274,6 +274,7 @@ impl Shell {
     }
 
     /// Why a request, one of those that are open or one of the last that ended, went where it went.
+    #[allow(dead_code)] // As long as nobody can ask.
     pub(crate) fn explain(&self, request_id: &str) -> Option<Explanation> {
         let state = self.state.lock();
         let of_id = |client: &&Client| client.request_id.as_bytes() == request_id.as_bytes();
