@@ -13,16 +13,16 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        AdminConfig, AdmissionConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-        LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode, SimConfig,
-        SloConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource,
-        WorkerConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig,
+        CoordinatorConfig, EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig,
+        PlacementMode, SimConfig, SloConfig, TlsConfig, TransferConfig, TransportChoice,
+        VllmConfig, VllmSource, WorkerConfig,
     },
     value::{
-        Address, AnyBytes, Codec, Count, Environment, ExistingDirectory, ExistingFile, FilePath,
-        FixedAddress, Flag, HeaderName, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative,
-        OneOf, Port, Positive, Priority, Program, Requirements, RoleName, Seconds, SecondsOrNone,
-        Text, TokenBytes, Url,
+        ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
+        ExistingFile, FilePath, FixedAddress, Flag, HeaderName, HostPort, HostPorts, Maybe,
+        MtuBytes, Name, NotNegative, OneOf, Port, Positive, Priority, Program, Requirements,
+        RoleName, Seconds, SecondsOrNone, Text, TokenBytes, Url,
     },
 };
 
@@ -153,6 +153,24 @@ keys! {
         /// Requests that name no tenant otherwise are of the one that this header names. Whoever can
         /// reach the coordinator can then be anyone: for use behind a proxy that sets it.
         tenant_header => tenant_header: Maybe<HeaderName> = Optional("\"x-tenant\"");
+    }
+}
+
+keys! {
+    /// `[balancer]`
+    BALANCER: BalancerConfig {
+        /// "flip": workers go over to the pool that needs them. "advise": it is only said, in log and
+        /// metrics, which should. "off".
+        actuator => actuator: ActuatorName = ByDefault;
+        /// No flip leaves fewer prefill workers.
+        min_prefill => min_prefill: Count = ByDefault;
+        /// No flip leaves fewer decode workers.
+        min_decode => min_decode: Count = ByDefault;
+        /// A worker that changed its pool stays there for so long, and so long no other goes the way
+        /// back.
+        dwell_seconds => dwell: Seconds = ByDefault;
+        /// A worker that was told to change its pool, and still has requests after this time, stays.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
     }
 }
 
@@ -417,6 +435,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
         slo: SloConfig::default(),
         placement: PlacementConfig::default(),
         admission: AdmissionConfig::default(),
+        balancer: BalancerConfig::default(),
         admin: None,
         tls: None,
         insecure_plaintext: false,

@@ -13,9 +13,10 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 10] = [
+const TABLES: [&str; 11] = [
     "coordinator",
     "slo",
+    "balancer",
     "admin",
     "placement",
     "admission",
@@ -92,6 +93,9 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
     }
     if let Some(place) = reader.table(root, "admission") {
         reader.read_keys(&place, keys::ADMISSION, &[], &[], &mut cluster.admission);
+    }
+    if let Some(place) = reader.table(root, "balancer") {
+        reader.read_keys(&place, keys::BALANCER, &[], &[], &mut cluster.balancer);
     }
     if let Some(place) = reader.table(root, "tls") {
         let tls = cluster.tls.insert(keys::blank_tls());

@@ -12,7 +12,8 @@ use baton_types::Role;
 use toml::de::DeValue;
 
 use crate::cluster::{
-    LateRequests, MAX_PRIORITY, OnNoPrefill, PlacementMode, Requirement, TransportChoice,
+    BalancerActuator, LateRequests, MAX_PRIORITY, OnNoPrefill, PlacementMode, Requirement,
+    TransportChoice,
 };
 
 /// One kind of value.
@@ -199,6 +200,22 @@ impl Codec for SecondsOrNone {
 
     fn write(value: &Duration) -> Option<String> {
         Seconds::write(value)
+    }
+}
+
+pub(crate) struct ActuatorName;
+
+impl Codec for ActuatorName {
+    type Value = BalancerActuator;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<BalancerActuator, String> {
+        let named = |name: &str| BalancerActuator::ALL.into_iter().find(|one| one.as_str() == name);
+        let wanted = || one_of(&BalancerActuator::ALL.map(BalancerActuator::as_str));
+        text(value).and_then(named).ok_or_else(wanted)
+    }
+
+    fn write(value: &BalancerActuator) -> Option<String> {
+        Some(quoted(value.as_str()))
     }
 }
 

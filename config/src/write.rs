@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        AdminConfig, AdmissionConfig, ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig,
-        PlacementConfig, SimConfig, SloConfig, TransferConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig,
+        LimitsConfig, PlacementConfig, SimConfig, SloConfig, TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
 };
@@ -21,6 +21,7 @@ impl ClusterConfig {
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
         write_table(&mut text, "[placement]", keys::PLACEMENT, &self.placement);
         write_table(&mut text, "[admission]", keys::ADMISSION, &self.admission);
+        write_table(&mut text, "[balancer]", keys::BALANCER, &self.balancer);
         if let Some(admin) = &self.admin {
             write_table(&mut text, "[admin]", keys::ADMIN, admin);
         }
@@ -88,6 +89,8 @@ pub fn sample() -> String {
     describe_keys(&mut text, keys::PLACEMENT, &PlacementConfig::default(), Shown::AsNeeded);
     push(&mut text, ADMISSION);
     describe_keys(&mut text, keys::ADMISSION, &AdmissionConfig::default(), Shown::AsNeeded);
+    push(&mut text, BALANCER);
+    describe_keys(&mut text, keys::BALANCER, &BalancerConfig::default(), Shown::AsNeeded);
     push(&mut text, ADMIN);
     describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
     push(&mut text, TLS);
@@ -168,6 +171,11 @@ const ADMISSION: &str = "
 # Who waits, how long, and who is turned away. A request's priority is a whole number, in its JSON or in
 # the header x-baton-priority: smaller ones come first.
 [admission]";
+
+const BALANCER: &str = "
+# Pools that follow the load: a worker goes over to the pool whose workers are all pressed, if the
+# others of its own can do without it. It finishes what it has first; its engine runs on.
+[balancer]";
 
 const ADMIN: &str = "
 # A listener of its own for operators: `baton status`, `baton drain`, `baton mode`, and the page /ui.

@@ -5,9 +5,9 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    AdminConfig, AdmissionConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-    LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode, SimConfig, SloConfig,
-    TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
+    EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode,
+    SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -39,6 +39,7 @@ fn default_cluster() -> ClusterConfig {
         slo: SloConfig::default(),
         placement: PlacementConfig::default(),
         admission: AdmissionConfig::default(),
+        balancer: BalancerConfig::default(),
         admin: None,
         tls: None,
         insecure_plaintext: false,

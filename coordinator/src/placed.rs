@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use baton_core::{Considered, Decision, WorkerKey};
+use baton_core::{Considered, PlacementDecision, WorkerKey};
 use http::HeaderValue;
 use serde::Serialize;
 
@@ -26,7 +26,7 @@ pub(crate) struct Placed {
     pub(crate) priority: i32,
     pub(crate) tenant: Arc<str>,
     /// Of each attempt.
-    pub(crate) decisions: Vec<Decision>,
+    pub(crate) decisions: Vec<PlacementDecision>,
     pub(crate) handoff: Option<Handoff>,
     /// From its arrival on, where it could be seen.
     pub(crate) first_token: Option<Duration>,
@@ -121,7 +121,7 @@ impl PlacedRequests {
     }
 
     pub(crate) fn explain_open(&self, request_id: &str, placed: &Placed) -> Explanation {
-        let attempt = |decision: &Decision| self.attempt(decision, placed.arrived);
+        let attempt = |decision: &PlacementDecision| self.attempt(decision, placed.arrived);
         Explanation {
             request: request_id.to_owned(),
             priority: placed.priority,
@@ -137,7 +137,7 @@ impl PlacedRequests {
             .map_or_else(|| "a worker that is gone".to_owned(), |n| n.to_string())
     }
 
-    fn attempt(&self, decision: &Decision, arrived: Duration) -> Attempt {
+    fn attempt(&self, decision: &PlacementDecision, arrived: Duration) -> Attempt {
         let since_arrival = |at: Duration| milliseconds(at.saturating_sub(arrived));
         let considered = |considered: &Considered| {
             let predicted = considered.predicted;
@@ -171,7 +171,7 @@ impl PlacedRequests {
 }
 
 /// The way that a decision takes.
-pub(crate) fn path_of(decision: &Decision) -> Path {
+pub(crate) fn path_of(decision: &PlacementDecision) -> Path {
     if decision.split_to().is_some() { Path::Disaggregated } else { Path::Aggregated }
 }
 

@@ -42,6 +42,7 @@ pub(crate) fn core_settings(config: &ClusterConfig) -> Settings {
         }),
         wait_for_worker: admission.wait_for_worker,
         keeps_decisions: true,
+        role_change_timeout: config.balancer.drain_timeout,
         ..Settings::default()
     }
 }

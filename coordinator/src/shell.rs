@@ -1,6 +1,8 @@
 //! Carries the core's decisions out: between clients' answers on one side and workers' links on the
 //! other. One lock holds it all, since all of it runs on one thread; it is never held over an await.
 
+mod operators;
+
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
@@ -9,24 +11,30 @@ use std::{
 
 use baton_config::SloConfig;
 use baton_core::{
-    Action, Core, Event, HandoffPlan, JobId, Rejection, RequestKey, RequestShape, Route, Settings,
-    Tenant, WorkerDescription, WorkerKey, WorkerReport, policy::Policy,
+    Action, AnnouncedChange, BalancerSettings, Core, Event, HandoffPlan, JobId, Rejection,
+    RequestKey, RequestShape, Route, Settings, Tenant, WorkerDescription, WorkerKey, WorkerReport,
+    policy::Policy,
 };
 use baton_proto as wire;
 use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role, StepModel};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tracing::{debug, info, warn};
 
 use crate::{
     client::{Answer, ClientError, Head, broken_stream_event},
     fleet::{Link, PeerInfo},
+    handoffs::HandoffMatrix,
+    journal::{Journal, unix_ms},
     metrics::{Metrics, Outcome, Path},
     placed::{Explanation, Handoff, Placed, PlacedRequests, path_of},
     prefixes::{CachedPrefix, Prefixes},
     prompt::Prompt,
+    timeline::Timeline,
 };
+
+pub(crate) use operators::UnknownWorker;
 
 /// Shared by every connection of this coordinator.
 #[derive(Clone, Debug)]
@@ -34,12 +42,13 @@ pub(crate) struct Shell {
     state: Arc<Mutex<State>>,
     pub(crate) metrics: Arc<Metrics>,
     started: Instant,
+    slo: SloConfig,
     max_unread_bytes: usize,
 }
 
 #[derive(Debug)]
-struct State {
-    core: Core,
+pub(crate) struct State {
+    pub(crate) core: Core,
     prefixes: Prefixes,
     tidy_at: Duration,
     placed: PlacedRequests,
@@ -48,6 +57,8 @@ struct State {
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
     slo: SloConfig,
+    handoffs: HandoffMatrix,
+    pub(crate) journal: Journal,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -61,6 +72,8 @@ struct Attached {
     models: Vec<String>,
     max_model_tokens: u32,
     kv_capacity_tokens: Option<u64>,
+    engine: String,
+    since_unix_ms: u64,
     report: wire::Report,
 }
 
@@ -73,7 +86,7 @@ struct Client {
     prompt: Option<KnownPrompt>,
     request_id: HeaderValue,
     streams: bool,
-    arrived: Instant,
+    timeline: Timeline,
     relaying: Option<Relaying>,
     tenant: Tenant,
     placed: Placed,
@@ -83,6 +96,7 @@ struct Client {
 struct Relaying {
     job: JobId,
     path: Path,
+    route: Route,
     status: StatusCode,
     event_stream: bool,
     last_tokens: Option<Instant>,
@@ -133,12 +147,18 @@ impl Shell {
     pub(crate) fn new(
         settings: Settings,
         policy: Box<dyn Policy>,
+        balancing: Option<BalancerSettings>,
         slo: SloConfig,
         max_unread_bytes: u64,
     ) -> Self {
+        let core = Core::with_policy(settings, policy);
+        let core = match balancing {
+            Some(balancing) => core.balanced(balancing),
+            None => core,
+        };
         Self {
             state: Arc::new(Mutex::new(State {
-                core: Core::with_policy(settings, policy),
+                core,
                 prefixes: Prefixes::default(),
                 tidy_at: Duration::ZERO,
                 placed: PlacedRequests::default(),
@@ -146,10 +166,13 @@ impl Shell {
                 links: HashMap::new(),
                 engine_handoffs: HashMap::new(),
                 slo,
+                handoffs: HandoffMatrix::default(),
+                journal: Journal::default(),
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
             started: Instant::now(),
+            slo,
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
     }
@@ -158,6 +181,15 @@ impl Shell {
     #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
     pub(crate) fn itl_target_ms(&self) -> f32 {
         self.state.lock().slo.itl_ms as f32
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// The core's time.
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Takes a request in and sets its legs going.
@@ -189,7 +221,7 @@ impl Shell {
                 prompt,
                 request_id: incoming.request_id,
                 streams: incoming.streams,
-                arrived: incoming.arrived,
+                timeline: Timeline::new(incoming.arrived),
                 relaying: None,
                 tenant,
                 placed,
@@ -202,7 +234,8 @@ impl Shell {
     fn client_gone(&self, request: RequestKey) {
         let mut state = self.state.lock();
         if let Some(client) = state.clients.remove(&request) {
-            self.request_ended(&mut state, client, Outcome::Cancelled);
+            self.request_ended(&mut state, &client, Outcome::Cancelled);
+            self.placement_ended(&mut state, client, Outcome::Cancelled);
             self.tell_core(&mut state, Event::ClientGone { request }, None);
         }
     }
@@ -224,8 +257,13 @@ impl Shell {
             models: description.models.clone(),
             max_model_tokens: hello.max_model_tokens,
             kv_capacity_tokens: description.kv_capacity_tokens,
+            engine: hello.engine.chars().take(128).collect(),
+            since_unix_ms: unix_ms(),
             report: wire::Report::default(),
         };
+        state.journal.role(&description.name, description.role);
+        let kept = format!("as {}, epoch {}", description.role, description.epoch);
+        state.journal.decided("attached", &description.name, kept, "worker");
         let name = description.name.clone();
         let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
         // Requests may have waited for this worker: it has its link before they are sent there.
@@ -234,6 +272,7 @@ impl Shell {
         let State { placed, links, .. } = &mut *state;
         placed.worker_attached(worker, &name, |worker| links.contains_key(&worker));
         self.carry_out(&mut state, actions, None);
+        self.role_change(&mut state, worker, hello.role_change.as_ref());
         worker
     }
 
@@ -241,15 +280,20 @@ impl Shell {
         let mut state = self.state.lock();
         if let Some(view) = state.core.worker(worker) {
             warn!(worker = view.description.name, role = %view.description.role, "worker lost");
+            let name = view.description.name.clone();
+            state.journal.decided("lost", name, "its stream ended", "coordinator");
         }
         self.tell_core(&mut state, Event::WorkerLost { worker }, None);
         state.links.remove(&worker);
         state.prefixes.worker_gone(worker);
+        state.handoffs.worker_gone(worker);
     }
 
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);
+        self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
+        self.role_change(&mut state, worker, report.role_change.as_ref());
         let Some(attached) = state.links.get_mut(&worker) else { return };
         let capacity_tokens = attached.kv_capacity_tokens;
         let used_ratio = report.engine_kv_used_ratio;
@@ -274,7 +318,6 @@ impl Shell {
     }
 
     /// Why a request, one of those that are open or one of the last that ended, went where it went.
-    #[allow(dead_code)] // As long as nobody can ask.
     pub(crate) fn explain(&self, request_id: &str) -> Option<Explanation> {
         let state = self.state.lock();
         let of_id = |client: &&Client| client.request_id.as_bytes() == request_id.as_bytes();
@@ -288,11 +331,11 @@ impl Shell {
         self.state.lock().core.waiting_by_priority()
     }
 
-    /// The client was answered, or went away: for the record, and its tenant's account.
-    fn request_ended(&self, state: &mut State, mut client: Client, outcome: Outcome) {
+    /// A request is over: what was predicted of it is held against what happened, and its tenant is
+    /// charged for its answer.
+    fn placement_ended(&self, state: &mut State, mut client: Client, outcome: Outcome) {
         client.placed.last_token = client.last_token();
-        let (path, e2e) = (client.path(), client.arrived.elapsed());
-        self.metrics.request_ended(path, outcome, e2e);
+        let (path, e2e) = (client.path(), client.timeline.arrived.elapsed());
         state.core.answered_tokens(&client.tenant, client.placed.output_tokens);
         if let Some(placed) = client.placed.decisions.last() {
             self.metrics.prediction(
@@ -301,6 +344,14 @@ impl Shell {
             );
         }
         state.placed.ended(client.request_id, client.placed, path, outcome, e2e);
+    }
+
+    /// What a worker says of its role.
+    fn role_change(&self, state: &mut State, worker: WorkerKey, change: Option<&wire::RoleChange>) {
+        let change = change.and_then(|change| {
+            Some(AnnouncedChange { to: change.to().try_into().ok()?, number: change.number })
+        });
+        self.tell_core(state, Event::RoleChange { worker, change }, None);
     }
 
     /// What a worker says of its prefix cache.
@@ -412,6 +463,9 @@ impl Shell {
                 if !event.engine_handoff_params.is_empty() {
                     state.engine_handoffs.insert(job, event.engine_handoff_params);
                 }
+                if let Some(client) = state.clients.get_mut(&request) {
+                    client.timeline.prefilled = Some(now);
+                }
                 self.tell_core(state, Event::PrefillDone { job }, None);
                 state.engine_handoffs.remove(&job);
             }
@@ -421,6 +475,10 @@ impl Shell {
             if let Some(moved) = event.handoff.take() {
                 self.metrics.handoff(&moved);
                 state.handed_over(request, worker, &moved);
+                let route = state.core.request(request).and_then(|view| view.route);
+                if let Some(Route::Disaggregated { prefill, decode, .. }) = route {
+                    state.handoffs.add(prefill, decode, &moved);
+                }
             }
             self.tell_core(state, Event::Answered { job }, Some(&event));
         }
@@ -428,11 +486,13 @@ impl Shell {
         if client.relaying.as_ref().is_none_or(|relaying| relaying.job != job) {
             return;
         }
-        client.tokens(event.tokens, now, &self.metrics);
+        let gap = client.tokens(event.tokens, now, &self.metrics);
+        state.core.tokens(job, event.tokens, gap);
         if client.answer.push(&event.payload).is_err() {
             info!(request_id = ?client.request_id, "client reads too slowly: cancelled");
             if let Some(client) = state.clients.remove(&request) {
-                self.request_ended(state, client, Outcome::TooSlow);
+                self.request_ended(state, &client, Outcome::TooSlow);
+                self.placement_ended(state, client, Outcome::TooSlow);
             }
             return self.tell_core(state, Event::ClientGone { request }, None);
         }
@@ -441,7 +501,7 @@ impl Shell {
         }
     }
 
-    fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
+    pub(crate) fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
         let mut actions = std::mem::take(&mut state.actions);
         state.core.handle(event, self.started.elapsed(), &mut actions);
         self.carry_out(state, actions, answer);
@@ -482,24 +542,40 @@ impl Shell {
                     } else {
                         Outcome::ClientError
                     };
+                    self.request_ended(state, &client, outcome);
                     client.break_off(&error);
-                    self.request_ended(state, client, outcome);
+                    self.placement_ended(state, client, outcome);
                 }
                 Action::BreakOff { request, .. } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
+                    self.request_ended(state, &client, Outcome::BrokenOff);
                     client.break_off(&ClientError::NoWorker);
-                    self.request_ended(state, client, Outcome::BrokenOff);
+                    self.placement_ended(state, client, Outcome::BrokenOff);
                 }
                 Action::Finish { request } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
                     let outcome = client.outcome();
+                    self.request_ended(state, &client, outcome);
                     client.answer.complete();
-                    self.request_ended(state, client, outcome);
+                    self.placement_ended(state, client, outcome);
                 }
                 Action::Blame { leg, fault } => {
                     warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message,
                         "leg failed");
                     self.metrics.leg_failed(leg, &fault);
+                }
+                Action::SetRole { worker, role } => {
+                    if let Some(view) = state.core.worker(worker) {
+                        info!(worker = view.description.name, %role, "worker is told its role");
+                    }
+                    if let Some(attached) = state.links.get(&worker) {
+                        attached.link.set_role(role);
+                    }
+                }
+                Action::Release { worker, change } => {
+                    if let Some(attached) = state.links.get(&worker) {
+                        attached.link.release(change);
+                    }
                 }
                 Action::Disconnect { worker } => {
                     if let Some(attached) = state.links.remove(&worker) {
@@ -521,9 +597,10 @@ impl Shell {
         else {
             return;
         };
+        client.timeline.attempted(Instant::now());
         self.metrics.decided(path_of(&decision), decision.reason.as_str());
         if client.placed.decisions.is_empty() {
-            self.metrics.waited(client.placed.priority, client.arrived.elapsed());
+            self.metrics.waited(client.placed.priority, client.timeline.arrived.elapsed());
         }
         client.placed.decisions.push(decision);
     }
@@ -584,9 +661,11 @@ impl Shell {
             .unwrap_or(StatusCode::BAD_GATEWAY);
         client.request = None;
         client.prompt = None;
+        client.timeline.answered = Some(Instant::now());
         client.relaying = Some(Relaying {
             job,
             path,
+            route,
             status,
             event_stream: client.streams && status.is_success(),
             last_tokens: None,
@@ -619,7 +698,7 @@ impl State {
     ) -> Option<wire::StartJob> {
         let client = self.clients.get(&request)?;
         let forward = client.request.clone()?;
-        let left_ms = self.slo.ttft_ms - client.arrived.elapsed().as_secs_f64() * 1000.0;
+        let left_ms = self.slo.ttft_ms - client.timeline.arrived.elapsed().as_secs_f64() * 1000.0;
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
         let deadline_ms = left_ms.max(1.0) as u32;
         let (fenced, engine_handoff_params) = match handoff {
@@ -663,28 +742,35 @@ impl Client {
         }
     }
 
-    fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) {
-        let Some(relaying) = self.relaying.as_mut().filter(|_| tokens > 0) else { return };
+    /// Answers how long after those before them they came, where somebody could see that.
+    fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) -> Option<Duration> {
+        let relaying = self.relaying.as_mut().filter(|_| tokens > 0)?;
         metrics.tokens(relaying.path, tokens);
         self.placed.output_tokens += u64::from(tokens);
         // An answer that comes whole has no first token that anybody could see.
         match relaying.last_tokens.filter(|_| relaying.event_stream) {
-            Some(last) => metrics.gaps(relaying.path, now.duration_since(last), tokens),
+            Some(last) => {
+                let gap = now.duration_since(last);
+                metrics.gaps(relaying.path, gap, tokens);
+                relaying.last_tokens = Some(now);
+                return Some(gap);
+            }
             None if relaying.event_stream => {
-                let ttft = now.duration_since(self.arrived);
+                let ttft = now.duration_since(self.timeline.arrived);
                 metrics.first_token(relaying.path, ttft);
                 self.placed.first_token = Some(ttft);
             }
             None => {}
         }
         relaying.last_tokens = Some(now);
+        None
     }
 
     /// When the last tokens came, if anybody could see them come.
     fn last_token(&self) -> Option<Duration> {
         let last = self.relaying.as_ref()?.last_tokens?;
         self.placed.first_token?;
-        Some(last.duration_since(self.arrived))
+        Some(last.duration_since(self.timeline.arrived))
     }
 
     /// Says `error` in whatever way the answer still allows.

@@ -1,4 +1,6 @@
 mod admitting;
+mod balance;
+mod role_change;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,6 +22,10 @@ use crate::{
     request::{Job, JobId, Phase, Request, RequestKey, RequestShape, RequestView, Stage},
 };
 
+use self::balance::Balancing;
+pub use self::role_change::AnnouncedChange;
+pub(crate) use self::{balance::Gaps, role_change::RoleChange};
+
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     pub split: Split,
@@ -35,6 +41,8 @@ pub struct Settings {
     pub engine_queue_tokens: u64,
     /// A request with no first token after this time is given up.
     pub first_token_timeout: Duration,
+    /// A worker that was told to change its role, and has not after this time, stays as it is.
+    pub role_change_timeout: Duration,
     /// How often a request may be tried again before its first token.
     pub retries: u32,
     /// What becomes of requests that could be split, while the prefill pool is empty.
@@ -65,6 +73,7 @@ impl Default for Settings {
             targets: Targets::default(),
             engine_queue_tokens: 2048,
             first_token_timeout: Duration::from_secs(300),
+            role_change_timeout: Duration::from_secs(120),
             retries: 1,
             on_no_prefill: OnNoPrefill::default(),
             admission: None,
@@ -105,6 +114,7 @@ pub struct Core {
     last_turn: Duration,
     /// When prefills of answers that come whole are predicted to be done.
     unseen_prefills: BTreeSet<(Duration, JobId)>,
+    balancing: Option<Balancing>,
     /// Kept for its memory.
     candidates: Vec<WorkerKey>,
 }
@@ -120,6 +130,7 @@ impl Core {
             settings,
             policy,
             fallback: least_load(),
+            balancing: None,
             candidates: Vec::new(),
             fleet: Fleet::default(),
             requests: Keyed::default(),
@@ -145,7 +156,7 @@ impl Core {
             actions.push(Action::Disconnect { worker: former });
             self.handle(Event::WorkerLost { worker: former }, now, actions);
         }
-        let worker = self.fleet.attach(description);
+        let worker = self.fleet.attach(description, now);
         self.admit(now, actions);
         worker
     }
@@ -164,6 +175,8 @@ impl Core {
             shape,
             due,
             turn: due,
+            arrived: now,
+            is_counted: false,
             avoid: Vec::new(),
             split: self.settings.split,
             plan: Plan::Split,
@@ -196,14 +209,22 @@ impl Core {
                 self.fleet.set_drains(worker, false);
                 self.admit(now, actions);
             }
-            Event::Report { worker, report } => self.fleet.report(worker, &report),
+            Event::Report { worker, report } => self.fleet.report(worker, &report, now),
             Event::ModelChanged { worker, model } => self.fleet.model_changed(worker, model),
             Event::PrefillDone { job } => self.prefill_done(job, now, actions),
             Event::Answered { job } => self.answered(job, now, actions),
             Event::Ended { job } => self.ended(job, now, actions),
             Event::LegFailed { job, fault } => self.leg_failed(job, fault, now, actions),
             Event::ClientGone { request } => self.forget(request, now, actions),
-            Event::Tick => self.expire(now, actions),
+            Event::SetRole { worker, role } => self.set_role(worker, role, now, actions),
+            Event::RoleChange { worker, change } => {
+                self.role_change_announced(worker, change, now, actions);
+            }
+            Event::Heard { worker, follows } => self.fleet.heard(worker, follows, now),
+            Event::Tick => {
+                self.expire(now, actions);
+                self.watch_role_changes(now, actions);
+            }
         }
     }
 
@@ -289,6 +310,13 @@ impl Core {
                 self.decide(key, plan, now);
                 let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
                 self.fleet.placed(worker);
+                if self.balancing.is_some()
+                    && let (Some(request), Some(on)) =
+                        (self.requests.get(key.0), self.fleet.get(worker))
+                {
+                    let hit_tokens = hit_tokens(&on.prefixes, &request.shape);
+                    self.count_arrival(key, worker, hit_tokens);
+                }
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.plan = plan;
                 }
@@ -496,7 +524,9 @@ impl Core {
             worker,
             leg,
             stage: if leg == Leg::Decode { Stage::Decoding } else { Stage::Prefilling },
+            since: now,
             prompt_tokens: 0,
+            output_tokens: 0,
             work_ms: 0.0,
         };
         if let (Some(request), Some(on)) = (self.requests.get(key.0), self.fleet.get_mut(worker)) {
@@ -531,7 +561,7 @@ impl Core {
     fn advance(&mut self, id: JobId, stage: Stage, now: Duration) {
         let Some(job) = self.jobs.get_mut(id.0).filter(|job| job.stage != stage) else { return };
         self.fleet.job_ended(job, now);
-        job.stage = stage;
+        (job.stage, job.since) = (stage, now);
         self.fleet.job_started(job, now);
     }
 
@@ -658,7 +688,9 @@ impl Core {
             );
             return self.leg_failed(id, fault, now, actions);
         }
-        self.close(id, now);
+        if let Some(job) = self.close(id, now) {
+            self.count_answer(&job);
+        }
         self.forget(key, now, actions);
         actions.push(Action::Finish { request: key });
         self.pump(worker, now, actions);
@@ -869,6 +901,7 @@ fn view(key: WorkerKey, worker: &Worker) -> WorkerView<'_> {
         jobs_running: worker.jobs_running,
         jobs_open: worker.jobs_open,
         drains: worker.drains,
+        changes_to: worker.role_change.to(),
         load: &worker.load,
     }
 }

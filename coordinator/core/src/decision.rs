@@ -12,7 +12,7 @@ const REMEMBERED: usize = 8;
 
 /// One attempt at a request: what was chosen among what.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Decision {
+pub struct PlacementDecision {
     /// When the first worker was chosen. Before that the request waited for admission.
     pub at: Duration,
     /// When the first token is due, by the SLO.
@@ -167,7 +167,7 @@ fn by_delay(a: &Considered, b: &Considered) -> std::cmp::Ordering {
     a.delay_ms().total_cmp(&b.delay_ms())
 }
 
-impl Decision {
+impl PlacementDecision {
     /// When the first token is predicted to come.
     pub fn first_token_at(&self) -> Option<Duration> {
         let first = self.first.as_ref()?.predicted()?;

@@ -9,6 +9,7 @@
 //! the actions out in their order. See [`Core`] for the invariants that hold in between.
 
 mod admission;
+pub mod balancer;
 mod core;
 mod decision;
 mod event;
@@ -23,8 +24,9 @@ mod request;
 
 pub use crate::{
     admission::{AdmissionSettings, OLDEST_EVERY, OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant},
-    core::{Core, OnNoPrefill, Settings},
-    decision::{Chosen, Considered, Decision, DecisionReason, Prediction},
+    balancer::{BalancerSettings, Decision, Verdict},
+    core::{AnnouncedChange, Core, OnNoPrefill, Settings},
+    decision::{Chosen, Considered, DecisionReason, PlacementDecision, Prediction},
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
     placement::{AggregatedReason, Route, Split},

@@ -4,7 +4,7 @@ use baton_types::{Generation, HandoffId, Leg};
 
 use crate::{
     admission::Tenant,
-    decision::Decision,
+    decision::PlacementDecision,
     fleet::WorkerKey,
     placement::{Plan, Route, Split},
 };
@@ -58,6 +58,9 @@ pub(crate) struct Request {
     pub(crate) due: Duration,
     /// Its place in a queue: the smallest is served first.
     pub(crate) turn: Duration,
+    pub(crate) arrived: Duration,
+    /// The balancer knows of it.
+    pub(crate) is_counted: bool,
     /// Workers that failed it.
     pub(crate) avoid: Vec<WorkerKey>,
     /// Which requests were split when this attempt began.
@@ -69,7 +72,7 @@ pub(crate) struct Request {
     pub(crate) waits_until: Option<Duration>,
     /// Milliseconds of its prefill, while it waits in a worker's queue.
     pub(crate) queued_ms: f64,
-    pub(crate) decision: Option<Box<Decision>>,
+    pub(crate) decision: Option<Box<PlacementDecision>>,
     /// The worker in whose queue it waits.
     pub(crate) waits_for: Option<WorkerKey>,
     pub(crate) route: Option<Route>,
@@ -108,7 +111,10 @@ pub(crate) struct Job {
     pub(crate) worker: WorkerKey,
     pub(crate) leg: Leg,
     pub(crate) stage: Stage,
+    /// Since when it is in this stage.
+    pub(crate) since: Duration,
     pub(crate) prompt_tokens: u32,
+    pub(crate) output_tokens: u32,
     /// What its prefill costs, predicted.
     pub(crate) work_ms: f64,
 }

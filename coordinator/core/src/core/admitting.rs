@@ -7,7 +7,7 @@ use baton_types::Leg;
 use super::{Core, OnNoPrefill, Request, hit_tokens, milliseconds};
 use crate::{
     admission::{OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant, Waits},
-    decision::{Considered, Decision, DecisionReason},
+    decision::{Considered, DecisionReason, PlacementDecision},
     event::{Action, Rejection},
     fleet::WorkerKey,
     placement::{self, AggregatedReason, NoRoute, Plan, Split},
@@ -21,7 +21,7 @@ const MOST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 impl Core {
     /// What was decided of a request's current attempt, and predicted of it, for whoever asks first.
-    pub fn take_decision(&mut self, key: RequestKey) -> Option<Decision> {
+    pub fn take_decision(&mut self, key: RequestKey) -> Option<PlacementDecision> {
         self.requests.get_mut(key.0)?.decision.take().map(|decision| *decision)
     }
 
@@ -78,7 +78,7 @@ impl Core {
             Plan::Split if per_request => DecisionReason::NoModel,
             Plan::Split => DecisionReason::Pools,
         };
-        request.decision = Some(Box::new(Decision {
+        request.decision = Some(Box::new(PlacementDecision {
             at: now,
             due: request.due,
             prompt_tokens: request.shape.prompt_tokens,
