@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use baton_tests::{Answer, Cluster, ClusterBuilder};
+use baton_tests::{Answer, Cluster, ClusterBuilder, read_events};
 use serde_json::json;
 
 const ADAPTIVE: &str = "mode = \"adaptive\"";
@@ -66,6 +66,54 @@ async fn an_answer_stays_where_it_was_prefilled_or_joins_others_as_the_target_ma
         let split = f64::from(paths.get("disaggregated").copied().unwrap_or(0));
         assert_eq!((decided("disaggregated"), decided("aggregated")), (split, 5.0 - split));
     }
+}
+
+#[tokio::test]
+async fn of_each_request_can_be_asked_why_it_went_where_it_went() {
+    let directory = tempfile::tempdir().unwrap();
+    let cluster = ClusterBuilder::sim()
+        .pools(2, 1)
+        .engine(&profile(directory.path(), 2.0))
+        .placement(ADAPTIVE)
+        .start()
+        .await
+        .unwrap();
+    let body = json!({
+        "prompt": "Why here?", "max_tokens": 20, "stream": true, "ignore_eos": true, "priority": 2,
+    });
+    let request = cluster.http.post(cluster.url("/v1/completions")).json(&body);
+    let response = request.header("x-request-id", "the-one").send().await.unwrap();
+    let worker = response.headers()["x-baton-worker"].to_str().unwrap().to_owned();
+    read_events(response).await.unwrap();
+
+    let explained = cluster.admin_get("/debug/placement?request=the-one").await.json();
+    assert_eq!((&explained["request"], &explained["priority"]), (&json!("the-one"), &json!(2)));
+    let attempt = &explained["attempts"][0];
+    assert_eq!((&attempt["path"], &attempt["reason"]), (&json!("aggregated"), &json!("predicted")));
+    let prefill = &attempt["prefill"];
+    assert_eq!((&prefill["worker"], &prefill["candidates"]), (&json!(worker), &json!(3)));
+    let considered = prefill["considered"].as_array().unwrap();
+    assert_eq!((considered.len(), &considered[0]["worker"]), (3, &json!(worker)));
+    // The profile's prefill takes 5 ms at least, its decode steps 2 ms.
+    assert!(considered.iter().all(|one| one["prefill_ms"].as_f64().unwrap() >= 5.0), "{prefill}");
+    assert!(attempt["predicted_ttft_ms"].as_f64().unwrap() >= 5.0, "{attempt}");
+    assert!((2.0..3.0).contains(&attempt["predicted_itl_ms"].as_f64().unwrap()), "{attempt}");
+    let observed = &explained["observed"];
+    assert_eq!((&observed["outcome"], &observed["output_tokens"]), (&json!("ok"), &json!(20)));
+    assert!(observed["ttft_ms"].as_f64().unwrap() >= 5.0, "{observed}");
+    assert!(observed["itl_ms"].as_f64().unwrap() > 1.0, "{observed}");
+
+    let metrics = cluster.metrics().await;
+    for of in ["ttft", "itl"] {
+        let name = format!("baton_prediction_error_{of}_seconds_count");
+        assert_eq!(metrics.sum(&name, &[]), 1.0, "{of}");
+    }
+    for (path, status) in [("?request=another", 404), ("", 400)] {
+        let answer = cluster.admin_get(&format!("/debug/placement{path}")).await;
+        assert_eq!(answer.status, status, "{}", answer.text);
+    }
+    let stranger = cluster.http.get(cluster.admin_url("/debug/placement?request=the-one"));
+    assert_eq!(stranger.send().await.unwrap().status(), 401);
 }
 
 #[tokio::test]
