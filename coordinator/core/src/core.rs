@@ -314,7 +314,7 @@ impl Core {
                     && let (Some(request), Some(on)) =
                         (self.requests.get(key.0), self.fleet.get(worker))
                 {
-                    let hit_tokens = hit_tokens(&on.prefixes, &request.shape);
+                    let hit_tokens = hit_tokens(worker, &on.prefixes, &request.shape);
                     self.count_arrival(key, worker, hit_tokens);
                 }
                 if let Some(request) = self.requests.get_mut(key.0) {
