@@ -92,6 +92,9 @@ struct WorkerArguments {
     /// Which of the file's workers this is.
     #[arg(long)]
     name: String,
+    /// HOST:PORT at which other workers reach this one, in place of the file's.
+    #[arg(long)]
+    advertise: Option<String>,
     #[command(flatten)]
     stop_with: StopWith,
 }
@@ -110,12 +113,8 @@ fn main() -> ExitCode {
         Command::BenchTransfer(options) => bench_transfer::run(&options),
         Command::TransferCheck(options) => transfer_check::run(&options),
         Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
-        Command::PrefillWorker(worker) => {
-            processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)
-        }
-        Command::DecodeWorker(worker) => {
-            processes::worker(&worker.config, &worker.name, Role::Decode, worker.stop_with)
-        }
+        Command::PrefillWorker(worker) => processes::worker(&worker, Role::Prefill),
+        Command::DecodeWorker(worker) => processes::worker(&worker, Role::Decode),
         Command::Simulate(options) => simulate::run(&options),
         Command::Goodput(options) => goodput::run(&options),
         Command::Compare(options) => compare::run(&options),

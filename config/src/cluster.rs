@@ -44,6 +44,8 @@ pub struct LimitsConfig {
     pub body_timeout: Duration,
     /// A request with no first token after this time is answered with 504.
     pub first_token_timeout: Duration,
+    /// After the order to stop: how long open answers may go on.
+    pub drain_timeout: Duration,
     /// Open client connections; further ones wait to be accepted.
     pub max_connections: u32,
 }
@@ -56,6 +58,7 @@ impl Default for LimitsConfig {
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(60),
             first_token_timeout: Duration::from_secs(300),
+            drain_timeout: Duration::from_secs(10),
             max_connections: 16_384,
         }
     }
@@ -222,10 +225,17 @@ pub struct TlsConfig {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct WorkerConfig {
+    /// Ends in `*` where it stands for any number of workers; see [`ClusterConfig::worker`].
     pub name: String,
     pub role: Role,
     /// `host:port` of each coordinator's `workers_listen`.
     pub coordinators: Vec<String>,
+    /// Each of those stands for one coordinator at every address of its name.
+    pub every_address: bool,
+    /// Where probes are answered.
+    pub health_listen: Option<SocketAddr>,
+    /// After the order to stop: how long jobs may go on.
+    pub drain_timeout: Duration,
     pub tls: Option<TlsConfig>,
     pub engine: EngineConfig,
     pub arena: ArenaConfig,
@@ -243,6 +253,8 @@ pub enum EngineConfig {
 pub struct SimConfig {
     /// Name that requests give for the model.
     pub model: String,
+    /// Of its weights; workers of different ones never hand over to each other.
+    pub revision: Option<String>,
     pub max_model_tokens: u32,
     pub block_size_tokens: u32,
     /// Bytes of KV a token; a real 8B model has 131,072.
@@ -261,6 +273,7 @@ impl Default for SimConfig {
     fn default() -> Self {
         Self {
             model: "baton-sim".to_owned(),
+            revision: None,
             max_model_tokens: 32_768,
             block_size_tokens: 16,
             kv_bytes_per_token: 1024,
@@ -284,6 +297,8 @@ pub struct VllmConfig {
     pub engine_handoff: bool,
     /// How long the engine may take until it serves.
     pub start_timeout: Duration,
+    /// Step times (JSON) to begin with.
+    pub profile: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -292,8 +307,9 @@ pub enum VllmSource {
     Url(String),
     /// Started and stopped by the worker.
     Command {
-        /// Program and arguments; the worker adds `--port`, `--host 127.0.0.1` and
-        /// `--kv-transfer-config`.
+        /// Program and arguments. The worker adds `--port` and `--host 127.0.0.1`; with a
+        /// `connector_socket` `--kv-transfer-config` and `--scheduler-cls`; and, like the last one
+        /// where the command does not say otherwise, `--scheduling-policy` and `--kv-events-config`.
         command: Vec<String>,
         environment: BTreeMap<String, String>,
         /// Loopback port that vLLM shall serve on.

@@ -265,8 +265,11 @@ fn read_engine(reader: &mut Reader<'_>, place: &Place<'_>, inherited: &Engine) -
             }
         },
     };
-    let sim: Vec<&str> = keys::SIM.iter().map(|key| key.name).collect();
-    let vllm: Vec<&str> = keys::VLLM.iter().map(|key| key.name).collect();
+    let mut sim: Vec<&str> = keys::SIM.iter().map(|key| key.name).collect();
+    let mut vllm: Vec<&str> = keys::VLLM.iter().map(|key| key.name).collect();
+    let both: Vec<&str> = sim.iter().copied().filter(|name| vllm.contains(name)).collect();
+    sim.retain(|name| !both.contains(name));
+    vllm.retain(|name| !both.contains(name));
     Engine::Known(match start {
         EngineKeys::Sim(mut engine) => {
             refuse_keys_of(reader, place, &vllm, ["vllm", "sim"]);

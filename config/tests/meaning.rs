@@ -23,6 +23,9 @@ fn default_cluster() -> ClusterConfig {
         name: name.to_owned(),
         role,
         coordinators: vec!["127.0.0.1:7000".to_owned()],
+        every_address: false,
+        health_listen: None,
+        drain_timeout: Duration::from_secs(30),
         tls: None,
         engine: EngineConfig::Sim(SimConfig::default()),
         arena: ArenaConfig::default(),
@@ -111,6 +114,7 @@ fn what_the_sample_shows_as_default_is_the_default() {
         connector_socket: None,
         engine_handoff: false,
         start_timeout: Duration::from_secs(600),
+        profile: None,
     });
     assert_eq!(parse(&file).workers[0].engine, expected);
     assert!(keys > 20, "only {keys} defaults found in the sample");
@@ -213,6 +217,7 @@ fn engine() -> impl Strategy<Value = EngineConfig> {
             connector_socket: socket,
             engine_handoff,
             start_timeout,
+            profile: None,
         })
     });
     prop_oneof![sim, vllm]

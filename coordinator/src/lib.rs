@@ -42,8 +42,6 @@ use tracing::info;
 pub use crate::balancing::{Replicas, ScaleError};
 use crate::{admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell};
 
-/// How long open answers may go on after the order to stop.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// What is due by the clock, and by predictions, is looked after this often.
 const TICK_INTERVAL: Duration = Duration::from_millis(20);
 /// What operators, their pages and their scripts hold open; further ones wait.
@@ -93,6 +91,7 @@ pub async fn run_with(
         None => None,
     };
     let limits = coordinator.limits;
+    let drain_timeout = limits.drain_timeout;
     let balancer = config.balancer;
     let balances = balancer.actuator != BalancerActuator::Off;
     let balancing = balances.then(|| balancing::settings(&balancer));
@@ -158,7 +157,7 @@ pub async fn run_with(
             };
             tokio::select! {
                 ended = &mut fleet => ended?,
-                _ = tokio::time::timeout(DRAIN_TIMEOUT, drained) => {}
+                _ = tokio::time::timeout(drain_timeout, drained) => {}
             }
             shell.close();
             // The last words leave.

@@ -59,6 +59,7 @@ pub(crate) struct State {
     slo: SloConfig,
     handoffs: HandoffMatrix,
     pub(crate) journal: Journal,
+    slo: SloConfig,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -168,6 +169,7 @@ impl Shell {
                 slo,
                 handoffs: HandoffMatrix::default(),
                 journal: Journal::default(),
+                slo,
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
@@ -190,6 +192,12 @@ impl Shell {
     /// The core's time.
     pub(crate) fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
+    #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
+    pub(crate) fn itl_target_ms(&self) -> f32 {
+        self.state.lock().slo.itl_ms as f32
     }
 
     /// Takes a request in and sets its legs going.
@@ -287,6 +295,14 @@ impl Shell {
         state.links.remove(&worker);
         state.prefixes.worker_gone(worker);
         state.handoffs.worker_gone(worker);
+    }
+
+    pub(crate) fn worker_leaves(&self, worker: WorkerKey) {
+        let mut state = self.state.lock();
+        if let Some(view) = state.core.worker(worker) {
+            info!(worker = view.description.name, role = %view.description.role, "worker leaves");
+        }
+        self.tell_core(&mut state, Event::Drain { worker }, None);
     }
 
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {

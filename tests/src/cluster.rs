@@ -30,9 +30,11 @@ pub struct ClusterBuilder {
     coordinator_toml: String,
     placement_toml: String,
     admission_toml: String,
+    slo_toml: String,
     arena_toml: String,
     balancer_toml: String,
     tls: Option<TlsPem>,
+    drain_timeout_seconds: u32,
     ready: bool,
 }
 
@@ -91,12 +93,14 @@ impl ClusterBuilder {
             // What a scenario is about shall not depend on what splitting is predicted to bring.
             placement_toml: "mode = \"always\"".to_owned(),
             admission_toml: String::new(),
+            slo_toml: String::new(),
             // Beside the configuration, so that a killed worker's goes with it; smaller than some
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
             balancer_toml: String::new(),
             tls: None,
+            drain_timeout_seconds: 1,
             ready: true,
         }
     }
@@ -150,9 +154,21 @@ impl ClusterBuilder {
         self
     }
 
+    /// Keys of `[slo]`.
+    pub fn slo(mut self, keys: &str) -> Self {
+        self.slo_toml = keys.to_owned();
+        self
+    }
+
     /// Mutual TLS between coordinator and workers, who all show this one certificate.
     pub fn tls(mut self, pem: TlsPem) -> Self {
         self.tls = Some(pem);
+        self
+    }
+
+    /// How long a worker that is told to stop goes on with what it has.
+    pub fn drain_timeout_seconds(mut self, seconds: u32) -> Self {
+        self.drain_timeout_seconds = seconds;
         self
     }
 
@@ -219,9 +235,13 @@ impl ClusterBuilder {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[placement]\n{}\n\n[admission]\n{}\n\n[admin]\n\
+             [coordinator.limits]\n{}\n\n[slo]\n{}\n\n[placement]\n{}\n\n[admission]\n{}\n\n[admin]\n\
              listen = \"127.0.0.1:{admin_port}\"\ntoken_file = \"admin.token\"\n\n[arena]\n{}\n\n",
-            self.coordinator_toml, self.placement_toml, self.admission_toml, self.arena_toml
+            self.coordinator_toml,
+            self.slo_toml,
+            self.placement_toml,
+            self.admission_toml,
+            self.arena_toml
         );
         writeln!(toml, "[balancer]\n{}\n", self.balancer_toml)?;
         if let Some(tls) = &self.tls {
@@ -233,6 +253,7 @@ impl ClusterBuilder {
         for (index, (name, role)) in workers.iter().enumerate() {
             let [transfer_port, engine_port] = ports[name];
             writeln!(toml, "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"")?;
+            writeln!(toml, "drain_timeout_seconds = {}", self.drain_timeout_seconds)?;
             writeln!(toml, "[worker.transfer]\nlisten = \"127.0.0.1:{transfer_port}\"")?;
             if let Engine::Vllm { installation, arguments } = &self.engine {
                 let socket = directory.join(format!("{name}.sock"));

@@ -40,6 +40,8 @@ pub(super) struct Plan {
     _arenas: TempDir,
 }
 
+/// Whoever stops what stands on their own desk does not want to wait.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 const SIM_START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Room for the longest prompt of the embedded engine, of which a block has 16 KiB.
 const SIM_ARENA_BYTES: u64 = 64 << 20;
@@ -87,6 +89,9 @@ pub(super) fn plan(
             name,
             role,
             coordinators: vec![workers_listen.to_string()],
+            every_address: false,
+            health_listen: None,
+            drain_timeout: DRAIN_TIMEOUT,
             tls: None,
             engine,
             arena: arena.clone(),

@@ -72,6 +72,7 @@ async fn read(
                 Some(wire::worker_frame::Frame::KvEvents(events)) => {
                     shell.kv_events(worker, &events);
                 }
+                Some(wire::worker_frame::Frame::Leaving(_)) => shell.worker_leaves(worker),
                 Some(wire::worker_frame::Frame::Hello(_)) | None => {
                     warn!("a worker sent a frame that has no place here: its stream is closed");
                     break;

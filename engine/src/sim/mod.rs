@@ -22,7 +22,7 @@ use std::sync::{Arc, atomic::Ordering::Relaxed};
 use async_trait::async_trait;
 use baton_arena::{Arena, ArenaError, ArenaLayout};
 use baton_config::{ArenaConfig, SimConfig};
-use baton_types::{Compatibility, StepModel};
+use baton_types::Compatibility;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
@@ -47,6 +47,7 @@ use crate::{
     },
     kv_cache::KvCacheLog,
     kv_port::KvPort,
+    pacing::Pacing,
     vllm::arena_files,
 };
 
@@ -71,7 +72,7 @@ pub struct SimEngine {
     gauges: Arc<Gauges>,
     kv_blocks: u32,
     kv_cache: KvCache,
-    step_model: Option<StepModel>,
+    pacing: Pacing,
     ports: Mutex<Option<mpsc::Receiver<KvPort>>>,
 }
 
@@ -96,12 +97,6 @@ impl SimEngine {
         check(config)?;
         let profile =
             config.profile.as_deref().map_or_else(|| Ok(Profile::demo()), Profile::read)?;
-        // As fast as the machine can says nothing of how fast that is.
-        let step_model = (config.time_scale > 0.0).then(|| StepModel {
-            prefill_ms: profile.model.prefill_ms.map(|value| value * config.time_scale),
-            decode_ms: profile.model.decode_ms.map(|value| value * config.time_scale),
-            ..profile.model
-        });
         let layout = arena_layout(config, arena)?;
         arena_files::remove_stale(arena, worker_name);
         let arena = Arena::create(&arena_files::fresh_path(arena, worker_name), layout)?;
@@ -136,10 +131,13 @@ impl SimEngine {
         let log = KvCacheLog::default();
         let mut scheduler = Scheduler::new(limits);
         scheduler.tell(log.clone());
+        let pacing =
+            Pacing::new((config.time_scale > 0.0).then(|| profile.model.slowed(config.time_scale)));
         let stepper = Stepper {
             core: Core::new(scheduler, store, arena),
             profile,
             time_scale: config.time_scale,
+            pacing: pacing.clone(),
             commands: commands_receiver,
             from_engine,
             to_engine: to_engine_receiver,
@@ -165,7 +163,7 @@ impl SimEngine {
                 ),
                 log,
             },
-            step_model,
+            pacing,
             ports: Mutex::new(Some(ports_receiver)),
         })
     }
@@ -192,10 +190,6 @@ impl Engine for SimEngine {
         Ok(self.description.clone())
     }
 
-    fn step_model(&self) -> Option<StepModel> {
-        self.step_model
-    }
-
     async fn run(&self, request: EngineRequest) -> Result<Answer, EngineError> {
         self.api.run(request).await
     }
@@ -218,6 +212,10 @@ impl Engine for SimEngine {
 
     fn kv_cache(&self) -> Option<KvCache> {
         Some(self.kv_cache.clone())
+    }
+
+    fn pacing(&self) -> Option<Pacing> {
+        Some(self.pacing.clone())
     }
 }
 
@@ -272,7 +270,7 @@ fn arena_layout(config: &SimConfig, arena: &ArenaConfig) -> Result<ArenaLayout, 
 fn compatibility(config: &SimConfig, layout: ArenaLayout) -> Compatibility {
     Compatibility {
         model: config.model.clone(),
-        revision: String::new(),
+        revision: config.revision.clone().unwrap_or_default(),
         kv_dtype: "sim".to_owned(),
         kv_layout: "token-major".to_owned(),
         block_size_tokens: config.block_size_tokens,

@@ -2,7 +2,7 @@
 /// First a Hello, then the others in any order.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WorkerFrame {
-    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3, 4, 5")]
     pub frame: ::core::option::Option<worker_frame::Frame>,
 }
 /// Nested message and enum types in `WorkerFrame`.
@@ -17,8 +17,13 @@ pub mod worker_frame {
         Report(super::Report),
         #[prost(message, tag = "4")]
         KvEvents(super::KvEvents),
+        #[prost(message, tag = "5")]
+        Leaving(super::Leaving),
     }
 }
+/// This worker was told to stop: it finishes what it has and takes nothing new.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Leaving {}
 /// First a Welcome or a Refusal, then Commands; last a Refusal, where another worker took the name.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CoordinatorFrame {
@@ -335,15 +340,15 @@ pub struct Report {
     /// Handoffs from this worker that have ended, by how: "acked", "aborted", "expired", "broken".
     #[prost(map = "string, uint64", tag = "15")]
     pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
-    /// How long the engine's steps take, as they were observed. Absent where it does not tell of them.
-    #[prost(message, optional, tag = "16")]
-    pub step_model: ::core::option::Option<StepModel>,
     /// Present while this worker is on its way to another role.
     #[prost(message, optional, tag = "20")]
     pub role_change: ::core::option::Option<RoleChange>,
     /// The balancer of this coordinator may change this worker's role. One of all that it serves may.
     #[prost(bool, tag = "21")]
     pub leads: bool,
+    /// How long the engine's steps take, as they were observed. Absent where it does not tell of them.
+    #[prost(message, optional, tag = "16")]
+    pub step_model: ::core::option::Option<StepModel>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
