@@ -135,7 +135,7 @@ struct PredictionError {
 }
 
 impl PredictionError {
-    fn register(r: &mut Registry, name: &str, help: &str) -> Self {
+    fn register(r: &mut Catalogue, name: &str, help: &str) -> Self {
         let family = Family::<DirectionLabels, Histogram, _>::new_with_constructor(
             (|| Histogram::new(PREDICTION_ERROR_BUCKETS)) as fn() -> Histogram,
         );

@@ -58,7 +58,6 @@ pub(crate) struct State {
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
-    slo: SloConfig,
     handoffs: HandoffMatrix,
     pub(crate) journal: Journal,
     slo: SloConfig,
@@ -174,7 +173,6 @@ impl Shell {
                 slo,
                 handoffs: HandoffMatrix::default(),
                 journal: Journal::default(),
-                slo,
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
@@ -640,7 +638,6 @@ impl Shell {
         else {
             return;
         };
-        client.timeline.attempted(Instant::now());
         self.metrics.decided(path_of(&decision), decision.reason.as_str());
         if client.placed.decisions.is_empty() {
             self.metrics.waited(client.placed.priority, client.timeline.arrived.elapsed());
