@@ -20,8 +20,8 @@ use crate::{
     value::{
         ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
         ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes,
-        NameOrStart, NotNegative, Port, Positive, Program, Ratio, Requirements, RoleName, Seconds, Text,
-        TokenBytes, TransportName, Url,
+        NameOrStart, NotNegative, Port, Positive, Program, Ratio, Requirements, RoleName, Seconds,
+        Text, TokenBytes, TransportName, Url,
     },
 };
 
