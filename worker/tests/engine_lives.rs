@@ -154,7 +154,7 @@ async fn an_engine_that_goes_away_is_out_until_it_is_back() {
 
 #[tokio::test]
 async fn an_engine_that_never_serves_ends_its_worker_with_a_reason() {
-    let mut fleet = Fleet::start().await;
+    let fleet = Fleet::start().await;
     let command = ["sh", "-c", "echo no such model >&2; exit 3"].map(str::to_owned).to_vec();
     let source = VllmSource::Command { command, environment: [].into(), port: 0 };
     let engine = VllmConfig { source, ..vllm(any_port(), None) };
