@@ -59,7 +59,6 @@ pub(crate) struct State {
     slo: SloConfig,
     handoffs: HandoffMatrix,
     pub(crate) journal: Journal,
-    slo: SloConfig,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -169,7 +168,6 @@ impl Shell {
                 slo,
                 handoffs: HandoffMatrix::default(),
                 journal: Journal::default(),
-                slo,
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
@@ -177,12 +175,6 @@ impl Shell {
             slo,
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
-    }
-
-    /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
-    #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
-    pub(crate) fn itl_target_ms(&self) -> f32 {
-        self.state.lock().slo.itl_ms as f32
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
