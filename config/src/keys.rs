@@ -15,14 +15,14 @@ use crate::{
     cluster::{
         AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig,
         CoordinatorConfig, EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig,
-        PlacementMode, SimConfig, SloConfig, TlsConfig, TransferConfig, TransportChoice,
-        VllmConfig, VllmSource, WorkerConfig,
+        PlacementMode, SimConfig, SloConfig, TelemetryConfig, TlsConfig, TransferConfig,
+        TransportChoice, VllmConfig, VllmSource, WorkerConfig,
     },
     value::{
         ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
         ExistingFile, FilePath, FixedAddress, Flag, HeaderName, HostPort, HostPorts, Maybe,
-        MtuBytes, NameOrStart, NotNegative, OneOf, Port, Positive, Priority, Program, Requirements,
-        RoleName, Seconds, SecondsOrNone, Text, TokenBytes, Url,
+        MtuBytes, NameOrStart, NotNegative, OneOf, Port, Positive, Priority, Program, Ratio,
+        Requirements, RoleName, Seconds, SecondsOrNone, Text, TokenBytes, Url,
     },
 };
 
@@ -184,6 +184,16 @@ keys! {
         /// Its first line is the token that operators show. The environment variable
         /// BATON_ADMIN_TOKEN goes before it; one of them must be there.
         token_file => token_file: Maybe<ExistingFile> = Optional("\"admin.token\"");
+    }
+}
+
+keys! {
+    /// `[telemetry]`
+    TELEMETRY: TelemetryConfig {
+        /// A collector for OTLP over gRPC. One trace for each request, over both its legs.
+        otlp_endpoint => otlp_endpoint: Maybe<Url> = Optional("\"http://127.0.0.1:4317\"");
+        /// Share of the requests that are traced, of those that bring no traceparent.
+        sample_ratio => sample_ratio: Ratio = ByDefault;
     }
 }
 
@@ -464,6 +474,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
         admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: None,
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers: Vec::new(),

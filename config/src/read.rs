@@ -13,11 +13,12 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 11] = [
+const TABLES: [&str; 12] = [
     "coordinator",
     "slo",
     "balancer",
     "admin",
+    "telemetry",
     "placement",
     "admission",
     "tls",
@@ -100,6 +101,9 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
     if let Some(place) = reader.table(root, "tls") {
         let tls = cluster.tls.insert(keys::blank_tls());
         reader.read_keys(&place, keys::TLS, &[], &[], tls);
+    }
+    if let Some(place) = reader.table(root, "telemetry") {
+        reader.read_keys(&place, keys::TELEMETRY, &[], &[], &mut cluster.telemetry);
     }
     if let Some(place) = reader.table(root, "admin") {
         let admin = cluster.admin.insert(AdminConfig::default());

@@ -7,7 +7,8 @@ use std::{path::Path, time::Duration};
 use baton_config::{
     AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
     EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode,
-    SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
+    SimConfig, SloConfig, TelemetryConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+    sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -44,6 +45,7 @@ fn default_cluster() -> ClusterConfig {
         admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: None,
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers: vec![worker("prefill-0", Role::Prefill), worker("decode-0", Role::Decode)],

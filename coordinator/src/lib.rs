@@ -20,6 +20,7 @@ mod prefixes;
 mod prompt;
 mod settings;
 mod shell;
+mod spans;
 mod timeline;
 
 use std::{
@@ -40,7 +41,9 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::T
 use tracing::info;
 
 pub use crate::balancing::{Replicas, ScaleError};
-use crate::{admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell};
+use crate::{
+    admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell, spans::Tracer,
+};
 
 /// What is due by the clock, and by predictions, is looked after this often.
 const TICK_INTERVAL: Duration = Duration::from_millis(20);
@@ -57,6 +60,8 @@ pub enum CoordinatorError {
     Tls { path: PathBuf, source: io::Error },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
+    #[error("telemetry.otlp_endpoint: {0}")]
+    Telemetry(#[from] opentelemetry_otlp::ExporterBuildError),
     #[error("placement.policy is {name:?}: expected one of {known}")]
     Policy { name: String, known: String },
     #[error(transparent)]
@@ -96,7 +101,9 @@ pub async fn run_with(
     let balances = balancer.actuator != BalancerActuator::Off;
     let balancing = balances.then(|| balancing::settings(&balancer));
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
-    let shell = Shell::new(settings, policy, balancing, config.slo, limits.max_unread_bytes);
+    let tracer = Tracer::open(&config.telemetry)?;
+    let shell =
+        Shell::new(settings, policy, balancing, config.slo, limits.max_unread_bytes).traced(tracer);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let mut server = Server::builder()
@@ -165,6 +172,10 @@ pub async fn run_with(
         }
     }
     ticks.abort();
+    if let Some(tracer) = shell.tracer.clone() {
+        // It waits for its own thread, whose connection this one drives.
+        let _ = tokio::task::spawn_blocking(move || tracer.close()).await;
+    }
     admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
 }

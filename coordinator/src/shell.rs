@@ -31,6 +31,7 @@ use crate::{
     placed::{Explanation, Handoff, Placed, PlacedRequests, path_of},
     prefixes::{CachedPrefix, Prefixes},
     prompt::Prompt,
+    spans::{RequestTrace, Tracer},
     timeline::Timeline,
 };
 
@@ -41,6 +42,7 @@ pub(crate) use operators::UnknownWorker;
 pub(crate) struct Shell {
     state: Arc<Mutex<State>>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) tracer: Option<Arc<Tracer>>,
     started: Instant,
     slo: SloConfig,
     max_unread_bytes: usize,
@@ -87,6 +89,8 @@ struct Client {
     request_id: HeaderValue,
     streams: bool,
     timeline: Timeline,
+    trace: Option<Box<RequestTrace>>,
+    model: Option<String>,
     relaying: Option<Relaying>,
     tenant: Tenant,
     placed: Placed,
@@ -126,6 +130,7 @@ pub(crate) struct IncomingRequest {
     pub(crate) streams: bool,
     pub(crate) request_id: HeaderValue,
     pub(crate) arrived: Instant,
+    pub(crate) trace: Option<Box<RequestTrace>>,
     pub(crate) forward: ForwardedRequest,
 }
 
@@ -171,10 +176,22 @@ impl Shell {
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
+            tracer: None,
             started: Instant::now(),
             slo,
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
+    }
+
+    /// The same, with a trace of each request.
+    pub(crate) fn traced(self, tracer: Option<Tracer>) -> Self {
+        Self { tracer: tracer.map(Arc::new), ..self }
+    }
+
+    /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
+    #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
+    pub(crate) fn itl_target_ms(&self) -> f32 {
+        self.state.lock().slo.itl_ms as f32
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -184,12 +201,6 @@ impl Shell {
     /// The core's time.
     pub(crate) fn now(&self) -> Duration {
         self.started.elapsed()
-    }
-
-    /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
-    #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
-    pub(crate) fn itl_target_ms(&self) -> f32 {
-        self.state.lock().slo.itl_ms as f32
     }
 
     /// Takes a request in and sets its legs going.
@@ -205,6 +216,9 @@ impl Shell {
             incoming.shape.held_tokens = cached.held_tokens.clone();
             KnownPrompt { prompt, model, cached }
         });
+        let model = incoming.shape.model.clone();
+        let mut timeline = Timeline::new(incoming.arrived);
+        let choosing = Instant::now();
         let RequestShape { priority, tenant, .. } = incoming.shape.clone();
         let placed = Placed {
             arrived: now.saturating_sub(incoming.arrived.elapsed()),
@@ -213,6 +227,7 @@ impl Shell {
             ..Placed::default()
         };
         let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
+        timeline.placing = Some((choosing, Instant::now()));
         state.clients.insert(
             request,
             Client {
@@ -221,7 +236,9 @@ impl Shell {
                 prompt,
                 request_id: incoming.request_id,
                 streams: incoming.streams,
-                timeline: Timeline::new(incoming.arrived),
+                timeline,
+                trace: incoming.trace,
+                model,
                 relaying: None,
                 tenant,
                 placed,
@@ -262,8 +279,9 @@ impl Shell {
             report: wire::Report::default(),
         };
         state.journal.role(&description.name, description.role);
-        let kept = format!("as {}, epoch {}", description.role, description.epoch);
-        state.journal.decided("attached", &description.name, kept, "worker");
+        let epoch: String = description.epoch.to_string().chars().take(8).collect();
+        let how = format!("as {}, epoch {epoch}…", description.role);
+        state.journal.decided("attached", &description.name, how, "worker");
         let name = description.name.clone();
         let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
         // Requests may have waited for this worker: it has its link before they are sent there.
@@ -281,6 +299,7 @@ impl Shell {
         if let Some(view) = state.core.worker(worker) {
             warn!(worker = view.description.name, role = %view.description.role, "worker lost");
             let name = view.description.name.clone();
+            state.journal.worker_goes(worker, &name);
             state.journal.decided("lost", name, "its stream ended", "coordinator");
         }
         self.tell_core(&mut state, Event::WorkerLost { worker }, None);
@@ -487,6 +506,11 @@ impl Shell {
                 if let Some(Route::Disaggregated { prefill, decode, .. }) = route {
                     state.handoffs.add(prefill, decode, &moved);
                 }
+                if let Some(client) = state.clients.get_mut(&request)
+                    && let Some(trace) = &mut client.trace
+                {
+                    trace.handed_over(&moved);
+                }
             }
             self.tell_core(state, Event::Answered { job }, Some(&event));
         }
@@ -497,7 +521,6 @@ impl Shell {
         let gap = client.tokens(event.tokens, now, &self.metrics);
         state.core.tokens(job, event.tokens, gap);
         if client.answer.push(&event.payload).is_err() {
-            info!(request_id = ?client.request_id, "client reads too slowly: cancelled");
             if let Some(client) = state.clients.remove(&request) {
                 self.request_ended(state, &client, Outcome::TooSlow);
                 self.placement_ended(state, client, Outcome::TooSlow);
@@ -520,6 +543,9 @@ impl Shell {
             match action {
                 Action::Start { worker, job, request, leg, handoff } => {
                     self.prompt_goes_to(state, worker, request, leg);
+                    if let Some(client) = state.clients.get_mut(&request) {
+                        client.timeline.leg_given(leg, worker, Instant::now());
+                    }
                     if leg != Leg::Decode {
                         self.attempted(state, request);
                     }
@@ -567,9 +593,16 @@ impl Shell {
                     client.answer.complete();
                     self.placement_ended(state, client, outcome);
                 }
-                Action::Blame { leg, fault } => {
-                    warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message,
-                        "leg failed");
+                Action::Blame { request, leg, fault } => {
+                    if let Some(client) = state.clients.get_mut(&request) {
+                        client.log_span().in_scope(|| {
+                            warn!(%leg, origin = %fault.origin, kind = %fault.kind,
+                                reason = fault.message, "leg failed");
+                        });
+                        if let Some(trace) = &mut client.trace {
+                            trace.leg_failed(leg, &fault);
+                        }
+                    }
                     self.metrics.leg_failed(leg, &fault);
                 }
                 Action::SetRole { worker, role } => {
@@ -705,7 +738,10 @@ impl State {
         handoff: Option<HandoffPlan>,
     ) -> Option<wire::StartJob> {
         let client = self.clients.get(&request)?;
-        let forward = client.request.clone()?;
+        let mut forward = client.request.clone()?;
+        if let Some(trace) = &client.trace {
+            trace.passed_on(leg, &mut forward.headers);
+        }
         let left_ms = self.slo.ttft_ms - client.timeline.arrived.elapsed().as_secs_f64() * 1000.0;
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
         let deadline_ms = left_ms.max(1.0) as u32;
@@ -738,6 +774,12 @@ impl State {
 }
 
 impl Client {
+    /// What a log line about the request stands in.
+    fn log_span(&self) -> tracing::Span {
+        let request_id = String::from_utf8_lossy(self.request_id.as_bytes());
+        tracing::info_span!("request", %request_id)
+    }
+
     fn path(&self) -> Path {
         self.relaying.as_ref().map_or(Path::None, |relaying| relaying.path)
     }

@@ -254,7 +254,7 @@ async fn no_token_is_wrong_and_nothing_is_left() {
     println!("{handoffs} requests in {seconds:.1} s: {paths:?}\ndone: {done:?}");
     for name in baton_transfer::TransferError::NAMES {
         let label = format!("name=\"{name}\"");
-        let count = idle.sum("baton_worker_handoff_errors", &[&label]);
+        let count = idle.sum("baton_worker_handoff_errors_total", &[&label]);
         if count > 0.0 {
             println!("{name}: {count}");
         }
@@ -264,7 +264,10 @@ async fn no_token_is_wrong_and_nothing_is_left() {
     }
     for name in ["corrupt", "rotten", "truncated", "duplicate", "out_of_order", "cross_handoff"] {
         let label = format!("name=\"{name}\"");
-        assert!(idle.sum("baton_worker_handoff_errors", &[&label]) > 0.0, "{name} was not counted");
+        assert!(
+            idle.sum("baton_worker_handoff_errors_total", &[&label]) > 0.0,
+            "{name} was not counted"
+        );
     }
     assert!(paths["disaggregated"] > handoffs / 2, "{paths:?}");
     drop(idle);

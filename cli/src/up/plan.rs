@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use baton_config::{
     AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
     EngineConfig, LimitsConfig, PlacementConfig, PlacementMode, SimConfig, SloConfig,
-    TransferConfig, WorkerConfig,
+    TelemetryConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -112,6 +112,7 @@ pub(super) fn plan(
         admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: Some(admin.clone()),
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers,

@@ -98,7 +98,7 @@ pub enum Action {
     /// The answer is complete.
     Finish { request: RequestKey },
     /// A leg failed: for the record.
-    Blame { leg: Leg, fault: Fault },
+    Blame { request: RequestKey, leg: Leg, fault: Fault },
     /// Tell a worker which role it shall have.
     SetRole { worker: WorkerKey, role: Role },
     /// Tell a worker that on account of this coordinator it can change its role: nothing of ours is
