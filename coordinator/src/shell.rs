@@ -217,15 +217,15 @@ impl Shell {
             KnownPrompt { prompt, model, cached }
         });
         let model = incoming.shape.model.clone();
+        let (priority, tenant) = (incoming.shape.priority, incoming.shape.tenant.clone());
         let mut timeline = Timeline::new(incoming.arrived);
-        let choosing = Instant::now();
-        let RequestShape { priority, tenant, .. } = incoming.shape.clone();
         let placed = Placed {
             arrived: now.saturating_sub(incoming.arrived.elapsed()),
             priority,
             tenant: tenant.name.clone(),
             ..Placed::default()
         };
+        let choosing = Instant::now();
         let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
         timeline.placing = Some((choosing, Instant::now()));
         state.clients.insert(
@@ -633,12 +633,9 @@ impl Shell {
     /// The legs of a request are set going.
     fn attempted(&self, state: &mut State, request: RequestKey) {
         let State { clients, core, .. } = state;
-        let (Some(client), Some(decision)) =
-            (clients.get_mut(&request), core.take_decision(request))
-        else {
-            return;
-        };
+        let Some(client) = clients.get_mut(&request) else { return };
         client.timeline.attempted(Instant::now());
+        let Some(decision) = core.take_decision(request) else { return };
         self.metrics.decided(path_of(&decision), decision.reason.as_str());
         if client.placed.decisions.is_empty() {
             self.metrics.waited(client.placed.priority, client.timeline.arrived.elapsed());
