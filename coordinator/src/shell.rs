@@ -634,7 +634,6 @@ impl Shell {
     fn attempted(&self, state: &mut State, request: RequestKey) {
         let State { clients, core, .. } = state;
         let Some(client) = clients.get_mut(&request) else { return };
-        client.timeline.attempted(Instant::now());
         let Some(decision) = core.take_decision(request) else { return };
         self.metrics.decided(path_of(&decision), decision.reason.as_str());
         if client.placed.decisions.is_empty() {
