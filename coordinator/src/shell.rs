@@ -58,9 +58,9 @@ pub(crate) struct State {
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
+    slo: SloConfig,
     handoffs: HandoffMatrix,
     pub(crate) journal: Journal,
-    slo: SloConfig,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -191,7 +191,7 @@ impl Shell {
     /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
     #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
     pub(crate) fn itl_target_ms(&self) -> f32 {
-        self.state.lock().slo.itl_ms as f32
+        self.slo.itl_ms as f32
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -217,15 +217,15 @@ impl Shell {
             KnownPrompt { prompt, model, cached }
         });
         let model = incoming.shape.model.clone();
+        let (priority, tenant) = (incoming.shape.priority, incoming.shape.tenant.clone());
         let mut timeline = Timeline::new(incoming.arrived);
-        let choosing = Instant::now();
-        let RequestShape { priority, tenant, .. } = incoming.shape.clone();
         let placed = Placed {
             arrived: now.saturating_sub(incoming.arrived.elapsed()),
             priority,
             tenant: tenant.name.clone(),
             ..Placed::default()
         };
+        let choosing = Instant::now();
         let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
         timeline.placing = Some((choosing, Instant::now()));
         state.clients.insert(
@@ -633,11 +633,8 @@ impl Shell {
     /// The legs of a request are set going.
     fn attempted(&self, state: &mut State, request: RequestKey) {
         let State { clients, core, .. } = state;
-        let (Some(client), Some(decision)) =
-            (clients.get_mut(&request), core.take_decision(request))
-        else {
-            return;
-        };
+        let Some(client) = clients.get_mut(&request) else { return };
+        let Some(decision) = core.take_decision(request) else { return };
         self.metrics.decided(path_of(&decision), decision.reason.as_str());
         if client.placed.decisions.is_empty() {
             self.metrics.waited(client.placed.priority, client.timeline.arrived.elapsed());
