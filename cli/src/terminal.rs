@@ -74,18 +74,11 @@ fn colour_is_welcome() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-<<<<<<< HEAD
-=======
-pub(crate) fn stderr_has_colour() -> bool {
-    Term::stderr().is_term() && colour_is_welcome()
-}
-
 /// Says something beside what was asked for: stdout stays what a program can read.
 pub(crate) fn note(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
->>>>>>> 8490d99 (A comparison on a live cluster, points in place of a profile, a report of each bench)
 /// Says why the program fails.
 pub(crate) fn complain(text: &str) {
     let _ = writeln!(std::io::stderr(), "baton: {text}");
