@@ -284,6 +284,7 @@ impl Core {
         let mut candidates = std::mem::take(&mut self.candidates);
         let Request { shape, avoid, .. } = request;
         let plan = placement::plan(&self.fleet, shape, avoid, split, &mut candidates);
+        self.count_arrival(key, &candidates);
         match plan {
             Err(NoRoute::NoWorker) if self.waits_for_workers() => {
                 self.wait(key, now + self.settings.wait_for_worker, now, actions);
@@ -310,13 +311,6 @@ impl Core {
                 self.decide(key, plan, now);
                 let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
                 self.fleet.placed(worker);
-                if self.balancing.is_some()
-                    && let (Some(request), Some(on)) =
-                        (self.requests.get(key.0), self.fleet.get(worker))
-                {
-                    let hit_tokens = hit_tokens(worker, &on.prefixes, &request.shape);
-                    self.count_arrival(key, worker, hit_tokens);
-                }
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.plan = plan;
                 }
