@@ -49,7 +49,12 @@ impl Jobs {
             return;
         }
         let job = start.job;
-        let span = tracing::info_span!("job", job, leg = start.leg().as_str_name());
+        let span = tracing::info_span!(
+            "job",
+            request_id = %request_id(&start),
+            job,
+            leg = start.leg().as_str_name()
+        );
         let entry = Entry { job, running: self.running.clone() };
         let (life, outbox) = (self.life.clone(), self.outbox.clone());
         let task = async move {
@@ -69,6 +74,15 @@ impl Jobs {
             task.abort();
         }
     }
+}
+
+/// As the coordinator writes it down; a client's own may be no text.
+fn request_id(start: &StartJob) -> String {
+    let mut headers = start.headers.iter();
+    headers
+        .find(|header| header.name.eq_ignore_ascii_case("x-request-id"))
+        .map(|header| String::from_utf8_lossy(&header.value).into_owned())
+        .unwrap_or_default()
 }
 
 /// A job's place in the table.

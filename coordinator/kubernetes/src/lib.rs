@@ -206,7 +206,7 @@ impl KubernetesReplicas {
                     return Ok(Scaled { before, after });
                 }
                 Err((verb, error)) => {
-                    self.pause_or_give_up(&mut retry, target, verb, error).await?
+                    self.pause_or_give_up(&mut retry, target, verb, error).await?;
                 }
             }
         }
