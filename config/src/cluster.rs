@@ -7,8 +7,12 @@ use baton_types::Role;
 pub struct ClusterConfig {
     pub coordinator: CoordinatorConfig,
     pub slo: SloConfig,
+    pub placement: PlacementConfig,
+    pub admission: AdmissionConfig,
+    pub balancer: BalancerConfig,
     /// Absent: nobody can look in or intervene.
     pub admin: Option<AdminConfig>,
+    pub telemetry: TelemetryConfig,
     /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
     /// `insecure_plaintext` is set.
     pub tls: Option<TlsConfig>,
@@ -50,7 +54,7 @@ pub struct TenantConfig {
     pub key_file: Option<PathBuf>,
     /// Share beside other tenants while requests wait.
     pub weight: f64,
-    /// Tenants of a higher one are served first.
+    /// Of its requests that give none; smaller ones come first.
     pub priority: i32,
     /// Requests in flight; further ones are answered with 429.
     pub max_requests: Option<u32>,
@@ -68,6 +72,8 @@ pub struct LimitsConfig {
     pub body_timeout: Duration,
     /// A request with no first token after this time is answered with 504.
     pub first_token_timeout: Duration,
+    /// After the order to stop: how long open answers may go on.
+    pub drain_timeout: Duration,
     /// Open client connections; further ones wait to be accepted.
     pub max_connections: u32,
 }
@@ -80,6 +86,7 @@ impl Default for LimitsConfig {
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(60),
             first_token_timeout: Duration::from_secs(300),
+            drain_timeout: Duration::from_secs(10),
             max_connections: 16_384,
         }
     }
@@ -98,6 +105,130 @@ impl Default for SloConfig {
     }
 }
 
+/// Where the legs of a request run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacementConfig {
+    pub mode: PlacementMode,
+    /// Of `baton policies`; the mode's own where none is given.
+    pub policy: Option<String>,
+    pub on_no_prefill: OnNoPrefill,
+    pub late: LateRequests,
+}
+
+impl Default for PlacementConfig {
+    fn default() -> Self {
+        Self {
+            mode: PlacementMode::Adaptive,
+            policy: None,
+            on_no_prefill: OnNoPrefill::Local,
+            late: LateRequests::Last,
+        }
+    }
+}
+
+/// Which requests are split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlacementMode {
+    /// Each worker may do any leg, and each request is split where that is predicted to be better. As
+    /// long as nothing can be predicted, as under `Always`.
+    Adaptive,
+    /// All that can be, between the two pools.
+    Always,
+    Never,
+}
+
+/// What becomes of requests while the prefill pool is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnNoPrefill {
+    Reject,
+    /// Decode workers do all of it.
+    Local,
+}
+
+/// What becomes of requests that are predicted to miss their TTFT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LateRequests {
+    /// They come after all that can still make it, and those by their deadlines.
+    Last,
+    /// All are served as they come.
+    Fifo,
+}
+
+/// Priorities are from minus this to this; clients' own that go beyond it are taken for it.
+pub const MAX_PRIORITY: i32 = 10;
+
+/// Who waits, how long, and who is turned away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdmissionConfig {
+    pub max_waiting_requests: u32,
+    pub max_wait: Duration,
+    /// Zero: not at all.
+    pub wait_for_worker: Duration,
+    /// Requests of this priority and of larger numbers.
+    pub early_rejection_priority: Option<i32>,
+    pub tenant_header: Option<String>,
+}
+
+impl Default for AdmissionConfig {
+    fn default() -> Self {
+        Self {
+            max_waiting_requests: 10_000,
+            max_wait: Duration::from_secs(60),
+            wait_for_worker: Duration::from_secs(2),
+            early_rejection_priority: None,
+            tenant_header: None,
+        }
+    }
+}
+
+/// Pools that follow the load.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BalancerConfig {
+    pub actuator: BalancerActuator,
+    /// No flip leaves fewer workers in a pool.
+    pub min_prefill: u32,
+    pub min_decode: u32,
+    /// How long a worker stays where a flip brought it, and how long no flip takes back another's.
+    pub dwell: Duration,
+    /// A worker that was told to change its role and still has requests after this time stays.
+    pub drain_timeout: Duration,
+}
+
+impl Default for BalancerConfig {
+    fn default() -> Self {
+        Self {
+            actuator: BalancerActuator::Flip,
+            min_prefill: 1,
+            min_decode: 1,
+            dwell: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(120),
+        }
+    }
+}
+
+/// What becomes of the balancer's advice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BalancerActuator {
+    /// Workers change their role, and replicas are asked for where somebody can give them.
+    Flip,
+    /// It is told in the log and in the metrics.
+    Advise,
+    /// There is none.
+    Off,
+}
+
+impl BalancerActuator {
+    pub const ALL: [Self; 3] = [Self::Flip, Self::Advise, Self::Off];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Flip => "flip",
+            Self::Advise => "advise",
+            Self::Off => "off",
+        }
+    }
+}
+
 /// Where operators look in and intervene.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdminConfig {
@@ -112,6 +243,21 @@ impl Default for AdminConfig {
     }
 }
 
+/// Where traces of requests go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TelemetryConfig {
+    /// A collector's `http://host:port` for OTLP over gRPC; nothing is sent where not given.
+    pub otlp_endpoint: Option<String>,
+    /// Share of the requests that are traced, of those whose clients did not decide it.
+    pub sample_ratio: f64,
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self { otlp_endpoint: None, sample_ratio: 1.0 }
+    }
+}
+
 /// PEM files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsConfig {
@@ -122,10 +268,17 @@ pub struct TlsConfig {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct WorkerConfig {
+    /// Ends in `*` where it stands for any number of workers; see [`ClusterConfig::worker`].
     pub name: String,
     pub role: Role,
     /// `host:port` of each coordinator's `workers_listen`.
     pub coordinators: Vec<String>,
+    /// Each of those stands for one coordinator at every address of its name.
+    pub every_address: bool,
+    /// Where probes are answered.
+    pub health_listen: Option<SocketAddr>,
+    /// After the order to stop: how long jobs may go on.
+    pub drain_timeout: Duration,
     pub tls: Option<TlsConfig>,
     pub engine: EngineConfig,
     pub arena: ArenaConfig,
@@ -143,6 +296,8 @@ pub enum EngineConfig {
 pub struct SimConfig {
     /// Name that requests give for the model.
     pub model: String,
+    /// Of its weights; workers of different ones never hand over to each other.
+    pub revision: Option<String>,
     pub max_model_tokens: u32,
     pub block_size_tokens: u32,
     /// Bytes of KV a token; a real 8B model has 131,072.
@@ -161,6 +316,7 @@ impl Default for SimConfig {
     fn default() -> Self {
         Self {
             model: "baton-sim".to_owned(),
+            revision: None,
             max_model_tokens: 32_768,
             block_size_tokens: 16,
             kv_bytes_per_token: 1024,
@@ -184,6 +340,8 @@ pub struct VllmConfig {
     pub engine_handoff: bool,
     /// How long the engine may take until it serves.
     pub start_timeout: Duration,
+    /// Step times (JSON) to begin with.
+    pub profile: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -192,8 +350,9 @@ pub enum VllmSource {
     Url(String),
     /// Started and stopped by the worker.
     Command {
-        /// Program and arguments; the worker adds `--port`, `--host 127.0.0.1` and
-        /// `--kv-transfer-config`.
+        /// Program and arguments. The worker adds `--port` and `--host 127.0.0.1`; with a
+        /// `connector_socket` `--kv-transfer-config` and `--scheduler-cls`; and, like the last one
+        /// where the command does not say otherwise, `--scheduling-policy` and `--kv-events-config`.
         command: Vec<String>,
         environment: BTreeMap<String, String>,
         /// Loopback port that vLLM shall serve on.

@@ -17,9 +17,11 @@ mod write;
 
 pub use choose::NoSuchWorker;
 pub use cluster::{
-    AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, HttpsConfig,
-    LimitsConfig, Requirement, SimConfig, SloConfig, TenantConfig, TlsConfig, TransferConfig,
-    TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerActuator, BalancerConfig, ClusterConfig,
+    CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig, MAX_PRIORITY,
+    OnNoPrefill, PlacementConfig, PlacementMode, Requirement, SimConfig, SloConfig,
+    TelemetryConfig, TenantConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig,
+    VllmSource, WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};

@@ -7,33 +7,52 @@
 //!
 //! Made for a current-thread runtime: a work-stealing one costs half as much again for each token.
 
+pub mod admin;
+mod balancing;
 mod client;
 mod fleet;
+mod handoffs;
+mod journal;
+mod listener;
 mod metrics;
+mod placed;
 mod prefixes;
 mod prompt;
+mod settings;
 mod shell;
+mod spans;
+mod timeline;
 mod tls;
 
-use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    future::Future, io, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration,
+};
 
-use baton_config::ClusterConfig;
-use baton_core::Settings;
+use baton_config::{BalancerActuator, ClusterConfig};
 use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
 use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
 use tonic::transport::{Server, server::TcpIncoming};
 use tracing::info;
 
-pub use crate::{client::KeyFileError, tls::TlsError};
 use crate::{
+    admin::AdminToken,
     client::{Access, Tenants},
     fleet::FleetService,
+    listener::ConnectionLimits,
     shell::Shell,
+    spans::Tracer,
+};
+pub use crate::{
+    balancing::{Replicas, ScaleError},
+    client::KeyFileError,
+    tls::TlsError,
 };
 
-/// How long open answers may go on after the order to stop.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// What is due by the clock, and by predictions, is looked after this often.
+const TICK_INTERVAL: Duration = Duration::from_millis(20);
+/// What operators, their pages and their scripts hold open; further ones wait.
+const ADMIN_CONNECTIONS: usize = 64;
 /// Certificates and keys are looked at this often.
 const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -47,6 +66,12 @@ pub enum CoordinatorError {
     Tenant { tenant: String, source: KeyFileError },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
+    #[error("telemetry.otlp_endpoint: {0}")]
+    Telemetry(#[from] opentelemetry_otlp::ExporterBuildError),
+    #[error("placement.policy is {name:?}: expected one of {known}")]
+    Policy { name: String, known: String },
+    #[error(transparent)]
+    AdminToken(#[from] admin::TokenError),
     #[error("the worker listener ended: {0}")]
     Fleet(#[from] tonic::transport::Error),
 }
@@ -56,14 +81,35 @@ pub async fn run(
     config: ClusterConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), CoordinatorError> {
+    run_with(config, None, shutdown).await
+}
+
+/// The same, with somebody who can give the pools more or fewer workers.
+pub async fn run_with(
+    config: ClusterConfig,
+    replicas: Option<Arc<dyn Replicas>>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), CoordinatorError> {
+    let policy = settings::placement_policy(&config)?;
+    let settings = settings::core_settings(&config);
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
     let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
+    let operators = match &config.admin {
+        Some(admin) => {
+            Some((listen("admin.listen", admin.listen).await?, AdminToken::find(admin)?))
+        }
+        None => None,
+    };
     let limits = coordinator.limits;
-    let settings =
-        Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
+    let drain_timeout = limits.drain_timeout;
+    let balancer = config.balancer;
+    let balances = balancer.actuator != BalancerActuator::Off;
+    let balancing = balances.then(|| balancing::settings(&balancer));
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
-    let shell = Shell::new(settings, config.slo, limits.max_unread_bytes);
+    let tracer = Tracer::open(&config.telemetry)?;
+    let shell =
+        Shell::new(settings, policy, balancing, config.slo, limits.max_unread_bytes).traced(tracer);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let tls = config.tls.as_ref().map(tls::for_workers).transpose();
@@ -95,8 +141,20 @@ pub async fn run(
         }
     };
 
-    let front =
-        tokio::spawn(client::serve(shell.clone(), limits, tokenizer, access.clone(), clients));
+    let admin_limits =
+        ConnectionLimits { connections: ADMIN_CONNECTIONS, header_timeout: limits.header_timeout };
+    let front = tokio::spawn(client::serve(
+        shell.clone(),
+        limits,
+        config.admission.tenant_header,
+        tokenizer,
+        access.clone(),
+        clients,
+    ));
+    let admin = operators.map(|(listener, token)| {
+        let router = admin::router(shell.clone(), token);
+        tokio::spawn(listener::serve(router, listener, admin_limits, None))
+    });
     let follows = tokio::spawn(async move {
         let mut interval = tokio::time::interval(FOLLOW_INTERVAL);
         loop {
@@ -113,7 +171,7 @@ pub async fn run(
     let ticks = tokio::spawn({
         let shell = shell.clone();
         async move {
-            let mut interval = tokio::time::interval(Duration::from_millis(100));
+            let mut interval = tokio::time::interval(TICK_INTERVAL);
             loop {
                 interval.tick().await;
                 shell.tick();
@@ -121,11 +179,14 @@ pub async fn run(
         }
     });
 
+    let balancing = tokio::spawn(balancing::keep_balanced(shell.clone(), balancer, replicas));
+
     tokio::pin!(fleet);
     tokio::select! {
         ended = &mut fleet => ended?,
         () = shutdown => {
             front.abort();
+            balancing.abort();
             info!(open_requests = shell.requests_open(), "coordinator stops");
             let drained = async {
                 while shell.requests_open() > 0 {
@@ -134,7 +195,7 @@ pub async fn run(
             };
             tokio::select! {
                 ended = &mut fleet => ended?,
-                _ = tokio::time::timeout(DRAIN_TIMEOUT, drained) => {}
+                _ = tokio::time::timeout(drain_timeout, drained) => {}
             }
             shell.close();
             // The last words leave.
@@ -143,6 +204,11 @@ pub async fn run(
     }
     ticks.abort();
     follows.abort();
+    if let Some(tracer) = shell.tracer.clone() {
+        // It waits for its own thread, whose connection this one drives.
+        let _ = tokio::task::spawn_blocking(move || tracer.close()).await;
+    }
+    admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
 }
 

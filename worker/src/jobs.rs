@@ -13,7 +13,7 @@ use tracing::Instrument;
 use crate::{
     counters::Running,
     handoff::{Consuming, Producer, Producing},
-    legs::{self, KvParameters, Part},
+    legs::{self, Asked, KvParameters, Part},
     life::{KvSide, Life, engine_fault},
     outbox::{Outbox, Pace},
     relay::{self, Relay},
@@ -56,11 +56,17 @@ impl Jobs {
             return;
         }
         let job = start.job;
-        let span = tracing::info_span!("job", job, leg = start.leg().as_str_name());
+        let span = tracing::info_span!(
+            "job",
+            request_id = %request_id(&start),
+            job,
+            leg = start.leg().as_str_name()
+        );
         let entry = Entry { job, running: self.running.clone() };
         let (life, outbox, own) = (self.life.clone(), self.outbox.clone(), self.own.clone());
         let task = async move {
             let _entry = entry;
+            let _open = life.counters.jobs_open.one();
             run(start, &life, &outbox, &own).await;
         };
         running.insert(job, tokio::spawn(task.instrument(span)).abort_handle());
@@ -75,6 +81,15 @@ impl Jobs {
             task.abort();
         }
     }
+}
+
+/// As the coordinator writes it down; a client's own may be no text.
+fn request_id(start: &StartJob) -> String {
+    let mut headers = start.headers.iter();
+    headers
+        .find(|header| header.name.eq_ignore_ascii_case("x-request-id"))
+        .map(|header| String::from_utf8_lossy(&header.value).into_owned())
+        .unwrap_or_default()
 }
 
 /// A job's place in the table.
@@ -112,9 +127,10 @@ async fn aggregated(
 ) -> Result<(), Fault> {
     let _counted = (life.counters.running.decodes.one(), own.decodes.one());
     let job = start.job;
-    let body = start.body.clone();
+    let (body, hides_usage) = asking(life, &start, &start.body, true)?;
     let answer = ask_engine(life, start, body).await?;
-    Relay { job, outbox, consuming: None, counters: &life.counters }.stream(answer).await
+    let relay = Relay { job, outbox, consuming: None, counters: &life.counters, hides_usage };
+    relay.stream(answer).await
 }
 
 async fn decode(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) -> Result<(), Fault> {
@@ -130,7 +146,9 @@ async fn decode(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) ->
         }
     };
     let body = legs::decode_body(&start.body, &kv).map_err(|error| not_an_object(&error))?;
-    let relay = Relay { job, outbox, consuming: consuming.as_ref(), counters: &life.counters };
+    let (body, hides_usage) = asking(life, &start, &body, true)?;
+    let (consumed, counters) = (consuming.as_ref(), &life.counters);
+    let relay = Relay { job, outbox, consuming: consumed, counters, hides_usage };
     let answering = async {
         let answer = ask_engine(life, start, body).await?;
         relay.stream(answer).await
@@ -162,6 +180,7 @@ async fn prefill(
         }
     };
     let body = legs::prefill_body(&start.body, &kv).map_err(|error| not_an_object(&error))?;
+    let (body, _) = asking(life, &start, &body, false)?;
     let answering = async {
         let answer = ask_engine(life, start, body).await?;
         relay::prefill_answer(job, answer, producing_of_engine(life)).await
@@ -277,6 +296,19 @@ fn refused(error: &WireError) -> Fault {
 
 fn not_an_object(error: &legs::BodyError) -> Fault {
     Fault::new(Origin::Client, FaultKind::Refused, error.to_string())
+}
+
+/// The body that this engine is to be given: see [`legs::asking`].
+fn asking(
+    life: &Life,
+    start: &StartJob,
+    body: &Bytes,
+    streams: bool,
+) -> Result<(Bytes, bool), Fault> {
+    let engine = &life.engine;
+    let due_ms = engine.takes_priority().then(|| life.due_ms(start.deadline_ms));
+    let asked = Asked { due_ms, usage: streams && engine.wants_usage_asked() };
+    legs::asking(&start.path, body, asked).map_err(|error| not_an_object(&error))
 }
 
 async fn ask_engine(life: &Life, start: StartJob, body: Bytes) -> Result<Answer, Fault> {

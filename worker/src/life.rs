@@ -1,15 +1,17 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
-use baton_proto::{Hello, KvCache, Peer, Report};
+use baton_proto::{Hello, KvCache, Peer, Report, StepModel};
 use baton_transfer::Ledger;
-use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin, Role};
+use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin};
 use bytes::Bytes;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::{
     counters::{Counters, Running},
     handoff::Handoffs,
+    role::RoleKeeper,
 };
 
 /// One life of the engine: what every job of it needs, and what coordinators are told of it.
@@ -17,10 +19,14 @@ pub(crate) struct Life {
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) epoch: Epoch,
     pub(crate) kv: KvSide,
-    pub(crate) identity: Identity,
+    pub(crate) name: String,
+    pub(crate) role: RoleKeeper,
     pub(crate) description: EngineDescription,
     pub(crate) counters: Arc<Counters>,
     pub(crate) load: Mutex<EngineLoad>,
+    /// Turns true when this worker takes nothing new.
+    pub(crate) leaving: watch::Receiver<bool>,
+    pub(crate) born: Instant,
 }
 
 /// How this engine's KV can get to others.
@@ -39,13 +45,6 @@ pub(crate) struct Fenced {
     /// Where other workers find this one: `host:port`.
     pub(crate) address: String,
     pub(crate) certificate_fingerprint: [u8; 32],
-}
-
-/// Who this worker is.
-#[derive(Clone, Debug)]
-pub(crate) struct Identity {
-    pub(crate) name: String,
-    pub(crate) role: Role,
 }
 
 impl std::fmt::Debug for Life {
@@ -70,19 +69,42 @@ impl Life {
         }
     }
 
+    /// Nothing is left of any job: none runs, and no block of one is on its way.
+    pub(crate) fn is_idle(&self) -> bool {
+        let handoffs_open = match &self.kv {
+            KvSide::Fenced(fenced) => fenced.handoffs.open(),
+            KvSide::None | KvSide::Engine => 0,
+        };
+        self.counters.running.prefills.get() + self.counters.running.decodes.get() == 0
+            && handoffs_open == 0
+    }
+
+    /// A time so many milliseconds from now, on this life's own clock.
+    pub(crate) fn due_ms(&self, in_ms: u32) -> i64 {
+        let now_ms = i64::try_from(self.born.elapsed().as_millis()).unwrap_or(i64::MAX);
+        now_ms.saturating_add(in_ms.into())
+    }
+
     pub(crate) fn hello(&self) -> Hello {
         let mut hello = Hello {
             protocol_version: baton_proto::PROTOCOL_VERSION,
-            worker_name: self.identity.name.clone(),
+            worker_name: self.name.clone(),
             epoch: epoch_bytes(self.epoch),
-            role: baton_proto::Role::from(self.identity.role).into(),
+            role: baton_proto::Role::from(self.role.role()).into(),
+            role_change: self.role.change(),
             models: self.description.models.clone(),
             max_model_tokens: self.description.max_model_tokens,
             engine: self.description.engine.clone(),
             kv_cache: self.engine.kv_cache().map(|cache| KvCache {
                 block_size_tokens: cache.block_size_tokens,
                 adapters: self.description.adapters.clone(),
+                capacity_tokens: cache.capacity_tokens.unwrap_or_default(),
             }),
+            step_model: self
+                .engine
+                .pacing()
+                .and_then(|pacing| pacing.cold_start())
+                .map(|model| StepModel::fitted(&model, 0)),
             ..Hello::default()
         };
         match &self.kv {
@@ -92,7 +114,7 @@ impl Life {
                 hello.set_handoff_mode(baton_proto::HandoffMode::Fenced);
                 hello.compatibility = Some((&fenced.compatibility).into());
                 hello.peer = Some(Peer {
-                    worker_name: self.identity.name.clone(),
+                    worker_name: self.name.clone(),
                     epoch: epoch_bytes(self.epoch),
                     address: fenced.address.clone(),
                     certificate_fingerprint: Bytes::copy_from_slice(
@@ -117,6 +139,7 @@ impl Life {
             handoff_bytes_received: self.counters.handoff_bytes_received.get(),
             handoff_blocks_reused: self.counters.handoff_blocks_reused.get(),
             handoff_errors: self.counters.handoff_errors.get(),
+            role_change: self.role.change(),
             engine_requests_running: load.requests_running,
             engine_requests_waiting: load.requests_waiting,
             engine_kv_used_ratio: load.kv_used_ratio,
@@ -124,6 +147,11 @@ impl Life {
                 .engine
                 .kv_cache()
                 .map_or(0, |cache| cache.log.len() as u64),
+            step_model: self
+                .engine
+                .pacing()
+                .and_then(|pacing| pacing.fitted())
+                .map(|(model, samples)| StepModel::fitted(&model, samples)),
             ..Report::default()
         };
         if let KvSide::Fenced(fenced) = &self.kv {

@@ -1,6 +1,10 @@
-use baton_types::{Fault, Generation, HandoffId, Leg};
+use std::time::Duration;
+
+use baton_types::{Fault, Generation, HandoffId, Leg, Role, StepModel};
 
 use crate::{
+    admission::ShedReason,
+    core::AnnouncedChange,
     fleet::{Elsewhere, WorkerKey, WorkerReport},
     placement::Route,
     request::{JobId, RequestKey},
@@ -20,6 +24,23 @@ pub enum Event {
     Undrain {
         worker: WorkerKey,
     },
+    /// It shall go over to this role, or, on its way to another, stay in its own. It is given
+    /// nothing more until it has, or until that took too long.
+    SetRole {
+        worker: WorkerKey,
+        role: Role,
+    },
+    /// What a worker says of its role: on its way to another one, or none.
+    RoleChange {
+        worker: WorkerKey,
+        change: Option<AnnouncedChange>,
+    },
+    /// A worker is alive, and whether it takes orders from here: one that serves several
+    /// coordinators takes them from the first that it can reach.
+    Heard {
+        worker: WorkerKey,
+        follows: bool,
+    },
     /// What a worker says of its engine.
     Report {
         worker: WorkerKey,
@@ -29,6 +50,11 @@ pub enum Event {
     BusyElsewhere {
         worker: WorkerKey,
         elsewhere: Elsewhere,
+    },
+    /// What is known of how long a worker's steps take is better known now.
+    ModelChanged {
+        worker: WorkerKey,
+        model: StepModel,
     },
     /// The prefill leg is through: its engine has computed the prompt.
     PrefillDone {
@@ -77,7 +103,12 @@ pub enum Action {
     /// The answer is complete.
     Finish { request: RequestKey },
     /// A leg failed: for the record.
-    Blame { leg: Leg, fault: Fault },
+    Blame { request: RequestKey, leg: Leg, fault: Fault },
+    /// Tell a worker which role it shall have.
+    SetRole { worker: WorkerKey, role: Role },
+    /// Tell a worker that on account of this coordinator it can change its role: nothing of ours is
+    /// there any more, and nothing will come.
+    Release { worker: WorkerKey, change: u32 },
     /// A worker of this name attached anew: end the stream of its former self.
     Disconnect { worker: WorkerKey },
 }
@@ -103,6 +134,14 @@ pub enum Rejection {
         model: String,
     },
     NoWorker,
+    /// No worker of the prefill pool is there, and decode workers are not to prefill.
+    NoPrefillWorker,
+    /// Not now: there is more to do than can be done.
+    Overloaded {
+        reason: ShedReason,
+        /// When the work that is here now is predicted to be done.
+        retry_after: Duration,
+    },
     /// Every try failed; the last one like this.
     LegFailed {
         leg: Leg,

@@ -3,6 +3,7 @@ use std::{collections::BTreeMap, time::Duration};
 use baton_types::{Epoch, Role, StepModel};
 
 use crate::{
+    core::{Gaps, RoleChange},
     keyed::Keyed,
     policy::Targets,
     queue::Queue,
@@ -36,9 +37,16 @@ pub struct WorkerDescription {
     pub role: Role,
     pub models: Vec<String>,
     pub handoff: HandoffMode,
-    /// How long its engine's steps take, where that is known.
+    /// How long its engine's steps take, where that is known of this worker itself.
     pub model: Option<StepModel>,
     pub kv_capacity_tokens: Option<u64>,
+}
+
+impl WorkerDescription {
+    /// The same model in engines that can take each other's KV: likely the same hardware too.
+    fn is_peer_of(&self, other: &Self) -> bool {
+        self.handoff == other.handoff && self.models == other.models
+    }
 }
 
 /// What a worker says of its engine, now and then.
@@ -69,6 +77,7 @@ pub struct Load {
     /// Prompts that wait for it here.
     pub queued: u32,
     pub elsewhere: Elsewhere,
+    /// Its own model, or that of a peer as long as it has none.
     pub model: Option<StepModel>,
     /// When it was last given work, counted in placements: equals take turns.
     pub last_placed: u64,
@@ -145,6 +154,16 @@ impl Load {
         #[allow(clippy::cast_precision_loss)]
         let fits = used as f64 <= capacity as f64 * up_to;
         fits
+    }
+
+    /// Sequences that decode, and the tokens that lie before those of their next step.
+    pub(crate) fn decoding(&self) -> (u32, u64) {
+        (self.decodes, self.decode_prompt_tokens + self.decode_output_tokens)
+    }
+
+    /// KV that is used or about to be, and how much there is, where that is known.
+    pub(crate) fn kv_tokens(&self) -> Option<(u64, u64)> {
+        Some((self.kv_used_tokens + self.kv_coming_tokens, self.kv_capacity_tokens?))
     }
 
     /// Of what was dispatched, what is left by now.
@@ -224,6 +243,8 @@ pub(crate) struct Worker {
     pub(crate) description: WorkerDescription,
     pub(crate) load: Load,
     pub(crate) queue: Queue,
+    /// Milliseconds of prefill of all who wait in it, those who are late too.
+    pub(crate) queued_ms: f64,
     pub(crate) prefixes: RecentPrefixes,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
@@ -231,11 +252,23 @@ pub(crate) struct Worker {
     pub(crate) jobs_open: u32,
     /// An operator took it out.
     pub(crate) drains: bool,
+    pub(crate) role_change: RoleChange,
+    /// It takes orders from here.
+    pub(crate) follows: bool,
+    pub(crate) heard_at: Duration,
+    pub(crate) gaps: Gaps,
 }
 
 impl Worker {
     pub(crate) fn serves(&self, model: Option<&str>) -> bool {
         model.is_none_or(|model| self.description.models.iter().any(|name| name == model))
+    }
+
+    /// Milliseconds until it is through with the prompts it has, as far as that can be predicted.
+    pub(crate) fn backlog_ms(&self, now: Duration, targets: &Targets) -> Option<f64> {
+        self.load.model?;
+        let work_ms = self.load.dispatched_left_ms(now, targets) + self.queued_ms;
+        Some(work_ms / self.load.prefill_rate(targets))
     }
 
     /// Whether it may be given requests for this model.
@@ -245,7 +278,7 @@ impl Worker {
 
     /// Whether it may be given work.
     pub(crate) fn is_routable(&self) -> bool {
-        !self.drains
+        !self.drains && self.role_change.to().is_none()
     }
 
     /// Called whenever the queue changed.
@@ -265,6 +298,8 @@ pub struct WorkerView<'a> {
     pub jobs_open: u32,
     /// An operator took it out: it is given nothing more.
     pub drains: bool,
+    /// It is on its way to this role, and given nothing more.
+    pub changes_to: Option<Role>,
     pub load: &'a Load,
 }
 
@@ -273,36 +308,85 @@ pub struct WorkerView<'a> {
 pub(crate) struct Fleet {
     workers: Keyed<Worker>,
     placements: u64,
+    /// Workers of which nothing is known that their steps could be predicted by.
+    without_model: usize,
     /// Workers that an operator took out, by name, and the life for which this holds.
     drained: BTreeMap<String, Epoch>,
 }
 
 impl Fleet {
-    pub(crate) fn attach(&mut self, description: WorkerDescription) -> WorkerKey {
+    pub(crate) fn attach(&mut self, description: WorkerDescription, now: Duration) -> WorkerKey {
         let load = Load {
-            model: description.model,
+            model: description.model.or_else(|| self.model_of_a_peer(&description)),
             kv_capacity_tokens: description.kv_capacity_tokens,
             ..Load::default()
         };
+        self.without_model += usize::from(load.model.is_none());
         let prefixes = RecentPrefixes::new(description.kv_capacity_tokens);
         // One that only lost its stream is the same that was taken out.
         let drains = self.drained.get(&description.name) == Some(&description.epoch);
         if !drains {
             self.drained.remove(&description.name);
         }
-        WorkerKey(self.workers.insert(Worker {
+        let key = WorkerKey(self.workers.insert(Worker {
             description,
             load,
             queue: Queue::default(),
+            queued_ms: 0.0,
             prefixes,
             jobs_running: 0,
             jobs_open: 0,
             drains,
-        }))
+            role_change: RoleChange::default(),
+            follows: true,
+            heard_at: now,
+            gaps: Gaps::default(),
+        }));
+        if let Some(model) = self.workers.get(key.0).and_then(|worker| worker.description.model) {
+            self.lend(key, model);
+        }
+        key
     }
 
     pub(crate) fn detach(&mut self, key: WorkerKey) -> Option<Worker> {
-        self.workers.remove(key.0)
+        let worker = self.workers.remove(key.0)?;
+        self.without_model -= usize::from(worker.load.model.is_none());
+        Some(worker)
+    }
+
+    /// The steps of every worker can be predicted.
+    pub(crate) fn is_predictable(&self) -> bool {
+        self.without_model == 0
+    }
+
+    pub(crate) fn model_changed(&mut self, key: WorkerKey, model: StepModel) {
+        let Some(worker) = self.workers.get_mut(key.0) else { return };
+        if worker.description.model == Some(model) {
+            return;
+        }
+        worker.description.model = Some(model);
+        self.without_model -= usize::from(worker.load.model.is_none());
+        worker.load.model = Some(model);
+        self.lend(key, model);
+    }
+
+    /// A worker that was not observed yet is taken to be like its peers that were.
+    fn lend(&mut self, from: WorkerKey, model: StepModel) {
+        let Some(lender) = self.workers.get(from.0).map(|worker| worker.description.clone()) else {
+            return;
+        };
+        for worker in self.workers.iter_mut() {
+            if worker.description.model.is_none() && worker.description.is_peer_of(&lender) {
+                self.without_model -= usize::from(worker.load.model.is_none());
+                worker.load.model = Some(model);
+            }
+        }
+    }
+
+    fn model_of_a_peer(&self, description: &WorkerDescription) -> Option<StepModel> {
+        let mut peers =
+            self.iter().filter(|(_, worker)| worker.description.is_peer_of(description));
+        peers.find_map(|(_, worker)| worker.description.model)
     }
 
     pub(crate) fn get(&self, key: WorkerKey) -> Option<&Worker> {
@@ -374,8 +458,24 @@ impl Fleet {
         }
     }
 
-    pub(crate) fn report(&mut self, key: WorkerKey, report: &WorkerReport) {
+    pub(crate) fn heard(&mut self, key: WorkerKey, follows: bool, now: Duration) {
         if let Some(worker) = self.workers.get_mut(key.0) {
+            (worker.follows, worker.heard_at) = (follows, now);
+        }
+    }
+
+    pub(crate) fn forget_gaps(&mut self) {
+        let keys: Vec<u64> = self.workers.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            if let Some(worker) = self.workers.get_mut(key) {
+                worker.gaps = Gaps::default();
+            }
+        }
+    }
+
+    pub(crate) fn report(&mut self, key: WorkerKey, report: &WorkerReport, now: Duration) {
+        if let Some(worker) = self.workers.get_mut(key.0) {
+            worker.heard_at = now;
             worker.load.report(report);
         }
     }

@@ -31,8 +31,14 @@ use super::{
 use crate::{CoordinatorError, metrics::Metrics};
 
 /// The tenant of a request, as an extension of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Tenant(pub(crate) Arc<str>);
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Tenant {
+    pub(crate) name: Arc<str>,
+    /// Its share beside others while requests wait.
+    pub(crate) weight: f64,
+    /// Of its requests that give none.
+    pub(crate) priority: i32,
+}
 
 /// Keys are kept and compared as their SHA-256 alone.
 type KeyDigest = [u8; 32];
@@ -45,7 +51,7 @@ pub(crate) struct Tenants {
 
 #[derive(Debug)]
 struct Known {
-    name: Arc<str>,
+    tenant: Tenant,
     digest: Option<KeyDigest>,
     file: Option<Followed<Vec<KeyDigest>, KeyFileError>>,
     in_flight: Option<InFlightLimit>,
@@ -75,7 +81,11 @@ impl Tenants {
                 })
             });
             Ok::<_, CoordinatorError>(Known {
-                name: config.name.as_str().into(),
+                tenant: Tenant {
+                    name: config.name.as_str().into(),
+                    weight: config.weight,
+                    priority: config.priority,
+                },
                 digest: config.key_sha256,
                 file: file.transpose()?,
                 in_flight: config.max_requests.map(|limit| InFlightLimit {
@@ -99,10 +109,10 @@ impl Tenants {
             match file.refresh() {
                 Refreshed::Unchanged => {}
                 Refreshed::Renewed => {
-                    info!(tenant = %tenant.name, keys = file.current().len(), "a tenant's keys changed");
+                    info!(tenant = %tenant.tenant.name, keys = file.current().len(), "a tenant's keys changed");
                 }
                 Refreshed::Unusable(error) => {
-                    warn!(tenant = %tenant.name, %error, "a tenant's keys stay as they were");
+                    warn!(tenant = %tenant.tenant.name, %error, "a tenant's keys stay as they were");
                 }
             }
         }
@@ -175,15 +185,14 @@ pub(super) async fn admit(
             Ok(place) => Some(place),
             Err(_) => {
                 let error = ClientError::TooManyRequests { limit: *limit };
-                return refused(&tenant.name, "too_many", &error);
+                return refused(&tenant.tenant.name, "too_many", &error);
             }
         },
     };
     // The key is ours: engines neither need nor see it.
     request.headers_mut().remove(header::AUTHORIZATION);
-    let tenant = Tenant(tenant.name.clone());
-    metrics.tenant_request(&tenant.0, "admitted");
-    request.extensions_mut().insert(tenant);
+    metrics.tenant_request(&tenant.tenant.name, "admitted");
+    request.extensions_mut().insert(tenant.tenant.clone());
     let response = next.run(request).await;
     match place {
         None => response,
@@ -235,7 +244,7 @@ mod tests {
     }
 
     fn name_of(tenants: &Tenants, key: &str) -> Option<String> {
-        tenants.of_key(key.as_bytes()).map(|known| known.name.to_string())
+        tenants.of_key(key.as_bytes()).map(|known| known.tenant.name.to_string())
     }
 
     #[test]

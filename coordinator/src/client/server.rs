@@ -1,4 +1,4 @@
-use std::{convert::Infallible, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     Router,
@@ -8,11 +8,8 @@ use axum::{
 };
 use baton_config::LimitsConfig;
 use baton_tokens::PromptTokenizer;
-use http::Method;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpListener, sync::Semaphore};
-use tower_service::Service;
-use tracing::{debug, warn};
+use http::{HeaderName, Method};
+use tokio::net::TcpListener;
 
 use super::{
     auth::{Tenants, admit},
@@ -22,19 +19,18 @@ use super::{
     peek::Endpoint,
 };
 use crate::{
+    listener::{self, ConnectionLimits},
     shell::Shell,
-    tls::{self, TlsFiles},
+    tls::TlsFiles,
 };
-
-/// What a connection holds of its request's head, and of its answer on the way out. A token's frame is
-/// copied into it and written as one piece: that costs less than to gather the pieces in the kernel.
-const BUFFER_BYTES: usize = 64 << 10;
 
 /// What every handler has at hand.
 #[derive(Clone, Debug)]
 pub(super) struct Front {
     pub(super) shell: Shell,
     pub(super) limits: Arc<LimitsConfig>,
+    /// Names the tenant of requests that are nobody's otherwise.
+    pub(super) tenant_header: Option<HeaderName>,
     /// Where prompts are tokenized here.
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
 }
@@ -47,75 +43,25 @@ pub(crate) struct Access {
     pub(crate) tenants: Arc<Tenants>,
 }
 
-/// Accepts clients until it is dropped. One hyper connection each, since `axum::serve` costs 8 KB more
-/// a stream.
+/// Accepts clients until it is dropped.
 pub(crate) async fn serve(
     shell: Shell,
     limits: LimitsConfig,
+    tenant_header: Option<String>,
     tokenizer: Option<PromptTokenizer>,
     access: Access,
     listener: TcpListener,
 ) {
-    let connections = Arc::new(Semaphore::new(limits.max_connections as usize));
-    let limits = Arc::new(limits);
-    let front = Front { shell, limits: limits.clone(), tokenizer: tokenizer.map(Arc::new) };
+    let connections = ConnectionLimits {
+        connections: limits.max_connections as usize,
+        header_timeout: limits.header_timeout,
+    };
+    let tokenizer = tokenizer.map(Arc::new);
+    // The configuration takes nothing that is no header's name.
+    let tenant_header = tenant_header.and_then(|name| HeaderName::try_from(name).ok());
+    let front = Front { shell, limits: Arc::new(limits), tenant_header, tokenizer };
     let router = router(front, access.tenants);
-    let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
-        .max_buf_size(BUFFER_BYTES)
-        .writev(false);
-    loop {
-        // The semaphore is never closed.
-        let Ok(permit) = connections.clone().acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of descriptors, mostly: others may be freed meanwhile.
-                warn!(%error, "cannot accept a client");
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        if let Err(error) = stream.set_nodelay(true) {
-            debug!(%error, "a client was gone before it was served");
-            continue;
-        }
-        let router = router.clone();
-        let service = hyper::service::service_fn(move |request: Request<_>| {
-            let mut router = router.clone();
-            async move { Ok::<_, Infallible>(call(&mut router, request).await) }
-        });
-        if let Some(https) = access.https.clone() {
-            let http = http.clone();
-            tokio::spawn(async move {
-                match tls::handshake(&https, stream).await {
-                    Ok(stream) => run(http.serve_connection(TokioIo::new(stream), service)).await,
-                    Err(error) => debug!(%error, "no TLS with a client"),
-                }
-                drop(permit);
-            });
-        } else {
-            let connection = http.serve_connection(TokioIo::new(stream), service);
-            tokio::spawn(async move {
-                run(connection).await;
-                drop(permit);
-            });
-        }
-    }
-}
-
-async fn run(connection: impl Future<Output = hyper::Result<()>>) {
-    if let Err(error) = connection.await {
-        debug!(%error, "a client's connection ended");
-    }
-}
-
-async fn call(router: &mut Router, request: Request<hyper::body::Incoming>) -> Response {
-    match router.call(request).await {
-        Ok(response) => response,
-        Err(never) => match never {},
-    }
+    listener::serve(router, listener, connections, access.https).await;
 }
 
 fn router(front: Front, tenants: Arc<Tenants>) -> Router {

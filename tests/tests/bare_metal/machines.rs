@@ -275,16 +275,19 @@ pub(crate) fn pools(metrics: &Metrics) -> (f64, f64) {
     (count("role=\"prefill\""), count("role=\"decode\""))
 }
 
-/// The file as it is deployed, with the embedded engine and arenas of its size.
+/// The file as it is deployed, with the embedded engine and arenas of its size. All requests are split,
+/// and pools stay as they are: what is done to them here is done on purpose.
 fn deployed() -> Table {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/bare-metal/baton.toml");
     let mut file: Table = fs::read_to_string(path).unwrap().parse().unwrap();
-    file.insert(
-        "engine".into(),
-        "kind = \"sim\"\ntime_scale = 0.5".parse::<Table>().unwrap().into(),
-    );
-    let arena = "directory = \".\"\nexport_bytes = \"16 MiB\"\nimport_bytes = \"16 MiB\"";
-    file.insert("arena".into(), arena.parse::<Table>().unwrap().into());
+    for (name, table) in [
+        ("engine", "kind = \"sim\"\ntime_scale = 0.5"),
+        ("arena", "directory = \".\"\nexport_bytes = \"16 MiB\"\nimport_bytes = \"16 MiB\""),
+        ("placement", "mode = \"always\""),
+        ("balancer", "actuator = \"off\""),
+    ] {
+        file.insert(name.to_owned(), table.parse::<Table>().unwrap().into());
+    }
     for worker in file["worker"].as_array_mut().unwrap() {
         let worker = worker.as_table_mut().unwrap();
         worker.remove("engine");
