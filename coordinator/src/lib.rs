@@ -24,9 +24,7 @@ mod spans;
 mod timeline;
 mod tls;
 
-use std::{
-    future::Future, io, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration,
-};
+use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use baton_config::{BalancerActuator, ClusterConfig};
 use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
