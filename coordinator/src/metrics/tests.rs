@@ -31,6 +31,10 @@ fn observed() -> (Metrics, String) {
     metrics.aggregated(AggregatedReason::OneToken);
     metrics.leg_failed(Leg::Decode, &Fault::new(Origin::Engine, FaultKind::Failed, "x"));
     metrics.prompt(Leg::Prefill, 100, 50);
+    metrics.decided(Path::Aggregated, "one_token");
+    metrics.waited(0, Duration::from_millis(1));
+    metrics.shed(ShedReason::QueueFull, 0);
+    metrics.tenant_request("somebody", "ok");
     metrics.balancer.decided(&Decision {
         verdict: Verdict::Hold,
         reason: Reason::Balanced,
@@ -153,6 +157,9 @@ A histogram has `_bucket`, `_sum` and `_count`.
 | `outcome` | `ok`, `client_error` (4xx), `server_error` (5xx), `broken_off` (in the middle of its answer), `cancelled` (the client went away), `too_slow` (the client left too much unread) |
 | `reason` | why a request was not split: [http.md](http.md#what-is-not-split); of the balancer, why it decided so |
 | `verdict`, `to` | what the balancer advised, and the role that a worker was told to take |
+| `priority` | of a request, as its client or tenant said; lower goes first |
+| `direction` | `late` or `early`, against what was predicted |
+| `tenant` | whose key was given; empty without one |
 | `leg` | `prefill`, `decode`, `aggregated` |
 | `origin`, `kind` | who is to blame for a leg's failure, and in which way |
 | `worker`, `role` | a worker's name, and `prefill` or `decode` |
