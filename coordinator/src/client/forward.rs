@@ -57,7 +57,10 @@ async fn try_forward(
         (peeked.shape, peeked.streams)
     } else {
         let unsplittable = Some("endpoint");
-        (baton_core::RequestShape { unsplittable, ..Default::default() }, false)
+        (
+            baton_core::RequestShape { unsplittable, answers_whole: true, ..Default::default() },
+            false,
+        )
     };
     if let Some(priority) = priority(&parts.headers)? {
         shape.priority = priority;
