@@ -211,6 +211,9 @@ impl Core {
             }
             Event::Report { worker, report } => self.fleet.report(worker, &report, now),
             Event::ModelChanged { worker, model } => self.fleet.model_changed(worker, model),
+            Event::BusyElsewhere { worker, elsewhere } => {
+                self.fleet.busy_elsewhere(worker, elsewhere);
+            }
             Event::PrefillDone { job } => self.prefill_done(job, now, actions),
             Event::Answered { job } => self.answered(job, now, actions),
             Event::Ended { job } => self.ended(job, now, actions),
