@@ -58,7 +58,10 @@ async fn try_forward(
         (peeked.shape, peeked.streams)
     } else {
         let unsplittable = Some("endpoint");
-        (baton_core::RequestShape { unsplittable, ..Default::default() }, false)
+        (
+            baton_core::RequestShape { unsplittable, answers_whole: true, ..Default::default() },
+            false,
+        )
     };
     let known = parts.extensions.get::<auth::Tenant>();
     if let Some(tenant) = known {

@@ -34,6 +34,8 @@ pub(super) fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError>
                 shape: RequestShape {
                     max_output_tokens: None,
                     unsplittable: Some("endpoint"),
+                    // Not read further: its first token shows where a stream's head comes, if at all.
+                    answers_whole: true,
                     model: fields.model.map(Cow::into_owned),
                     ..RequestShape::default()
                 },

@@ -43,6 +43,9 @@ fn observed() -> (Metrics, String) {
     });
     metrics.balancer.flip(Role::Prefill, "operator");
     metrics.balancer.in_flight(0);
+    metrics.decided(Path::Aggregated, "predicted");
+    metrics.waited(0, Duration::from_millis(1));
+    metrics.shed(ShedReason::QueueFull, 0);
     let worker = WorkerStatus {
         name: "prefill-0".to_owned(),
         role: Role::Prefill,
@@ -155,7 +158,9 @@ A histogram has `_bucket`, `_sum` and `_count`.
 |---|---|
 | `path` | `disaggregated`, `aggregated`; `none`: it ended before a worker answered |
 | `outcome` | `ok`, `client_error` (4xx), `server_error` (5xx), `broken_off` (in the middle of its answer), `cancelled` (the client went away), `too_slow` (the client left too much unread) |
-| `reason` | why a request was not split: [http.md](http.md#what-is-not-split); of the balancer, why it decided so |
+| `reason` | why a request was not split: [http.md](http.md#what-is-not-split); of placement, `predicted` (by predicted TTFT and ITL), `pools` (all are split) or `no_model` (step times are not known) too; of 429, `queue_full`, `waited_too_long` or `cannot_meet_slo`; of the balancer, why it decided so |
+| `priority` | a request's class: smaller numbers come first, 0 is usual |
+| `direction` | `late`: later, or longer, than predicted; `early` |
 | `verdict`, `to` | what the balancer advised, and the role that a worker was told to take |
 | `priority` | of a request, as its client or tenant said; lower goes first |
 | `direction` | `late` or `early`, against what was predicted |
