@@ -11,9 +11,9 @@ use std::{
 
 use baton_config::SloConfig;
 use baton_core::{
-    Action, AnnouncedChange, BalancerSettings, Core, Event, HandoffPlan, JobId, Rejection,
-    RequestKey, RequestShape, Route, Settings, Tenant, WorkerDescription, WorkerKey, WorkerReport,
-    policy::Policy,
+    Action, AnnouncedChange, BalancerSettings, Core, Elsewhere, Event, HandoffPlan, JobId,
+    Rejection, RequestKey, RequestShape, Route, Settings, Tenant, WorkerDescription, WorkerKey,
+    WorkerReport, policy::Policy,
 };
 use baton_proto as wire;
 use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role, StepModel};
@@ -319,6 +319,9 @@ impl Shell {
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);
+        let elsewhere =
+            Elsewhere { prefills: report.prefills_elsewhere, decodes: report.decodes_elsewhere };
+        self.tell_core(&mut state, Event::BusyElsewhere { worker, elsewhere }, None);
         self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
         self.role_change(&mut state, worker, report.role_change.as_ref());
         let Some(attached) = state.links.get_mut(&worker) else { return };

@@ -1,7 +1,7 @@
 //! The manifests of `deploy/kubernetes` and the actuator, at a real API server without nodes.
 
 // A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
 
 use std::{
     collections::BTreeSet,

@@ -300,6 +300,9 @@ fn mode(way: &Way, prefill: u32, decode: u32) -> Result<Mode, String> {
             Ok(Mode::Disaggregated)
         }
         WayKind::Static { .. } => Err(format!("the cluster's pools are {prefill}P{decode}D")),
+        WayKind::Flip { .. } => {
+            Err("whether its pools flip, a live cluster's own file says".to_owned())
+        }
         WayKind::BestStatic => Err(format!(
             "no search is done live; name the cluster's split, static:{prefill}P{decode}D"
         )),
