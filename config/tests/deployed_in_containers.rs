@@ -130,3 +130,18 @@ fn the_operator_is_given_the_rules_of_the_dashboards() {
         file.display()
     );
 }
+
+#[test]
+fn an_image_is_made_from_every_crate() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let manifest = fs::read_to_string(root.join("Cargo.toml")).unwrap();
+    let ignored = fs::read_to_string(root.join("deploy/docker/Dockerfile.dockerignore")).unwrap();
+    let members = manifest.split("members = [").nth(1).unwrap().split(']').next().unwrap();
+    let members: Vec<_> = members.split('"').skip(1).step_by(2).collect();
+    assert!(members.contains(&"cli"), "{members:?}");
+    for member in members {
+        let folder = member.split('/').next().unwrap();
+        let line = format!("!{folder}");
+        assert!(ignored.lines().any(|it| it == line), "{line} is not in Dockerfile.dockerignore");
+    }
+}
