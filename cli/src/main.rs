@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_transfer;
+mod certs;
 mod check;
 mod compare;
 mod goodput;
@@ -22,7 +23,7 @@ use std::{io::Write as _, path::PathBuf, process::ExitCode};
 use baton_types::Role;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use crate::processes::StopWith;
+use crate::processes::ProcessOptions;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -43,6 +44,11 @@ enum Command {
     Check {
         /// The cluster's baton.toml.
         file: PathBuf,
+    },
+    /// Makes and shows the certificates by which coordinator and workers know each other.
+    Certs {
+        #[command(subcommand)]
+        command: certs::CertsCommand,
     },
     /// Shows a running cluster's workers, as its coordinator sees them.
     Status(operators::StatusOptions),
@@ -68,7 +74,7 @@ enum Command {
         #[arg(long)]
         config: PathBuf,
         #[command(flatten)]
-        stop_with: StopWith,
+        options: ProcessOptions,
     },
     /// Runs one prefill worker of a cluster.
     PrefillWorker(WorkerArguments),
@@ -96,13 +102,14 @@ struct WorkerArguments {
     #[arg(long)]
     advertise: Option<String>,
     #[command(flatten)]
-    stop_with: StopWith,
+    options: ProcessOptions,
 }
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Up(options) => up::run(&options),
         Command::Check { file } => Ok(check::run(&file)),
+        Command::Certs { command } => certs::run(&command),
         Command::Status(options) => operators::status(&options),
         Command::Top(access) => operators::top(&access),
         Command::Drain(options) => operators::drain(&options),
@@ -112,7 +119,7 @@ fn main() -> ExitCode {
         Command::Profile(arguments) => profile::run(&arguments),
         Command::BenchTransfer(options) => bench_transfer::run(&options),
         Command::TransferCheck(options) => transfer_check::run(&options),
-        Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
+        Command::Coordinator { config, options } => processes::coordinator(&config, &options),
         Command::PrefillWorker(worker) => processes::worker(&worker, Role::Prefill),
         Command::DecodeWorker(worker) => processes::worker(&worker, Role::Decode),
         Command::Simulate(options) => simulate::run(&options),

@@ -74,8 +74,9 @@ fn colour_is_welcome() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-pub(crate) fn stderr_has_colour() -> bool {
-    Term::stderr().is_term() && colour_is_welcome()
+/// Says something beside what was asked for: stdout stays what a program can read.
+pub(crate) fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Says why the program fails.

@@ -7,13 +7,18 @@ use baton_types::Role;
 pub struct ClusterConfig {
     pub coordinator: CoordinatorConfig,
     pub slo: SloConfig,
+    pub placement: PlacementConfig,
+    pub admission: AdmissionConfig,
     pub balancer: BalancerConfig,
     /// Absent: nobody can look in or intervene.
     pub admin: Option<AdminConfig>,
+    pub telemetry: TelemetryConfig,
     /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
     /// `insecure_plaintext` is set.
     pub tls: Option<TlsConfig>,
     pub insecure_plaintext: bool,
+    /// Who may send requests. Where there is none, everybody may.
+    pub tenants: Vec<TenantConfig>,
     pub workers: Vec<WorkerConfig>,
 }
 
@@ -28,6 +33,31 @@ pub struct CoordinatorConfig {
     /// Directory of the model's tokenizer and chat template.
     pub tokenizer: Option<PathBuf>,
     pub limits: LimitsConfig,
+    /// HTTPS towards clients, in place of HTTP.
+    pub https: Option<HttpsConfig>,
+}
+
+/// PEM files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpsConfig {
+    pub certificate: PathBuf,
+    pub private_key: PathBuf,
+}
+
+/// Somebody who sends requests, known by an API key.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TenantConfig {
+    pub name: String,
+    /// SHA-256 of the key.
+    pub key_sha256: Option<[u8; 32]>,
+    /// File with one key a line.
+    pub key_file: Option<PathBuf>,
+    /// Share beside other tenants while requests wait.
+    pub weight: f64,
+    /// Of its requests that give none; smaller ones come first.
+    pub priority: i32,
+    /// Requests in flight; further ones are answered with 429.
+    pub max_requests: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -72,6 +102,82 @@ pub struct SloConfig {
 impl Default for SloConfig {
     fn default() -> Self {
         Self { ttft_ms: 2000.0, itl_ms: 50.0 }
+    }
+}
+
+/// Where the legs of a request run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacementConfig {
+    pub mode: PlacementMode,
+    /// Of `baton policies`; the mode's own where none is given.
+    pub policy: Option<String>,
+    pub on_no_prefill: OnNoPrefill,
+    pub late: LateRequests,
+}
+
+impl Default for PlacementConfig {
+    fn default() -> Self {
+        Self {
+            mode: PlacementMode::Adaptive,
+            policy: None,
+            on_no_prefill: OnNoPrefill::Local,
+            late: LateRequests::Last,
+        }
+    }
+}
+
+/// Which requests are split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlacementMode {
+    /// Each worker may do any leg, and each request is split where that is predicted to be better. As
+    /// long as nothing can be predicted, as under `Always`.
+    Adaptive,
+    /// All that can be, between the two pools.
+    Always,
+    Never,
+}
+
+/// What becomes of requests while the prefill pool is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnNoPrefill {
+    Reject,
+    /// Decode workers do all of it.
+    Local,
+}
+
+/// What becomes of requests that are predicted to miss their TTFT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LateRequests {
+    /// They come after all that can still make it, and those by their deadlines.
+    Last,
+    /// All are served as they come.
+    Fifo,
+}
+
+/// Priorities are from minus this to this; clients' own that go beyond it are taken for it.
+pub const MAX_PRIORITY: i32 = 10;
+
+/// Who waits, how long, and who is turned away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdmissionConfig {
+    pub max_waiting_requests: u32,
+    pub max_wait: Duration,
+    /// Zero: not at all.
+    pub wait_for_worker: Duration,
+    /// Requests of this priority and of larger numbers.
+    pub early_rejection_priority: Option<i32>,
+    pub tenant_header: Option<String>,
+}
+
+impl Default for AdmissionConfig {
+    fn default() -> Self {
+        Self {
+            max_waiting_requests: 10_000,
+            max_wait: Duration::from_secs(60),
+            wait_for_worker: Duration::from_secs(2),
+            early_rejection_priority: None,
+            tenant_header: None,
+        }
     }
 }
 
@@ -134,6 +240,21 @@ pub struct AdminConfig {
 impl Default for AdminConfig {
     fn default() -> Self {
         Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), token_file: None }
+    }
+}
+
+/// Where traces of requests go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TelemetryConfig {
+    /// A collector's `http://host:port` for OTLP over gRPC; nothing is sent where not given.
+    pub otlp_endpoint: Option<String>,
+    /// Share of the requests that are traced, of those whose clients did not decide it.
+    pub sample_ratio: f64,
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self { otlp_endpoint: None, sample_ratio: 1.0 }
     }
 }
 

@@ -13,15 +13,16 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-        LimitsConfig, SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource,
-        WorkerConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig,
+        CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig, OnNoPrefill,
+        PlacementConfig, PlacementMode, SimConfig, SloConfig, TelemetryConfig, TenantConfig,
+        TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
     },
     value::{
         ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
-        ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes,
-        NameOrStart, NotNegative, Port, Positive, Program, Requirements, RoleName, Seconds, Text,
-        TokenBytes, TransportName, Url,
+        ExistingFile, FilePath, FixedAddress, Flag, HeaderName, HostPort, HostPorts, Maybe,
+        MtuBytes, Name, NameOrStart, NotNegative, OneOf, Port, Positive, Priority, Program, Ratio,
+        Requirements, RoleName, Seconds, SecondsOrNone, Sha256, Text, TokenBytes, Url,
     },
 };
 
@@ -112,12 +113,58 @@ keys! {
 }
 
 keys! {
+    /// `[coordinator.https]`
+    HTTPS: HttpsConfig {
+        /// With the names by which clients dial the coordinator; intermediate certificates after it.
+        certificate => certificate: FilePath = Required("\"tls/front.pem\"");
+        /// Of the certificate.
+        private_key => private_key: FilePath = Required("\"tls/front.key\"");
+    }
+}
+
+keys! {
     /// `[slo]`
     SLO: SloConfig {
         /// Time to the first token, in milliseconds.
         ttft_ms => ttft_ms: Positive = ByDefault;
         /// Time between two tokens, in milliseconds.
         itl_ms => itl_ms: Positive = ByDefault;
+    }
+}
+
+keys! {
+    /// `[placement]`
+    PLACEMENT: PlacementConfig {
+        /// Which requests are split. "adaptive": each worker may do any leg, and what TTFT and ITL are
+        /// predicted to be decides for each request; as long as the steps of some worker's engine are
+        /// not known, as under "always": all that can be, between the two pools. "never": none.
+        mode => mode: OneOf<PlacementMode> = ByDefault;
+        /// One of `baton policies`. Default: "slack" where the mode is adaptive, else "least-load".
+        policy => policy: Maybe<Text> = Optional("\"slack\"");
+        /// While there is no prefill worker: "local" (decode workers do all of it) or "reject" (503).
+        on_no_prefill => on_no_prefill: OneOf<OnNoPrefill> = ByDefault;
+        /// "last": requests wait here rather than in an engine, by the time at which their first token
+        /// is due, and those that are predicted to miss it come after all others. "fifo": as they come.
+        late => late: OneOf<LateRequests> = ByDefault;
+    }
+}
+
+keys! {
+    /// `[admission]`
+    ADMISSION: AdmissionConfig {
+        /// When all workers have enough to do, so many requests wait here, the important first and
+        /// tenants by their shares; the least important beyond that are answered with 429.
+        max_waiting_requests => max_waiting_requests: Count = ByDefault;
+        /// Who waited so long is answered with 429.
+        max_wait_seconds => max_wait: Seconds = ByDefault;
+        /// Without any worker a request waits so long for the first one, and then gets 503.
+        wait_for_worker_seconds => wait_for_worker: SecondsOrNone = ByDefault;
+        /// Requests of this priority, and of less important (larger) ones, are answered with 429 at once
+        /// if they are predicted to miss their TTFT on every path. Default: none are.
+        early_rejection_priority => early_rejection_priority: Maybe<Priority> = Optional("0");
+        /// Requests that name no tenant otherwise are of the one that this header names. Whoever can
+        /// reach the coordinator can then be anyone: for use behind a proxy that sets it.
+        tenant_header => tenant_header: Maybe<HeaderName> = Optional("\"x-tenant\"");
     }
 }
 
@@ -151,6 +198,16 @@ keys! {
 }
 
 keys! {
+    /// `[telemetry]`
+    TELEMETRY: TelemetryConfig {
+        /// A collector for OTLP over gRPC. One trace for each request, over both its legs.
+        otlp_endpoint => otlp_endpoint: Maybe<Url> = Optional("\"http://127.0.0.1:4317\"");
+        /// Share of the requests that are traced, of those that bring no traceparent.
+        sample_ratio => sample_ratio: Ratio = ByDefault;
+    }
+}
+
+keys! {
     /// `[tls]`
     TLS: TlsConfig {
         /// Signs the certificates of the coordinators and of all workers.
@@ -159,6 +216,27 @@ keys! {
         certificate => certificate: ExistingFile = Required("\"tls/host.pem\"");
         /// Of the certificate.
         private_key => private_key: ExistingFile = Required("\"tls/host.key\"");
+    }
+}
+
+keys! {
+    /// `[[tenant]]`
+    TENANT: TenantConfig {
+        /// Stands in metrics and logs; unique.
+        name => name: Name = Required("\"search\"");
+        /// SHA-256 of its API key, in hexadecimal (`printf %s "$KEY" | sha256sum`). Either this, or
+        /// key_file, or both.
+        key_sha256 => key_sha256: Maybe<Sha256> = Optional(
+            "\"2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\""
+        );
+        /// File with API keys, one a line; each opens. It is read anew when it changes.
+        key_file => key_file: Maybe<FilePath> = Optional("\"keys/search\"");
+        /// Its share beside other tenants while requests wait.
+        weight => weight: Positive = ByDefault;
+        /// Of its requests that give none. Smaller ones come first.
+        priority => priority: Priority = ByDefault;
+        /// Requests in flight; further ones are answered with 429. Default: any number.
+        max_requests => max_requests: Maybe<Count> = Optional("64");
     }
 }
 
@@ -205,7 +283,7 @@ keys! {
         advertise => advertise: Maybe<HostPort> = Optional("\"127.0.0.1:7100\"");
         /// "auto" (ucx where it finds an RDMA device, else quic), "quic", "ucx" or "shm". The same for
         /// all workers that hand over to each other.
-        transport => transport: TransportName = ByDefault;
+        transport => transport: OneOf<TransportChoice> = ByDefault;
         /// "rdma", "encrypted": a worker that cannot meet each of them does not start.
         require => require: Requirements = Optional("[\"rdma\"]");
         /// UCX's libucp. Default: BATON_UCX_LIBRARY, else libucp.so.0 on the loader's path.
@@ -397,6 +475,22 @@ pub(crate) fn blank_coordinator() -> CoordinatorConfig {
         advertise: String::new(),
         tokenizer: None,
         limits: LimitsConfig::default(),
+        https: None,
+    }
+}
+
+pub(crate) fn blank_https() -> HttpsConfig {
+    HttpsConfig { certificate: PathBuf::new(), private_key: PathBuf::new() }
+}
+
+pub(crate) fn blank_tenant() -> TenantConfig {
+    TenantConfig {
+        name: String::new(),
+        key_sha256: None,
+        key_file: None,
+        weight: 1.0,
+        priority: 0,
+        max_requests: None,
     }
 }
 
@@ -423,10 +517,14 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
     ClusterConfig {
         coordinator: blank_coordinator(),
         slo: SloConfig::default(),
+        placement: PlacementConfig::default(),
+        admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: None,
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
+        tenants: Vec::new(),
         workers: Vec::new(),
     }
 }

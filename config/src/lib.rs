@@ -8,6 +8,7 @@ mod choose;
 mod cluster;
 mod document;
 mod error;
+mod followed;
 mod keys;
 mod read;
 mod rules;
@@ -16,10 +17,13 @@ mod write;
 
 pub use choose::NoSuchWorker;
 pub use cluster::{
-    AdminConfig, ArenaConfig, BalancerActuator, BalancerConfig, ClusterConfig, CoordinatorConfig,
-    EngineConfig, LimitsConfig, Requirement, SimConfig, SloConfig, TlsConfig, TransferConfig,
-    TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerActuator, BalancerConfig, ClusterConfig,
+    CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig, MAX_PRIORITY,
+    OnNoPrefill, PlacementConfig, PlacementMode, Requirement, SimConfig, SloConfig,
+    TelemetryConfig, TenantConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig,
+    VllmSource, WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};
+pub use followed::{Followed, Refreshed};
 pub use write::sample;

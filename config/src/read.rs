@@ -13,8 +13,21 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 9] =
-    ["coordinator", "slo", "balancer", "admin", "tls", "engine", "arena", "transfer", "worker"];
+const TABLES: [&str; 13] = [
+    "coordinator",
+    "slo",
+    "balancer",
+    "admin",
+    "telemetry",
+    "placement",
+    "admission",
+    "tls",
+    "tenant",
+    "engine",
+    "arena",
+    "transfer",
+    "worker",
+];
 
 impl ClusterConfig {
     /// Reads a file. Relative paths in it are taken from the file's own directory.
@@ -77,12 +90,27 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
     if let Some(place) = reader.table(root, "slo") {
         reader.read_keys(&place, keys::SLO, &[], &[], &mut cluster.slo);
     }
+    if let Some(place) = reader.table(root, "placement") {
+        reader.read_keys(&place, keys::PLACEMENT, &[], &[], &mut cluster.placement);
+    }
+    if let Some(place) = reader.table(root, "admission") {
+        reader.read_keys(&place, keys::ADMISSION, &[], &[], &mut cluster.admission);
+    }
     if let Some(place) = reader.table(root, "balancer") {
         reader.read_keys(&place, keys::BALANCER, &[], &[], &mut cluster.balancer);
     }
     if let Some(place) = reader.table(root, "tls") {
         let tls = cluster.tls.insert(keys::blank_tls());
         reader.read_keys(&place, keys::TLS, &[], &[], tls);
+    }
+    for place in reader.tables(root, "tenant") {
+        let mut tenant = keys::blank_tenant();
+        reader.read_keys(&place, keys::TENANT, &[], &[], &mut tenant);
+        rules::tenant(reader, &place, &tenant, &cluster.tenants);
+        cluster.tenants.push(tenant);
+    }
+    if let Some(place) = reader.table(root, "telemetry") {
+        reader.read_keys(&place, keys::TELEMETRY, &[], &[], &mut cluster.telemetry);
     }
     if let Some(place) = reader.table(root, "admin") {
         let admin = cluster.admin.insert(AdminConfig::default());
@@ -122,9 +150,13 @@ fn read_coordinator(reader: &mut Reader<'_>, root: &Place<'_>, cluster: &mut Clu
         }
         return;
     };
-    reader.read_keys(&place, keys::COORDINATOR, &["limits"], &[], coordinator);
+    reader.read_keys(&place, keys::COORDINATOR, &["limits", "https"], &[], coordinator);
     if let Some(limits) = reader.table(&place, "limits") {
         reader.read_keys(&limits, keys::LIMITS, &[], &[], &mut coordinator.limits);
+    }
+    if let Some(https) = reader.table(&place, "https") {
+        let files = coordinator.https.insert(keys::blank_https());
+        reader.read_keys(&https, keys::HTTPS, &[], &[], files);
     }
     if coordinator.advertise.is_empty() {
         coordinator.advertise = coordinator.workers_listen.to_string();

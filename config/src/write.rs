@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig, LimitsConfig,
-        SimConfig, SloConfig, TransferConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig,
+        LimitsConfig, PlacementConfig, SimConfig, SloConfig, TelemetryConfig, TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
 };
@@ -18,13 +18,22 @@ impl ClusterConfig {
         write_keys(&mut text, keys::ROOT, self);
         write_table(&mut text, "[coordinator]", keys::COORDINATOR, &self.coordinator);
         write_table(&mut text, "[coordinator.limits]", keys::LIMITS, &self.coordinator.limits);
+        if let Some(https) = &self.coordinator.https {
+            write_table(&mut text, "[coordinator.https]", keys::HTTPS, https);
+        }
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
+        write_table(&mut text, "[placement]", keys::PLACEMENT, &self.placement);
+        write_table(&mut text, "[admission]", keys::ADMISSION, &self.admission);
         write_table(&mut text, "[balancer]", keys::BALANCER, &self.balancer);
         if let Some(admin) = &self.admin {
             write_table(&mut text, "[admin]", keys::ADMIN, admin);
         }
+        write_table(&mut text, "[telemetry]", keys::TELEMETRY, &self.telemetry);
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
+        }
+        for tenant in &self.tenants {
+            write_table(&mut text, "[[tenant]]", keys::TENANT, tenant);
         }
         for worker in &self.workers {
             write_table(&mut text, "[[worker]]", keys::WORKER, worker);
@@ -81,14 +90,25 @@ pub fn sample() -> String {
     push(&mut text, "\n[coordinator.limits]");
     describe_keys(&mut text, keys::LIMITS, &LimitsConfig::default(), Shown::AsNeeded);
 
+    push(&mut text, HTTPS);
+    describe_keys(&mut text, keys::HTTPS, &keys::blank_https(), Shown::Commented);
     push(&mut text, SLO);
     describe_keys(&mut text, keys::SLO, &SloConfig::default(), Shown::AsNeeded);
+    push(&mut text, PLACEMENT);
+    describe_keys(&mut text, keys::PLACEMENT, &PlacementConfig::default(), Shown::AsNeeded);
+    push(&mut text, ADMISSION);
+    describe_keys(&mut text, keys::ADMISSION, &AdmissionConfig::default(), Shown::AsNeeded);
     push(&mut text, BALANCER);
     describe_keys(&mut text, keys::BALANCER, &BalancerConfig::default(), Shown::AsNeeded);
     push(&mut text, ADMIN);
     describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
+    push(&mut text, TELEMETRY);
+    describe_keys(&mut text, keys::TELEMETRY, &TelemetryConfig::default(), Shown::AsNeeded);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
+
+    push(&mut text, TENANT);
+    describe_keys(&mut text, keys::TENANT, &keys::blank_tenant(), Shown::Commented);
 
     push(&mut text, ENGINE);
     push(&mut text, &format!("# {KIND_DOC}\n{KIND} = \"sim\""));
@@ -154,8 +174,26 @@ const INTRODUCTION: &str = "\
 ";
 
 const SLO: &str = "
-# What you promise your users; shown beside what is observed.
+# What you promise your users: what requests are placed by, and shown beside what is observed.
 [slo]";
+
+const HTTPS: &str = "
+# HTTPS towards clients, in place of HTTP: PEM files, read anew when they change.
+#[coordinator.https]";
+
+const TENANT: &str = "
+# Who may send requests, each known by an API key (`Authorization: Bearer KEY`). Without any, everybody
+# who reaches coordinator.listen may.
+#[[tenant]]";
+
+const PLACEMENT: &str = "
+# Where the legs of a request run.
+[placement]";
+
+const ADMISSION: &str = "
+# Who waits, how long, and who is turned away. A request's priority is a whole number, in its JSON or in
+# the header x-baton-priority: smaller ones come first.
+[admission]";
 
 const BALANCER: &str = "
 # Pools that follow the load: a worker goes over to the pool whose workers are all pressed, if the
@@ -167,9 +205,13 @@ const ADMIN: &str = "
 # Off where this table is absent.
 #[admin]";
 
+const TELEMETRY: &str = "
+# Where traces of requests go. Nothing is sent without an endpoint.
+[telemetry]";
+
 const TLS: &str = "
-# Mutual TLS between coordinator and workers: PEM files. Needed as soon as an address below is not
-# loopback.
+# Mutual TLS between coordinator and workers: PEM files, such as `baton certs` makes, read anew when
+# they change. Needed as soon as an address below is not loopback.
 #[tls]";
 
 const ENGINE: &str = "

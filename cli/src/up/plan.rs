@@ -12,8 +12,9 @@ use std::{
 
 use anyhow::Context as _;
 use baton_config::{
-    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-    LimitsConfig, SimConfig, SloConfig, TransferConfig, WorkerConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
+    EngineConfig, LimitsConfig, PlacementConfig, PlacementMode, SimConfig, SloConfig,
+    TelemetryConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -104,12 +105,18 @@ pub(super) fn plan(
             advertise: workers_listen.to_string(),
             tokenizer: vllm.as_ref().and_then(|vllm| vllm.tokenizer()),
             limits: LimitsConfig::default(),
+            https: None,
         },
         slo: SloConfig::default(),
+        // To show both pools at work, whatever a laptop's load would make of them.
+        placement: PlacementConfig { mode: PlacementMode::Always, ..PlacementConfig::default() },
+        admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: Some(admin.clone()),
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
+        tenants: Vec::new(),
         workers,
     };
     let (model, start_timeout) = match vllm {

@@ -11,6 +11,9 @@ use crate::{
     request::{Job, Stage},
 };
 
+/// Prompts over which their usual work is averaged.
+const USUAL_OVER: f64 = 8.0;
+
 /// One attachment of a worker: a worker that comes back has a new key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WorkerKey(pub(crate) u64);
@@ -34,9 +37,16 @@ pub struct WorkerDescription {
     pub role: Role,
     pub models: Vec<String>,
     pub handoff: HandoffMode,
-    /// How long its engine's steps take, where that is known.
+    /// How long its engine's steps take, where that is known of this worker itself.
     pub model: Option<StepModel>,
     pub kv_capacity_tokens: Option<u64>,
+}
+
+impl WorkerDescription {
+    /// The same model in engines that can take each other's KV: likely the same hardware too.
+    fn is_peer_of(&self, other: &Self) -> bool {
+        self.handoff == other.handoff && self.models == other.models
+    }
 }
 
 /// What a worker says of its engine, now and then.
@@ -45,6 +55,15 @@ pub struct WorkerReport {
     /// Tokens before those of the next step, over all sequences that decode.
     pub decode_context_tokens: u64,
     pub kv_used_tokens: u64,
+}
+
+/// What a worker has to do for other coordinators, as it last said. They place without asking us.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Elsewhere {
+    /// Prefill legs under way.
+    pub prefills: u32,
+    /// Decode legs, and requests that are not split.
+    pub decodes: u32,
 }
 
 /// What a worker has to do: what it was given and has not ended, and what it last said of itself.
@@ -57,6 +76,8 @@ pub struct Load {
     pub decodes: u32,
     /// Prompts that wait for it here.
     pub queued: u32,
+    pub elsewhere: Elsewhere,
+    /// Its own model, or that of a peer as long as it has none.
     pub model: Option<StepModel>,
     /// When it was last given work, counted in placements: equals take turns.
     pub last_placed: u64,
@@ -64,6 +85,8 @@ pub struct Load {
     /// Milliseconds of the prompts that its engine has.
     dispatched_work_ms: f64,
     queued_work_ms: f64,
+    /// Of a prompt of ours, over the last dozen or so: others' are taken to be like them.
+    usual_work_ms: f64,
     /// Since when it has worked on the first of them.
     working_since: Duration,
     decode_prompt_tokens: u64,
@@ -76,12 +99,16 @@ pub struct Load {
 
 impl Load {
     pub fn jobs(&self) -> u32 {
-        self.prefills + self.decodes + self.queued
+        self.prefills
+            + self.decodes
+            + self.queued
+            + self.elsewhere.prefills
+            + self.elsewhere.decodes
     }
 
     /// A decode step with so much more in it; 0 where the worker's model is not known.
     pub fn decode_step_ms(&self, more_sequences: u32, more_context_tokens: u32) -> f64 {
-        let sequences = self.decodes + more_sequences;
+        let sequences = self.decodes + self.elsewhere.decodes + more_sequences;
         match &self.model {
             Some(model) if sequences > 0 => {
                 let context = self.decode_prompt_tokens
@@ -105,7 +132,11 @@ impl Load {
 
     /// Milliseconds of prefill that are dispatched or wait.
     pub fn prefill_work_ms(&self) -> f64 {
-        self.dispatched_work_ms + self.queued_work_ms
+        self.dispatched_work_ms + self.queued_work_ms + self.work_elsewhere_ms()
+    }
+
+    fn work_elsewhere_ms(&self) -> f64 {
+        f64::from(self.elsewhere.prefills) * self.usual_work_ms
     }
 
     /// The part of its time that the worker has for prefill, beside its decodes.
@@ -140,6 +171,7 @@ impl Load {
         let elapsed_ms = now.saturating_sub(self.working_since).as_secs_f64() * 1000.0;
         let done_ms = elapsed_ms * self.prefill_rate(targets);
         (self.dispatched_work_ms - done_ms).max(0.05 * self.dispatched_work_ms)
+            + self.work_elsewhere_ms()
     }
 
     fn enter(&mut self, job: &Job, now: Duration) {
@@ -151,6 +183,7 @@ impl Load {
                 self.prefills += 1;
                 self.prefill_tokens += u64::from(job.prompt_tokens);
                 self.dispatched_work_ms += job.work_ms;
+                self.usual_work_ms += (job.work_ms - self.usual_work_ms) / USUAL_OVER;
                 self.kv_coming_tokens += u64::from(job.prompt_tokens);
             }
             Stage::Decoding => {
@@ -210,6 +243,8 @@ pub(crate) struct Worker {
     pub(crate) description: WorkerDescription,
     pub(crate) load: Load,
     pub(crate) queue: Queue,
+    /// Milliseconds of prefill of all who wait in it, those who are late too.
+    pub(crate) queued_ms: f64,
     pub(crate) prefixes: RecentPrefixes,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
@@ -227,6 +262,13 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn serves(&self, model: Option<&str>) -> bool {
         model.is_none_or(|model| self.description.models.iter().any(|name| name == model))
+    }
+
+    /// Milliseconds until it is through with the prompts it has, as far as that can be predicted.
+    pub(crate) fn backlog_ms(&self, now: Duration, targets: &Targets) -> Option<f64> {
+        self.load.model?;
+        let work_ms = self.load.dispatched_left_ms(now, targets) + self.queued_ms;
+        Some(work_ms / self.load.prefill_rate(targets))
     }
 
     /// Whether it may be given requests for this model.
@@ -266,6 +308,8 @@ pub struct WorkerView<'a> {
 pub(crate) struct Fleet {
     workers: Keyed<Worker>,
     placements: u64,
+    /// Workers of which nothing is known that their steps could be predicted by.
+    without_model: usize,
     /// Workers that an operator took out, by name, and the life for which this holds.
     drained: BTreeMap<String, Epoch>,
 }
@@ -273,20 +317,22 @@ pub(crate) struct Fleet {
 impl Fleet {
     pub(crate) fn attach(&mut self, description: WorkerDescription, now: Duration) -> WorkerKey {
         let load = Load {
-            model: description.model,
+            model: description.model.or_else(|| self.model_of_a_peer(&description)),
             kv_capacity_tokens: description.kv_capacity_tokens,
             ..Load::default()
         };
+        self.without_model += usize::from(load.model.is_none());
         let prefixes = RecentPrefixes::new(description.kv_capacity_tokens);
         // One that only lost its stream is the same that was taken out.
         let drains = self.drained.get(&description.name) == Some(&description.epoch);
         if !drains {
             self.drained.remove(&description.name);
         }
-        WorkerKey(self.workers.insert(Worker {
+        let key = WorkerKey(self.workers.insert(Worker {
             description,
             load,
             queue: Queue::default(),
+            queued_ms: 0.0,
             prefixes,
             jobs_running: 0,
             jobs_open: 0,
@@ -295,11 +341,52 @@ impl Fleet {
             follows: true,
             heard_at: now,
             gaps: Gaps::default(),
-        }))
+        }));
+        if let Some(model) = self.workers.get(key.0).and_then(|worker| worker.description.model) {
+            self.lend(key, model);
+        }
+        key
     }
 
     pub(crate) fn detach(&mut self, key: WorkerKey) -> Option<Worker> {
-        self.workers.remove(key.0)
+        let worker = self.workers.remove(key.0)?;
+        self.without_model -= usize::from(worker.load.model.is_none());
+        Some(worker)
+    }
+
+    /// The steps of every worker can be predicted.
+    pub(crate) fn is_predictable(&self) -> bool {
+        self.without_model == 0
+    }
+
+    pub(crate) fn model_changed(&mut self, key: WorkerKey, model: StepModel) {
+        let Some(worker) = self.workers.get_mut(key.0) else { return };
+        if worker.description.model == Some(model) {
+            return;
+        }
+        worker.description.model = Some(model);
+        self.without_model -= usize::from(worker.load.model.is_none());
+        worker.load.model = Some(model);
+        self.lend(key, model);
+    }
+
+    /// A worker that was not observed yet is taken to be like its peers that were.
+    fn lend(&mut self, from: WorkerKey, model: StepModel) {
+        let Some(lender) = self.workers.get(from.0).map(|worker| worker.description.clone()) else {
+            return;
+        };
+        for worker in self.workers.iter_mut() {
+            if worker.description.model.is_none() && worker.description.is_peer_of(&lender) {
+                self.without_model -= usize::from(worker.load.model.is_none());
+                worker.load.model = Some(model);
+            }
+        }
+    }
+
+    fn model_of_a_peer(&self, description: &WorkerDescription) -> Option<StepModel> {
+        let mut peers =
+            self.iter().filter(|(_, worker)| worker.description.is_peer_of(description));
+        peers.find_map(|(_, worker)| worker.description.model)
     }
 
     pub(crate) fn get(&self, key: WorkerKey) -> Option<&Worker> {
@@ -362,6 +449,12 @@ impl Fleet {
             worker.jobs_running = worker.jobs_running.saturating_sub(running);
             worker.jobs_open = worker.jobs_open.saturating_sub(1);
             worker.load.leave(job, now);
+        }
+    }
+
+    pub(crate) fn busy_elsewhere(&mut self, key: WorkerKey, elsewhere: Elsewhere) {
+        if let Some(worker) = self.workers.get_mut(key.0) {
+            worker.load.elsewhere = elsewhere;
         }
     }
 

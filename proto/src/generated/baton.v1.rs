@@ -110,6 +110,9 @@ pub struct KvCache {
     /// Those of Hello.models that are LoRA adapters.
     #[prost(string, repeated, tag = "2")]
     pub adapters: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of the whole cache; 0 where nobody knows.
+    #[prost(uint64, tag = "3")]
+    pub capacity_tokens: u64,
 }
 /// How another worker reaches this one to take KV over.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -346,6 +349,11 @@ pub struct Report {
     /// How long the engine's steps take, as they were observed. Absent where it does not tell of them.
     #[prost(message, optional, tag = "16")]
     pub step_model: ::core::option::Option<StepModel>,
+    /// Of jobs_running, those of other coordinators: prefill legs, and all others.
+    #[prost(uint32, tag = "24")]
+    pub prefills_elsewhere: u32,
+    #[prost(uint32, tag = "25")]
+    pub decodes_elsewhere: u32,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
