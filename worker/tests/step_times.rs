@@ -18,11 +18,12 @@ async fn the_hello_says_the_profile_and_reports_what_was_seen() {
     let told = StepModel::try_from(&told).unwrap();
     assert_eq!((told, 0), (Profile::demo().model.slowed(0.1), 0));
 
-    let start = job(1, Leg::Aggregated, &completion(0..200, false, 60));
+    let start = job(1, Leg::Aggregated, &completion(0..200, false, 200));
     worker.attached.command(vec![], vec![start]).await;
     assert_eq!(worker.attached.whole().await.first.status, 200);
+    // On a busy machine some steps are taken for outliers.
     let seen = |report: &baton_proto::Report| {
-        report.step_model.as_ref().is_some_and(|model| model.samples >= 60)
+        report.step_model.as_ref().is_some_and(|model| model.samples >= 30)
     };
     let report = worker.attached.report(seen).await;
     let fitted = StepModel::try_from(&report.step_model.unwrap()).unwrap();
