@@ -182,6 +182,8 @@ pub struct TransferConfig {
     pub transport: TransportChoice,
     /// A worker that cannot meet each of them does not start.
     pub require: Vec<Requirement>,
+    /// What blocks from other workers are held against.
+    pub check: CheckChoice,
     /// UCX's `libucp`; where not given, `BATON_UCX_LIBRARY` or the loader's path says where it is.
     pub ucx_library: Option<PathBuf>,
     /// A handoff that moves nothing for this long is given up.
@@ -193,7 +195,8 @@ pub struct TransferConfig {
 /// What carries KV blocks between workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TransportChoice {
-    /// UCX where it finds an RDMA device and nothing forbids it, else QUIC.
+    /// With each peer the best that both have: shared memory on one host, else UCX where it finds an RDMA
+    /// device, else QUIC; as far as nothing forbids it.
     Auto,
     Quic,
     Ucx,
@@ -210,6 +213,26 @@ impl TransportChoice {
             Self::Quic => "quic",
             Self::Ucx => "ucx",
             Self::Shm => "shm",
+        }
+    }
+}
+
+/// What shows that a block is the one that was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckChoice {
+    /// A CRC: no accident changed it.
+    Crc,
+    /// A keyed hash, too: nobody on the network did.
+    Blake3,
+}
+
+impl CheckChoice {
+    pub const ALL: [Self; 2] = [Self::Crc, Self::Blake3];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Crc => "crc",
+            Self::Blake3 => "blake3",
         }
     }
 }
@@ -241,6 +264,7 @@ impl Default for TransferConfig {
             advertise: None,
             transport: TransportChoice::Auto,
             require: Vec::new(),
+            check: CheckChoice::Crc,
             ucx_library: None,
             stall_timeout: Duration::from_secs(10),
             max_mtu_bytes: 6500,

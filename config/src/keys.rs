@@ -17,9 +17,10 @@ use crate::{
         SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
     },
     value::{
-        Address, AnyBytes, Codec, Count, Environment, ExistingDirectory, ExistingFile, FilePath,
-        FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative, Port,
-        Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes, TransportName, Url,
+        Address, AnyBytes, CheckName, Codec, Count, Environment, ExistingDirectory, ExistingFile,
+        FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative,
+        Port, Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes, TransportName,
+        Url,
     },
 };
 
@@ -160,11 +161,14 @@ keys! {
         listen => listen: Address = ByDefault;
         /// HOST:PORT that other workers are told. Default: listen.
         advertise => advertise: Maybe<HostPort> = Optional("\"127.0.0.1:7100\"");
-        /// "auto" (ucx where it finds an RDMA device, else quic), "quic", "ucx" or "shm". The same for
-        /// all workers that hand over to each other.
+        /// "auto": shared memory on one host, else ucx where there is an RDMA device, else quic, whatever
+        /// both workers have. "quic", "ucx" or "shm": that alone.
         transport => transport: TransportName = ByDefault;
         /// "rdma", "encrypted": a worker that cannot meet each of them does not start.
         require => require: Requirements = Optional("[\"rdma\"]");
+        /// "crc" finds accidents. "blake3" finds blocks that somebody on the network wrote, too, at 7 GB/s
+        /// a core; for ucx in networks that are not trusted.
+        check => check: CheckName = ByDefault;
         /// UCX's libucp. Default: BATON_UCX_LIBRARY, else libucp.so.0 on the loader's path.
         ucx_library => ucx_library: Maybe<FilePath> = Optional("\"/opt/ucx/lib/libucp.so.0\"");
         /// A handoff that moves nothing for this long is given up.

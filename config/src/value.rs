@@ -11,7 +11,7 @@ use std::{
 use baton_types::Role;
 use toml::de::DeValue;
 
-use crate::cluster::{Requirement, TransportChoice};
+use crate::cluster::{CheckChoice, Requirement, TransportChoice};
 
 /// One kind of value.
 pub(crate) trait Codec {
@@ -117,6 +117,22 @@ impl Codec for TransportName {
     }
 
     fn write(value: &TransportChoice) -> Option<String> {
+        Some(quoted(value.as_str()))
+    }
+}
+
+pub(crate) struct CheckName;
+
+impl Codec for CheckName {
+    type Value = CheckChoice;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<CheckChoice, String> {
+        let named = |name: &str| CheckChoice::ALL.into_iter().find(|one| one.as_str() == name);
+        let wanted = || one_of(&CheckChoice::ALL.map(CheckChoice::as_str));
+        text(value).and_then(named).ok_or_else(wanted)
+    }
+
+    fn write(value: &CheckChoice) -> Option<String> {
         Some(quoted(value.as_str()))
     }
 }

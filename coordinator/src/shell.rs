@@ -498,12 +498,13 @@ impl State {
             Some(HandoffPlan::Engine { prefill: Some(prefill) }) => {
                 (None, self.engine_handoffs.remove(&prefill).unwrap_or_default())
             }
-            Some(HandoffPlan::Fenced { id, generation, peer }) => {
+            Some(HandoffPlan::Fenced { id, generation, peer, due_in }) => {
                 let peer = self.links.get(&peer).and_then(|attached| attached.peer.clone());
                 let handoff = wire::Handoff {
                     id: Bytes::copy_from_slice(id.as_bytes()),
                     generation: generation.0,
                     peer: peer.map(|peer| peer.wire),
+                    deadline_ms: u32::try_from(due_in.as_millis()).unwrap_or(u32::MAX).max(1),
                 };
                 (Some(handoff), Bytes::new())
             }

@@ -1,4 +1,8 @@
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_engine::{Answer, EngineRequest};
 use baton_proto::{Event, HandoffMode, Header, StartJob, WireError};
@@ -210,7 +214,9 @@ fn produce(start: &StartJob, life: &Life) -> Result<(Producing, KvParameters), F
     let (name, peer) = handoff_of(start)?;
     let consumer = baton_proto::fingerprint("Peer", &peer.certificate_fingerprint)
         .map_err(|error| refused(&error))?;
-    let producing = life.handoffs()?.produce(name, consumer)?;
+    let due_ms = start.handoff.as_ref().map_or(0, |handoff| handoff.deadline_ms);
+    let due = (due_ms > 0).then(|| Instant::now() + Duration::from_millis(due_ms.into()));
+    let producing = life.handoffs()?.produce(name, consumer, due)?;
     let kv = KvParameters::Fenced { part: Part::Produce, id: name.0, generation: name.1 };
     Ok((producing, kv))
 }

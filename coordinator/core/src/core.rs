@@ -359,7 +359,8 @@ impl Core {
             let plan = HandoffPlan::Engine { prefill: None };
             (self.start(key, prefill, Leg::Prefill, Some(plan), now, actions), None)
         } else {
-            let fenced = |peer| Some(HandoffPlan::Fenced { id, generation, peer });
+            let due_in = request.due.saturating_sub(now);
+            let fenced = |peer| Some(HandoffPlan::Fenced { id, generation, peer, due_in });
             let first = self.start(key, prefill, Leg::Prefill, fenced(decode), now, actions);
             let second = self.start(key, decode, Leg::Decode, fenced(prefill), now, actions);
             (first, Some(second))

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use baton_types::{Fault, Generation, HandoffId, Leg};
 
 use crate::{
@@ -76,11 +78,11 @@ pub enum HandoffPlan {
         id: HandoffId,
         generation: Generation,
         peer: WorkerKey,
+        /// Until the request's first token is due; nothing where that is past.
+        due_in: Duration,
     },
     /// The decode leg starts with what this prefill job answered.
-    Engine {
-        prefill: Option<JobId>,
-    },
+    Engine { prefill: Option<JobId> },
 }
 
 /// Why a client gets an error instead of an answer.

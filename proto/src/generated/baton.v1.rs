@@ -67,6 +67,10 @@ pub struct Hello {
     /// Present where this worker tells of its prefix cache.
     #[prost(message, optional, tag = "11")]
     pub kv_cache: ::core::option::Option<KvCache>,
+    /// What can carry this worker's blocks, the best first: "shm", "ucx", "quic". With each peer the first
+    /// is taken that both have.
+    #[prost(string, repeated, tag = "13")]
+    pub transports: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KvCache {
@@ -83,7 +87,7 @@ pub struct Peer {
     pub worker_name: ::prost::alloc::string::String,
     #[prost(bytes = "bytes", tag = "2")]
     pub epoch: ::prost::bytes::Bytes,
-    /// "host:port" of the transfer channel.
+    /// Of the transfer channel: "host:port", or a socket's path where it has shared memory alone.
     #[prost(string, tag = "3")]
     pub address: ::prost::alloc::string::String,
     /// SHA-256 of the certificate that the channel presents (32 bytes).
@@ -173,6 +177,10 @@ pub struct Handoff {
     /// The other worker of this handoff.
     #[prost(message, optional, tag = "3")]
     pub peer: ::core::option::Option<Peer>,
+    /// The request's first token is due in so long, counted from when this is sent: 1 where that is past,
+    /// 0 where it is not known. Of the handoffs that share a link the one that is due first goes first.
+    #[prost(uint32, tag = "4")]
+    pub deadline_ms: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct EventBatch {
@@ -229,7 +237,7 @@ pub struct HandoffResult {
     /// Blocks of the prompt that decode already held.
     #[prost(uint32, tag = "4")]
     pub blocks_reused: u32,
-    /// Channel that carried it: "quic".
+    /// Channel that carried it: "shm", "ucx", "quic".
     #[prost(string, tag = "5")]
     pub transport: ::prost::alloc::string::String,
 }
@@ -287,6 +295,9 @@ pub struct Report {
     /// Handoffs from this worker that have ended, by how: "acked", "aborted", "expired", "broken".
     #[prost(map = "string, uint64", tag = "15")]
     pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// As in Hello, and what UCX has picked underneath so far, behind a colon: "ucx:rc_mlx5/mlx5_0:1".
+    #[prost(string, repeated, tag = "17")]
+    pub transports: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
