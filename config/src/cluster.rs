@@ -7,6 +7,8 @@ use baton_types::Role;
 pub struct ClusterConfig {
     pub coordinator: CoordinatorConfig,
     pub slo: SloConfig,
+    /// Absent: nobody can look in or intervene.
+    pub admin: Option<AdminConfig>,
     /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
     /// `insecure_plaintext` is set.
     pub tls: Option<TlsConfig>,
@@ -66,6 +68,20 @@ pub struct SloConfig {
 impl Default for SloConfig {
     fn default() -> Self {
         Self { ttft_ms: 2000.0, itl_ms: 50.0 }
+    }
+}
+
+/// Where operators look in and intervene.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminConfig {
+    pub listen: SocketAddr,
+    /// Its first line is the token that operators show; `BATON_ADMIN_TOKEN` goes before it.
+    pub token_file: Option<PathBuf>,
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), token_file: None }
     }
 }
 

@@ -13,8 +13,8 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-        SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+        AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
+        SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
     },
     value::{
         Address, AnyBytes, CheckName, Codec, Count, Environment, ExistingDirectory, ExistingFile,
@@ -115,6 +115,17 @@ keys! {
         ttft_ms => ttft_ms: Positive = ByDefault;
         /// Time between two tokens, in milliseconds.
         itl_ms => itl_ms: Positive = ByDefault;
+    }
+}
+
+keys! {
+    /// `[admin]`
+    ADMIN: AdminConfig {
+        /// Where operators connect (HTTP): the page /ui, the state, drains and modes.
+        listen => listen: Address = ByDefault;
+        /// Its first line is the token that operators show. The environment variable
+        /// BATON_ADMIN_TOKEN goes before it; one of them must be there.
+        token_file => token_file: Maybe<ExistingFile> = Optional("\"admin.token\"");
     }
 }
 
@@ -369,6 +380,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
     ClusterConfig {
         coordinator: blank_coordinator(),
         slo: SloConfig::default(),
+        admin: None,
         tls: None,
         insecure_plaintext: false,
         workers: Vec::new(),

@@ -3,14 +3,18 @@ use std::path::Path;
 use toml::de::DeTable;
 
 use crate::{
-    cluster::{ArenaConfig, ClusterConfig, EngineConfig, SimConfig, TransferConfig, WorkerConfig},
+    cluster::{
+        AdminConfig, ArenaConfig, ClusterConfig, EngineConfig, SimConfig, TransferConfig,
+        WorkerConfig,
+    },
     document::{Place, Reader},
     error::{ConfigError, ConfigErrors},
     keys::{self, EngineKeys, KIND, VllmKeys},
     rules,
 };
 
-const TABLES: [&str; 7] = ["coordinator", "slo", "tls", "engine", "arena", "transfer", "worker"];
+const TABLES: [&str; 8] =
+    ["coordinator", "slo", "admin", "tls", "engine", "arena", "transfer", "worker"];
 
 impl ClusterConfig {
     /// Reads a file. Relative paths in it are taken from the file's own directory.
@@ -77,6 +81,13 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
         let tls = cluster.tls.insert(keys::blank_tls());
         reader.read_keys(&place, keys::TLS, &[], &[], tls);
     }
+    if let Some(place) = reader.table(root, "admin") {
+        let admin = cluster.admin.insert(AdminConfig::default());
+        reader.read_keys(&place, keys::ADMIN, &[], &[], admin);
+        if !cluster.insecure_plaintext {
+            rules::admin_exposure(reader, &place, admin);
+        }
+    }
     let links = Links {
         secured: cluster.tls.is_some() || cluster.insecure_plaintext,
         insecure: cluster.insecure_plaintext,
@@ -87,7 +98,7 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
         rules::coordinator_exposure(reader, &place, &cluster.coordinator);
     }
     let defaults = read_defaults(reader, root, links);
-    let mut clashes = rules::Clashes::of_coordinator(reader, root, &cluster.coordinator);
+    let mut clashes = rules::Clashes::of_coordinator(reader, root, &cluster);
     for place in reader.tables(root, "worker") {
         let mut worker = read_worker(reader, &place, &defaults, links, &mut clashes);
         worker.tls.clone_from(&cluster.tls);

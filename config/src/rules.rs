@@ -6,7 +6,9 @@ use std::{
 };
 
 use crate::{
-    cluster::{ArenaConfig, CoordinatorConfig, TransferConfig, WorkerConfig},
+    cluster::{
+        AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, TransferConfig, WorkerConfig,
+    },
     document::{Place, Reader},
     keys::EngineKeys,
     read::Engine,
@@ -71,6 +73,20 @@ pub(crate) fn coordinator_exposure(
     let listen = coordinator.workers_listen.ip().to_string();
     refuse_exposure(reader, place, "workers_listen", &listen);
     refuse_peer_exposure(reader, place, "advertise", &coordinator.advertise);
+}
+
+/// The operators' listener speaks plain HTTP, whatever `[tls]` says.
+pub(crate) fn admin_exposure(reader: &mut Reader<'_>, place: &Place<'_>, admin: &AdminConfig) {
+    if let Some(value) = place.get("listen")
+        && !admin.listen.ip().is_loopback()
+    {
+        let shown = reader.shown(value.span(), value.get_ref());
+        let message = format!(
+            "{shown} is no loopback address, and this listener has no TLS: reach it over ssh or \
+             kubectl port-forward, or set insecure_plaintext = true in a network that you trust"
+        );
+        reader.add(value.span().start, place.key_path("listen"), message);
+    }
 }
 
 pub(crate) fn coordinators_exposure(
@@ -193,8 +209,9 @@ impl Clashes {
     pub(crate) fn of_coordinator(
         reader: &mut Reader<'_>,
         root: &Place<'_>,
-        coordinator: &CoordinatorConfig,
+        cluster: &ClusterConfig,
     ) -> Self {
+        let coordinator = &cluster.coordinator;
         let mut clashes = Self { names: Vec::new(), listeners: Vec::new(), sockets: Vec::new() };
         let Some(place) = reader.table(root, "coordinator") else { return clashes };
         let advertise = Some(coordinator.advertise.as_str());
@@ -215,6 +232,11 @@ impl Clashes {
                 );
             }
             clashes.add_listener(reader, Listener { machine: machine.clone(), address }, origin);
+        }
+        if let (Some(admin), Some(place)) = (&cluster.admin, reader.table(root, "admin")) {
+            let offset = place.get("listen").map_or(place.offset, |value| value.span().start);
+            let listener = Listener { machine, address: admin.listen };
+            clashes.add_listener(reader, listener, (offset, place.key_path("listen")));
         }
         clashes
     }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig, SimConfig, SloConfig,
+        AdminConfig, ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig, SimConfig, SloConfig,
         TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
@@ -19,6 +19,9 @@ impl ClusterConfig {
         write_table(&mut text, "[coordinator]", keys::COORDINATOR, &self.coordinator);
         write_table(&mut text, "[coordinator.limits]", keys::LIMITS, &self.coordinator.limits);
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
+        if let Some(admin) = &self.admin {
+            write_table(&mut text, "[admin]", keys::ADMIN, admin);
+        }
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
         }
@@ -79,6 +82,8 @@ pub fn sample() -> String {
 
     push(&mut text, SLO);
     describe_keys(&mut text, keys::SLO, &SloConfig::default(), Shown::AsNeeded);
+    push(&mut text, ADMIN);
+    describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
 
@@ -148,6 +153,11 @@ const INTRODUCTION: &str = "\
 const SLO: &str = "
 # What you promise your users; shown beside what is observed.
 [slo]";
+
+const ADMIN: &str = "
+# A listener of its own for operators: `baton status`, `baton drain`, `baton mode`, and the page /ui.
+# Off where this table is absent.
+#[admin]";
 
 const TLS: &str = "
 # Mutual TLS between coordinator and workers: PEM files. Needed as soon as an address below is not

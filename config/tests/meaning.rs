@@ -5,8 +5,8 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-    SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
+    AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
+    SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -36,6 +36,7 @@ fn default_cluster() -> ClusterConfig {
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        admin: None,
         tls: None,
         insecure_plaintext: false,
         workers: vec![worker("prefill-0", Role::Prefill), worker("decode-0", Role::Decode)],
@@ -79,7 +80,7 @@ fn uncomment(text: &str, mut choose: impl FnMut(&str, bool) -> bool) -> String {
 #[test]
 fn what_the_sample_shows_as_default_is_the_default() {
     let mut keys = 0;
-    let text = sample();
+    let text = sample().replace("#[admin]", "[admin]");
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (vllm, rest) = vllm.split_once("# Staging memory").unwrap();
     let mut take_default = |_: &str, example: bool| {
@@ -87,7 +88,8 @@ fn what_the_sample_shows_as_default_is_the_default() {
         !example
     };
     let with_sim = [uncomment(sim, &mut take_default), uncomment(rest, &mut take_default)];
-    assert_eq!(parse(&with_sim.join("\n# Staging memory")), default_cluster());
+    let with_admin = ClusterConfig { admin: Some(AdminConfig::default()), ..default_cluster() };
+    assert_eq!(parse(&with_sim.join("\n# Staging memory")), with_admin);
 
     let with_vllm = uncomment(vllm, |key, example| {
         take_default(key, example) || ["command =", "port ="].iter().any(|k| key.starts_with(k))
@@ -113,7 +115,7 @@ fn what_the_sample_shows_as_default_is_the_default() {
 #[test]
 fn the_samples_examples_are_right() {
     let directory = tempfile::tempdir().unwrap();
-    for file in ["tls/ca.pem", "tls/host.pem", "tls/host.key", "profile.json"] {
+    for file in ["tls/ca.pem", "tls/host.pem", "tls/host.key", "profile.json", "admin.token"] {
         let path = directory.path().join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, "").unwrap();
@@ -122,7 +124,8 @@ fn the_samples_examples_are_right() {
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (_, rest) = vllm.split_once("# Staging memory").unwrap();
-    let sim = uncomment(&sim.replace("#[tls]", "[tls]"), |_, _| true);
+    let sim =
+        uncomment(&sim.replace("#[tls]", "[tls]").replace("#[admin]", "[admin]"), |_, _| true);
     let transfer_advertise = "advertise = \"127.0.0.1:7100\"";
     let rest = uncomment(rest, |_, _| true);
     let file = format!("{sim}\n# Staging memory{rest}");
@@ -131,6 +134,7 @@ fn the_samples_examples_are_right() {
     assert_eq!(cluster.workers[0].transfer.advertise.as_deref(), Some("127.0.0.1:7100"));
     assert_eq!(cluster.tls.clone().unwrap().ca, directory.path().join("tls/ca.pem"));
     assert_eq!(cluster.workers[1].tls, cluster.tls);
+    assert_eq!(cluster.admin.unwrap().token_file, Some(directory.path().join("admin.token")));
 }
 
 #[test]
@@ -220,6 +224,10 @@ proptest! {
     ) {
         let mut cluster = default_cluster();
         cluster.insecure_plaintext = insecure_plaintext;
+        cluster.admin = insecure_plaintext.then(|| AdminConfig {
+            listen: "10.0.0.1:9400".parse().unwrap(),
+            token_file: None,
+        });
         cluster.workers[0].engine = engine;
         cluster.workers[0].arena.export_bytes = bytes;
         cluster.workers[1].arena.import_bytes = bytes + 1;
@@ -242,7 +250,7 @@ proptest! {
     fn a_damaged_sample_is_read_without_a_panic(
         cuts in prop::collection::vec((any::<prop::sample::Index>(), 0_usize..40, word()), 1..5),
     ) {
-        let mut text = uncomment(&sample(), |_, _| true).replace("#[tls]", "[tls]");
+        let mut text = uncomment(&sample(), |_, _| true).replace("#[tls]", "[tls]").replace("#[admin]", "[admin]");
         for (at, length, put) in cuts {
             let indices: Vec<usize> = text.char_indices().map(|(index, _)| index).collect();
             let start = at.index(indices.len());

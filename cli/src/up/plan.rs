@@ -83,6 +83,7 @@ pub(super) fn plan(
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        admin: None,
         tls: None,
         insecure_plaintext: false,
         workers,

@@ -4,13 +4,13 @@ use baton_types::{Fault, FaultKind, Generation, HandoffId, Leg, Origin, Role};
 
 use crate::{
     event::{Action, Event, HandoffPlan, Rejection},
-    fleet::{Fleet, HandoffMode, WorkerDescription, WorkerKey, WorkerView},
+    fleet::{Fleet, HandoffMode, Worker, WorkerDescription, WorkerKey, WorkerView},
     keyed::Keyed,
     placement::{self, AggregatedReason, NoRoute, Plan, Route, Split},
     policy::{Candidate, Choice, POLICIES, Policy, Targets},
     queue::{Order, Waiting},
     recent_prefixes::RecentPrefixes,
-    request::{Job, JobId, Phase, Request, RequestKey, RequestShape, Stage},
+    request::{Job, JobId, Phase, Request, RequestKey, RequestShape, RequestView, Stage},
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -135,6 +135,8 @@ impl Core {
     pub fn handle(&mut self, event: Event, now: Duration, actions: &mut Vec<Action>) {
         match event {
             Event::WorkerLost { worker } => self.worker_lost(worker, now, actions),
+            Event::Drain { worker } => self.drain(worker, now, actions),
+            Event::Undrain { worker } => self.fleet.set_drains(worker, false),
             Event::Report { worker, report } => self.fleet.report(worker, &report),
             Event::PrefillDone { job } => self.prefill_done(job, now, actions),
             Event::Answered { job } => self.answered(job, now, actions),
@@ -143,6 +145,15 @@ impl Core {
             Event::ClientGone { request } => self.forget(request, now, actions),
             Event::Tick => self.expire(now, actions),
         }
+    }
+
+    pub fn split(&self) -> Split {
+        self.settings.split
+    }
+
+    /// From here on requests are split like this. Those that have their route go on as they are.
+    pub fn set_split(&mut self, split: Split) {
+        self.settings.split = split;
     }
 
     pub fn worker(&self, key: WorkerKey) -> Option<WorkerView<'_>> {
@@ -156,6 +167,15 @@ impl Core {
     /// Whom a job works for, as what and where, while it counts.
     pub fn job(&self, job: JobId) -> Option<(RequestKey, Leg, WorkerKey)> {
         self.jobs.get(job.0).map(|job| (job.request, job.leg, job.worker))
+    }
+
+    pub fn request(&self, key: RequestKey) -> Option<RequestView<'_>> {
+        self.requests.get(key.0).map(|request| request.view(key))
+    }
+
+    /// Those that have not ended.
+    pub fn requests(&self) -> impl Iterator<Item = RequestView<'_>> {
+        self.requests.iter().map(|(key, request)| request.view(RequestKey(key)))
     }
 
     /// Each role has a worker.
@@ -457,23 +477,49 @@ impl Core {
             // The worker keeps the exports until decode has them all; the job stays ours until decode
             // answers, so that a request given up meanwhile is given up there too.
             Some(Route::Disaggregated { by_engine: false, .. }) => {}
-            Some(Route::Disaggregated { decode, by_engine: true, .. }) => {
-                if self.fleet.get(decode).is_none() {
+            Some(Route::Disaggregated { decode: chosen, by_engine: true, .. }) => {
+                let Some(decode) = self.still_decodes(key, worker, chosen, now) else {
                     let message = "the decode worker went away during prefill";
                     let fault = Fault::new(Origin::Worker, FaultKind::Unavailable, message);
                     return self.leg_failed(id, fault, now, actions);
-                }
+                };
                 self.close(id, now);
                 let plan = HandoffPlan::Engine { prefill: Some(id) };
                 let job = self.start(key, decode, Leg::Decode, Some(plan), now, actions);
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.answering = Some(job);
+                    let route = Route::Disaggregated { prefill: worker, decode, by_engine: true };
+                    request.route = Some(route);
                 }
             }
             Some(Route::Aggregated { .. }) | None => {
                 debug_assert!(false, "only a disaggregated request has a prefill job");
             }
         }
+    }
+
+    /// Who decodes what was prefilled for an engine's own handoff: the one that was chosen, or another
+    /// where that one is given nothing more.
+    fn still_decodes(
+        &mut self,
+        key: RequestKey,
+        prefill: WorkerKey,
+        chosen: WorkerKey,
+        now: Duration,
+    ) -> Option<WorkerKey> {
+        let known = self.fleet.get(chosen);
+        if known.is_some_and(Worker::is_routable) {
+            return Some(chosen);
+        }
+        let is_there = known.is_some();
+        let Request { shape, avoid, .. } = self.requests.get(key.0)?;
+        let mut partners = Vec::new();
+        placement::partners(&self.fleet, shape, avoid, self.settings.split, prefill, &mut partners);
+        partners.retain(|worker| *worker != prefill);
+        if partners.is_empty() {
+            return is_there.then_some(chosen);
+        }
+        Some(self.choose(key, Leg::Decode, Some(prefill), &partners, now))
     }
 
     fn answered(&mut self, id: JobId, now: Duration, actions: &mut Vec<Action>) {
@@ -594,16 +640,38 @@ impl Core {
             let fault = Fault::new(Origin::Worker, FaultKind::Unavailable, message);
             self.leg_failed(job, fault, now, actions);
         }
-        // Nothing of theirs was begun: no try is lost.
-        for key in lost.queue.keys() {
+        self.place_anew(lost.queue.keys(), now, actions);
+        // Nobody is there to hear it.
+        actions
+            .retain(|action| !matches!(action, Action::Cancel { worker: w, .. } if *w == worker));
+    }
+
+    fn drain(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
+        self.fleet.set_drains(worker, true);
+        self.empty_queue(worker, now, actions);
+    }
+
+    /// What waits for a worker that is given nothing more is placed elsewhere.
+    fn empty_queue(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
+        let Some(on) = self.fleet.get_mut(worker) else { return };
+        let queue = std::mem::take(&mut on.queue);
+        on.queue_changed();
+        self.place_anew(queue.keys(), now, actions);
+    }
+
+    /// Requests whose place in a queue is gone. Nothing of theirs was begun: no try is lost.
+    fn place_anew(
+        &mut self,
+        queued: impl Iterator<Item = RequestKey>,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        for key in queued {
             if let Some(request) = self.requests.get_mut(key.0) {
                 request.waits_for = None;
                 self.start_attempt(key, now, actions);
             }
         }
-        // Nobody is there to hear it.
-        actions
-            .retain(|action| !matches!(action, Action::Cancel { worker: w, .. } if *w == worker));
     }
 
     fn reject(
@@ -667,16 +735,23 @@ impl Core {
         let running: u32 = self.fleet.iter().map(|(_, worker)| worker.jobs_running).sum();
         let computing = self.jobs.iter().filter(|(_, job)| job.stage.is_running()).count();
         assert_eq!(running as usize, computing, "counts agree");
+        let open: u32 = self.fleet.iter().map(|(_, worker)| worker.jobs_open).sum();
+        assert_eq!(open as usize, self.jobs.iter().count(), "counts agree");
+        for (_, worker) in self.fleet.iter().filter(|(_, worker)| !worker.is_routable()) {
+            assert_eq!(worker.queue.len(), 0, "nobody waits for a worker that is given nothing");
+        }
         let open = self.requests.iter().filter(|(_, request)| request.phase == Phase::Open).count();
         assert_eq!(self.deadlines.len(), open, "who has no answer has a deadline");
     }
 }
 
-fn view(key: WorkerKey, worker: &crate::fleet::Worker) -> WorkerView<'_> {
+fn view(key: WorkerKey, worker: &Worker) -> WorkerView<'_> {
     WorkerView {
         key,
         description: &worker.description,
         jobs_running: worker.jobs_running,
+        jobs_open: worker.jobs_open,
+        drains: worker.drains,
         load: &worker.load,
     }
 }

@@ -297,6 +297,148 @@ fn a_request_without_a_first_token_is_given_up_in_time() {
     assert_eq!(f.core.requests_open(), 1, "the one that answers goes on");
 }
 
+#[test]
+fn a_drained_worker_is_given_nothing_and_finishes_what_it_has() {
+    let (mut f, keys) = Fixture::new([
+        worker("p", Role::Prefill),
+        worker("d1", Role::Decode),
+        worker("d2", Role::Decode),
+    ]);
+    let (_, actions) = f.arrive(shape());
+    let legs = started(&actions);
+    let (drained, other) = (legs[1].0, keys[if legs[1].0 == keys[1] { 2 } else { 1 }]);
+    assert_eq!(f.handle(Event::Drain { worker: drained }), []);
+    for _ in 0..4 {
+        let (_, actions) = f.arrive(shape());
+        assert_eq!(started(&actions)[1].0, other);
+    }
+    let view = f.core.worker(drained).unwrap();
+    assert!(view.drains && view.jobs_open == 1);
+    f.handle(Event::Answered { job: legs[1].1 });
+    f.handle(Event::Ended { job: legs[1].1 });
+    assert_eq!(f.core.worker(drained).unwrap().jobs_open, 0);
+
+    // It lost its stream, and is the same; then its engine has another life.
+    let name = f.core.worker(drained).unwrap().description.name.clone();
+    let mut description = worker(&name, Role::Decode);
+    let again = f.attach(description.clone());
+    f.taken();
+    assert!(f.core.worker(again).unwrap().drains);
+    description.epoch = Epoch::from_u128(2);
+    let restarted = f.attach(description);
+    f.taken();
+    assert!(!f.core.worker(restarted).unwrap().drains);
+    f.handle(Event::Drain { worker: restarted });
+    f.handle(Event::Undrain { worker: restarted });
+    let mut used = BTreeSet::new();
+    for _ in 0..8 {
+        let (_, actions) = f.arrive(shape());
+        used.insert(started(&actions)[1].0);
+    }
+    assert!(used.contains(&restarted));
+}
+
+#[test]
+fn where_all_are_drained_there_is_no_worker_and_the_model_is_known() {
+    let (mut f, keys) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    f.handle(Event::Drain { worker: keys[1] });
+    let (_, actions) = f.arrive(shape());
+    let [(on, _, Leg::Aggregated, None)] = started(&actions)[..] else { panic!("{actions:?}") };
+    assert_eq!(on, keys[0], "the other pool does it all");
+    f.handle(Event::Drain { worker: keys[0] });
+    f.attach(WorkerDescription { models: vec!["n".into()], ..worker("n", Role::Decode) });
+    let (request, actions) = f.arrive(shape());
+    assert_eq!(actions, [Action::Reject { request, rejection: Rejection::NoWorker }]);
+}
+
+#[test]
+fn what_an_engine_hands_over_goes_to_another_where_its_decode_worker_drains() {
+    let by_engine =
+        |name, role| WorkerDescription { handoff: HandoffMode::Engine, ..worker(name, role) };
+    let (mut f, keys) = Fixture::new([
+        by_engine("p", Role::Prefill),
+        by_engine("d1", Role::Decode),
+        by_engine("d2", Role::Decode),
+    ]);
+    let (_, actions) = f.arrive(shape());
+    let [(_, prefill, Leg::Prefill, _)] = started(&actions)[..] else { panic!("{actions:?}") };
+    f.handle(Event::Drain { worker: keys[1] });
+    let actions = f.handle(Event::PrefillDone { job: prefill });
+    assert_eq!(started(&actions)[0].0, keys[2]);
+    let (_, actions) = f.arrive(shape());
+    let prefill = started(&actions)[0].1;
+    f.handle(Event::Drain { worker: keys[2] });
+    let actions = f.handle(Event::PrefillDone { job: prefill });
+    assert_eq!(started(&actions)[0].0, keys[2], "nobody else can");
+}
+
+#[test]
+fn a_worker_that_drains_ends_what_it_has_and_gets_nothing_new() {
+    let (mut f, keys) = Fixture::new([
+        worker("p0", Role::Prefill),
+        worker("p1", Role::Prefill),
+        worker("d", Role::Decode),
+    ]);
+    let (_, before) = f.arrive(shape());
+    let drained = started(&before)[0].0;
+    let other = if drained == keys[0] { keys[1] } else { keys[0] };
+    assert_eq!(f.handle(Event::Drain { worker: drained }), [], "its job goes on");
+    for _ in 0..3 {
+        let (_, actions) = f.arrive(shape());
+        assert_eq!(started(&actions)[0].0, other);
+    }
+    f.handle(Event::Drain { worker: other });
+    let (request, actions) = f.arrive(shape());
+    assert_eq!(started(&actions)[0].2, Leg::Aggregated, "decode does both");
+    let view = f.core.request(request).unwrap();
+    let reason = AggregatedReason::NoPrefillWorker;
+    assert_eq!(view.route, Some(Route::Aggregated { worker: keys[2], reason }));
+
+    f.handle(Event::Drain { worker: keys[2] });
+    let (_, actions) = f.arrive(shape());
+    assert!(
+        matches!(actions[..], [Action::Reject { rejection: Rejection::NoWorker, .. }]),
+        "the model is known, though nobody takes it now: {actions:?}"
+    );
+    f.handle(Event::Undrain { worker: drained });
+    f.handle(Event::Undrain { worker: keys[2] });
+    let (_, actions) = f.arrive(shape());
+    assert_eq!(started(&actions)[0].0, drained);
+}
+
+#[test]
+fn what_waits_for_a_worker_that_drains_waits_elsewhere() {
+    let settings = Settings { order: Order::LateLast, ..Settings::default() };
+    let mut f = Fixture { core: Core::new(settings), actions: Vec::new() };
+    let keys = ["p0", "p1"].map(|name| f.attach(worker(name, Role::Prefill)));
+    f.attach(worker("d", Role::Decode));
+    let long = || RequestShape { prompt_tokens: 5000, ..shape() };
+    for _ in 0..12 {
+        f.arrive(long());
+    }
+    let queued = |f: &Fixture| keys.map(|key| f.core.worker(key).map(|w| w.load.queued).unwrap());
+    let [first, second] = queued(&f);
+    assert!(first > 0 && second > 0, "{first} {second}");
+    f.handle(Event::Drain { worker: keys[0] });
+    assert_eq!(queued(&f), [0, first + second]);
+}
+
+#[test]
+fn a_mode_counts_for_the_requests_that_come_after_it() {
+    let (mut f, _) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    f.core.set_split(Split::Never);
+    let (request, actions) = f.arrive(shape());
+    assert_eq!(started(&actions)[0].2, Leg::Aggregated);
+    f.core.set_split(Split::Always);
+    let is_split = |f: &Fixture, key| {
+        matches!(f.core.request(key).unwrap().route, Some(Route::Disaggregated { .. }))
+    };
+    assert!(!is_split(&f, request));
+    let (request, _) = f.arrive(shape());
+    assert!(is_split(&f, request));
+    assert_eq!(f.core.requests().count(), 2);
+}
+
 /// A step of the world, drawn at random and applied to whatever is there.
 #[derive(Clone, Debug)]
 enum Step {
@@ -309,6 +451,8 @@ enum Step {
     Fail(u8, bool),
     ClientGone(u8),
     Report(u8, u16),
+    Drain(u8, bool),
+    Split(Split),
     Advance(u16),
 }
 
@@ -324,6 +468,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (any::<u8>(), any::<bool>()).prop_map(|(job, retryable)| Step::Fail(job, retryable)),
         2 => any::<u8>().prop_map(Step::ClientGone),
         2 => (any::<u8>(), any::<u16>()).prop_map(|(worker, tokens)| Step::Report(worker, tokens)),
+        1 => (any::<u8>(), any::<bool>()).prop_map(|(worker, drains)| Step::Drain(worker, drains)),
+        1 => splits().prop_map(Step::Split),
         1 => (0..400u16).prop_map(Step::Advance),
     ];
     prop::collection::vec(step, 1..200)
@@ -331,9 +477,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 /// A core of any kind.
 fn cores() -> impl Strategy<Value = (Split, Order, usize)> {
-    let split = prop_oneof![Just(Split::Always), Just(Split::Never), Just(Split::PerRequest)];
     let order = prop_oneof![Just(Order::Arrival), Just(Order::LateLast)];
-    (split, order, 0..POLICIES.len())
+    (splits(), order, 0..POLICIES.len())
+}
+
+fn splits() -> impl Strategy<Value = Split> {
+    prop_oneof![Just(Split::Always), Just(Split::Never), Just(Split::PerRequest)]
 }
 
 const MODEL: StepModel = StepModel {
@@ -423,6 +572,13 @@ proptest! {
                         WorkerReport { decode_context_tokens: tokens, kv_used_tokens: tokens };
                     core.handle(Event::Report { worker: workers[at], report }, now, &mut actions);
                 },
+                Step::Drain(at, drains) => if let Some(at) = pick(at, workers.len()) {
+                    let worker = workers[at];
+                    let event =
+                        if drains { Event::Drain { worker } } else { Event::Undrain { worker } };
+                    core.handle(event, now, &mut actions);
+                },
+                Step::Split(split) => core.set_split(split),
                 Step::Advance(seconds) => {
                     now += Duration::from_secs(seconds.into());
                     core.handle(Event::Tick, now, &mut actions);
@@ -438,6 +594,8 @@ proptest! {
                             *uses += 1;
                             prop_assert_eq!(*uses, 1, "one fence, one attempt");
                         }
+                        let drains = core.worker(worker).is_some_and(|worker| worker.drains);
+                        prop_assert!(!drains || leg != Leg::Prefill, "who drains begins nothing");
                         jobs.push(job);
                     }
                     Action::Cancel { job, .. } => prop_assert!(core.job(job).is_none()),

@@ -14,6 +14,14 @@ pub enum Event {
     WorkerLost {
         worker: WorkerKey,
     },
+    /// It shall be given nothing more, and finish what it has. Holds until [`Self::Undrain`], or until
+    /// the worker comes back with another epoch.
+    Drain {
+        worker: WorkerKey,
+    },
+    Undrain {
+        worker: WorkerKey,
+    },
     /// What a worker says of its engine.
     Report {
         worker: WorkerKey,

@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use baton_types::{Epoch, Role, StepModel};
 
@@ -202,11 +202,25 @@ pub(crate) struct Worker {
     pub(crate) prefixes: RecentPrefixes,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
+    /// Those, and prefills that only keep their exports.
+    pub(crate) jobs_open: u32,
+    /// An operator took it out.
+    pub(crate) drains: bool,
 }
 
 impl Worker {
     pub(crate) fn serves(&self, model: Option<&str>) -> bool {
         model.is_none_or(|model| self.description.models.iter().any(|name| name == model))
+    }
+
+    /// Whether it may be given requests for this model.
+    pub(crate) fn takes(&self, model: Option<&str>) -> bool {
+        self.is_routable() && self.serves(model)
+    }
+
+    /// Whether it may be given work.
+    pub(crate) fn is_routable(&self) -> bool {
+        !self.drains
     }
 
     /// Called whenever the queue changed.
@@ -222,6 +236,10 @@ pub struct WorkerView<'a> {
     pub key: WorkerKey,
     pub description: &'a WorkerDescription,
     pub jobs_running: u32,
+    /// Those, and prefills whose exports others have not taken yet: 0 once it has drained.
+    pub jobs_open: u32,
+    /// An operator took it out: it is given nothing more.
+    pub drains: bool,
     pub load: &'a Load,
 }
 
@@ -230,6 +248,8 @@ pub struct WorkerView<'a> {
 pub(crate) struct Fleet {
     workers: Keyed<Worker>,
     placements: u64,
+    /// Workers that an operator took out, by name, and the life for which this holds.
+    drained: BTreeMap<String, Epoch>,
 }
 
 impl Fleet {
@@ -240,12 +260,19 @@ impl Fleet {
             ..Load::default()
         };
         let prefixes = RecentPrefixes::new(description.kv_capacity_tokens);
+        // One that only lost its stream is the same that was taken out.
+        let drains = self.drained.get(&description.name) == Some(&description.epoch);
+        if !drains {
+            self.drained.remove(&description.name);
+        }
         WorkerKey(self.workers.insert(Worker {
             description,
             load,
             queue: Queue::default(),
             prefixes,
             jobs_running: 0,
+            jobs_open: 0,
+            drains,
         }))
     }
 
@@ -273,8 +300,20 @@ impl Fleet {
         self.iter().filter(|(_, worker)| worker.description.role == role).count()
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.workers.len()
+    /// Some worker may be given work.
+    pub(crate) fn is_routable(&self) -> bool {
+        self.iter().any(|(_, worker)| worker.is_routable())
+    }
+
+    pub(crate) fn set_drains(&mut self, key: WorkerKey, drains: bool) {
+        let Some(worker) = self.workers.get_mut(key.0) else { return };
+        worker.drains = drains;
+        let WorkerDescription { name, epoch, .. } = &worker.description;
+        if drains {
+            self.drained.insert(name.clone(), *epoch);
+        } else {
+            self.drained.remove(name);
+        }
     }
 
     /// A worker was chosen: it waited least of all now.
@@ -289,6 +328,7 @@ impl Fleet {
     pub(crate) fn job_started(&mut self, job: &Job, now: Duration) {
         if let Some(worker) = self.workers.get_mut(job.worker.0) {
             worker.jobs_running += u32::from(job.stage.is_running());
+            worker.jobs_open += 1;
             worker.load.enter(job, now);
         }
     }
@@ -298,6 +338,7 @@ impl Fleet {
             let running = u32::from(job.stage.is_running());
             debug_assert!(worker.jobs_running >= running, "a job ends once");
             worker.jobs_running = worker.jobs_running.saturating_sub(running);
+            worker.jobs_open = worker.jobs_open.saturating_sub(1);
             worker.load.leave(job, now);
         }
     }

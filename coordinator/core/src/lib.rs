@@ -26,5 +26,5 @@ pub use crate::{
     placement::{AggregatedReason, Route, Split},
     prefix_index::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits},
     queue::Order,
-    request::{JobId, RequestKey, RequestShape},
+    request::{JobId, RequestKey, RequestShape, RequestView},
 };

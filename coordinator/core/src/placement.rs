@@ -92,9 +92,15 @@ pub(crate) fn plan(
     split: Split,
     candidates: &mut Vec<WorkerKey>,
 ) -> Result<Plan, NoRoute> {
-    if fleet.len() == 0 {
+    if !fleet.is_routable() {
         return Err(NoRoute::NoWorker);
     }
+    // Some worker may serve it that is given nothing now.
+    let none_serves = || {
+        let model = shape.model.as_deref();
+        let is_known = fleet.iter().any(|(_, worker)| worker.serves(model));
+        if is_known { NoRoute::NoWorker } else { NoRoute::UnknownModel }
+    };
     let aggregated = |preferred: Option<Role>, reason, candidates: &mut Vec<WorkerKey>| {
         select(fleet, shape, avoid, candidates, |worker| {
             preferred.is_none_or(|role| worker.description.role == role)
@@ -102,11 +108,7 @@ pub(crate) fn plan(
         if candidates.is_empty() {
             select(fleet, shape, avoid, candidates, |_| true);
         }
-        if candidates.is_empty() {
-            Err(NoRoute::UnknownModel)
-        } else {
-            Ok(Plan::Aggregated(reason))
-        }
+        if candidates.is_empty() { Err(none_serves()) } else { Ok(Plan::Aggregated(reason)) }
     };
     let by_role = |role| if split == Split::Always { Some(role) } else { None };
 
@@ -121,17 +123,13 @@ pub(crate) fn plan(
         Split::Never => return aggregated(None, AggregatedReason::TurnedOff, candidates),
         Split::PerRequest => {
             select(fleet, shape, avoid, candidates, |_| true);
-            return if candidates.is_empty() {
-                Err(NoRoute::UnknownModel)
-            } else {
-                Ok(Plan::Split)
-            };
+            return if candidates.is_empty() { Err(none_serves()) } else { Ok(Plan::Split) };
         }
         Split::Always => {}
     }
     let is_served_by = |role| {
         fleet.iter().any(|(_, worker)| {
-            worker.description.role == role && worker.serves(shape.model.as_deref())
+            worker.description.role == role && worker.takes(shape.model.as_deref())
         })
     };
     if !is_served_by(Role::Prefill) {
@@ -145,7 +143,7 @@ pub(crate) fn plan(
     for (_, worker) in fleet.iter() {
         let handoff = worker.description.handoff;
         let decodes =
-            worker.description.role == Role::Decode && worker.serves(shape.model.as_deref());
+            worker.description.role == Role::Decode && worker.takes(shape.model.as_deref());
         if decodes && handoff != HandoffMode::None && !modes.contains(&handoff) {
             modes.push(handoff);
         }
@@ -181,10 +179,10 @@ fn is_partner(prefill: &Worker, decode: &Worker, shape: &RequestShape, split: Sp
     handoff != HandoffMode::None
         && decode.description.handoff == handoff
         && (split == Split::PerRequest || decode.description.role == Role::Decode)
-        && decode.serves(shape.model.as_deref())
+        && decode.takes(shape.model.as_deref())
 }
 
-/// Those that serve the model and are admitted, but for `avoid` (workers that failed this request)
+/// Those that take requests for the model and are admitted, but for `avoid` (workers that failed this request)
 /// where there are others.
 fn select(
     fleet: &Fleet,
@@ -194,7 +192,7 @@ fn select(
     admits: impl Fn(&Worker) -> bool,
 ) {
     let model = shape.model.as_deref();
-    let admitted = |worker: &Worker| admits(worker) && worker.serves(model);
+    let admitted = |worker: &Worker| admits(worker) && worker.takes(model);
     candidates.clear();
     candidates.extend(
         fleet

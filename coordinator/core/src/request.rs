@@ -52,6 +52,21 @@ pub(crate) struct Request {
     pub(crate) answering: Option<JobId>,
 }
 
+/// A request as others may see it.
+#[derive(Clone, Copy, Debug)]
+pub struct RequestView<'a> {
+    pub key: RequestKey,
+    pub shape: &'a RequestShape,
+    /// Absent while it waits in a queue.
+    pub route: Option<Route>,
+}
+
+impl Request {
+    pub(crate) fn view(&self, key: RequestKey) -> RequestView<'_> {
+        RequestView { key, shape: &self.shape, route: self.route }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     /// Nothing was sent to the client: a failure can be mended.
