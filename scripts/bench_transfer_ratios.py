@@ -21,7 +21,6 @@ import sys
 import time
 
 BLOCKS = {"64 KiB": 64 << 10, "1 MiB": 1 << 20}
-ROUNDS = 3
 
 
 def baton(arguments, channel, block, mtu=6500, streams=1):
@@ -85,12 +84,16 @@ def other(arguments, name, block):
     return float(said.stdout.strip().splitlines()[-1])
 
 
-def compare(ours, theirs):
+def compare(arguments, ours, theirs):
     """Medians of both, taken in turns."""
-    pairs = [(ours(), theirs()) for _ in range(ROUNDS)]
+    pairs = [(ours(), theirs()) for _ in range(arguments.rounds)]
     mine = statistics.median(pair[0]["gb_per_s"] for pair in pairs)
     others = statistics.median(pair[1] for pair in pairs)
-    return {"gb_per_s": mine, "against_gb_per_s": others, "ratio": mine / others}
+    trips = statistics.median(pair[0]["small_handoff_round_trips"] for pair in pairs)
+    return {
+        "gb_per_s": mine, "against_gb_per_s": others, "ratio": mine / others,
+        "small_handoff_round_trips": trips,
+    }
 
 
 def main():
@@ -99,16 +102,18 @@ def main():
     parser.add_argument("--ucx", help="the folder that scripts/install-ucx.sh made")
     parser.add_argument("--others", help="the folder of nixl and mooncake")
     parser.add_argument("--bytes", type=int, default=512 << 20)
+    parser.add_argument("--rounds", type=int, default=3, help="turns, of several rounds each")
     parser.add_argument("--only", help="names that begin so")
     arguments = parser.parse_args()
     rows = []
     for name, block in BLOCKS.items():
         def shm(block=block):
-            reports = [baton(arguments, "shm", block) for _ in range(ROUNDS)]
+            reports = [baton(arguments, "shm", block) for _ in range(arguments.rounds)]
             median = lambda key: statistics.median(report[key] for report in reports)
             return {
                 "gb_per_s": median("gb_per_s"), "against_gb_per_s": median("memcpy_gb_per_s"),
                 "ratio": median("ratio_to_memcpy"),
+                "small_handoff_round_trips": median("small_handoff_round_trips"),
             }
 
         def row(what, against, measure, block=name):
@@ -122,18 +127,18 @@ def main():
         if arguments.ucx:
             ucx = lambda block=block: baton(arguments, "ucx", block)
             row("ucx tcp", "ucx_perftest tcp put",
-                lambda: compare(ucx, lambda: ucx_perftest(arguments, block)))
+                lambda: compare(arguments, ucx, lambda: ucx_perftest(arguments, block)))
         quic = lambda mtu, streams=1, block=block: lambda: baton(arguments, "quic", block, mtu, streams)
         row("quic MTU 6500", "TLS 1.3 over TCP, 1 stream",
-            lambda: compare(quic(6500), lambda: baseline(arguments, "tls", block)))
+            lambda: compare(arguments, quic(6500), lambda: baseline(arguments, "tls", block)))
         row("quic MTU 1452", "quinn as it comes",
-            lambda: compare(quic(1452), lambda: baseline(arguments, "quinn", block)))
+            lambda: compare(arguments, quic(1452), lambda: baseline(arguments, "quinn", block)))
         if arguments.others:
             row("quic MTU 6500", "Mooncake tcp",
-                lambda: compare(quic(6500), lambda: other(arguments, "mooncake", block)))
+                lambda: compare(arguments, quic(6500), lambda: other(arguments, "mooncake", block)))
             if arguments.ucx:
                 row("ucx tcp", "NIXL tcp, tuned",
-                    lambda: compare(ucx, lambda: other(arguments, "nixl", block)))
+                    lambda: compare(arguments, ucx, lambda: other(arguments, "nixl", block)))
 
 
 if __name__ == "__main__":

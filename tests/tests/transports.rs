@@ -97,8 +97,12 @@ async fn workers_with_nothing_in_common_leave_the_answer_to_one() {
     let answer = cluster.complete(PROMPTS[1], 8).await;
     answer.generated();
     assert_eq!((answer.path(), answer.header("x-baton-reason")), ("aggregated", "handoff_failed"));
-    let metrics = cluster.eventually_idle().await;
-    assert!(metrics.sum("baton_worker_handoff_errors", &["name=\"unreachable\""]) > 0.0);
+    cluster
+        .eventually("the reason is told", |metrics| {
+            metrics.sum("baton_worker_handoff_errors", &["name=\"unreachable\""]) > 0.0
+        })
+        .await;
+    cluster.eventually_idle().await;
 }
 
 /// Over the real library. Where there is none that is said, and with BATON_REQUIRE_UCX it is a failure.

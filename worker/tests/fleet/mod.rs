@@ -49,6 +49,8 @@ impl fleet_server::Fleet for Service {
                     Some(worker_frame::Frame::Report(report)) => {
                         reports_in.send_replace(report);
                     }
+                    // What its prefix cache holds is of no interest here.
+                    Some(worker_frame::Frame::KvEvents(_)) => {}
                     other => panic!("{other:?}"),
                 }
             }
