@@ -12,7 +12,7 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
-use crate::terminal;
+use crate::{WorkerArguments, terminal};
 
 /// What ends a process beside SIGINT and SIGTERM.
 #[derive(Clone, Copy, clap::Args)]
@@ -31,17 +31,15 @@ pub(crate) fn coordinator(config: &Path, stop_with: StopWith) -> anyhow::Result<
     })
 }
 
-pub(crate) fn worker(
-    config: &Path,
-    name: &str,
-    role: Role,
-    stop_with: StopWith,
-) -> anyhow::Result<ExitCode> {
+pub(crate) fn worker(arguments: &WorkerArguments, role: Role) -> anyhow::Result<ExitCode> {
+    let WorkerArguments { config, name, advertise, stop_with } = arguments;
     let cluster = ClusterConfig::read(config)?;
-    let worker = cluster.worker(name, role).with_context(|| config.display().to_string())?.clone();
+    let worker = cluster
+        .worker(name, role, advertise.as_deref())
+        .with_context(|| config.display().to_string())?;
     log_to_stderr();
     runtime()?.block_on(async {
-        baton_worker::run(worker, stop(stop_with)?).await?;
+        baton_worker::run(worker, stop(*stop_with)?).await?;
         Ok(ExitCode::SUCCESS)
     })
 }

@@ -7,6 +7,7 @@ use baton_types::Role;
 pub struct ClusterConfig {
     pub coordinator: CoordinatorConfig,
     pub slo: SloConfig,
+    pub balancer: BalancerConfig,
     /// Absent: nobody can look in or intervene.
     pub admin: Option<AdminConfig>,
     /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
@@ -41,6 +42,8 @@ pub struct LimitsConfig {
     pub body_timeout: Duration,
     /// A request with no first token after this time is answered with 504.
     pub first_token_timeout: Duration,
+    /// After the order to stop: how long open answers may go on.
+    pub drain_timeout: Duration,
     /// Open client connections; further ones wait to be accepted.
     pub max_connections: u32,
 }
@@ -53,6 +56,7 @@ impl Default for LimitsConfig {
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(60),
             first_token_timeout: Duration::from_secs(300),
+            drain_timeout: Duration::from_secs(10),
             max_connections: 16_384,
         }
     }
@@ -68,6 +72,54 @@ pub struct SloConfig {
 impl Default for SloConfig {
     fn default() -> Self {
         Self { ttft_ms: 2000.0, itl_ms: 50.0 }
+    }
+}
+
+/// Pools that follow the load.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BalancerConfig {
+    pub actuator: BalancerActuator,
+    /// No flip leaves fewer workers in a pool.
+    pub min_prefill: u32,
+    pub min_decode: u32,
+    /// How long a worker stays where a flip brought it, and how long no flip takes back another's.
+    pub dwell: Duration,
+    /// A worker that was told to change its role and still has requests after this time stays.
+    pub drain_timeout: Duration,
+}
+
+impl Default for BalancerConfig {
+    fn default() -> Self {
+        Self {
+            actuator: BalancerActuator::Flip,
+            min_prefill: 1,
+            min_decode: 1,
+            dwell: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(120),
+        }
+    }
+}
+
+/// What becomes of the balancer's advice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BalancerActuator {
+    /// Workers change their role, and replicas are asked for where somebody can give them.
+    Flip,
+    /// It is told in the log and in the metrics.
+    Advise,
+    /// There is none.
+    Off,
+}
+
+impl BalancerActuator {
+    pub const ALL: [Self; 3] = [Self::Flip, Self::Advise, Self::Off];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Flip => "flip",
+            Self::Advise => "advise",
+            Self::Off => "off",
+        }
     }
 }
 
@@ -95,10 +147,17 @@ pub struct TlsConfig {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct WorkerConfig {
+    /// Ends in `*` where it stands for any number of workers; see [`ClusterConfig::worker`].
     pub name: String,
     pub role: Role,
     /// `host:port` of each coordinator's `workers_listen`.
     pub coordinators: Vec<String>,
+    /// Each of those stands for one coordinator at every address of its name.
+    pub every_address: bool,
+    /// Where probes are answered.
+    pub health_listen: Option<SocketAddr>,
+    /// After the order to stop: how long jobs may go on.
+    pub drain_timeout: Duration,
     pub tls: Option<TlsConfig>,
     pub engine: EngineConfig,
     pub arena: ArenaConfig,
@@ -116,6 +175,8 @@ pub enum EngineConfig {
 pub struct SimConfig {
     /// Name that requests give for the model.
     pub model: String,
+    /// Of its weights; workers of different ones never hand over to each other.
+    pub revision: Option<String>,
     pub max_model_tokens: u32,
     pub block_size_tokens: u32,
     /// Bytes of KV a token; a real 8B model has 131,072.
@@ -134,6 +195,7 @@ impl Default for SimConfig {
     fn default() -> Self {
         Self {
             model: "baton-sim".to_owned(),
+            revision: None,
             max_model_tokens: 32_768,
             block_size_tokens: 16,
             kv_bytes_per_token: 1024,
@@ -157,6 +219,8 @@ pub struct VllmConfig {
     pub engine_handoff: bool,
     /// How long the engine may take until it serves.
     pub start_timeout: Duration,
+    /// Step times (JSON) to begin with.
+    pub profile: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -165,8 +229,9 @@ pub enum VllmSource {
     Url(String),
     /// Started and stopped by the worker.
     Command {
-        /// Program and arguments; the worker adds `--port`, `--host 127.0.0.1` and
-        /// `--kv-transfer-config`.
+        /// Program and arguments. The worker adds `--port` and `--host 127.0.0.1`; with a
+        /// `connector_socket` `--kv-transfer-config` and `--scheduler-cls`; and, like the last one
+        /// where the command does not say otherwise, `--scheduling-policy` and `--kv-events-config`.
         command: Vec<String>,
         environment: BTreeMap<String, String>,
         /// Loopback port that vLLM shall serve on.

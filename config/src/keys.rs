@@ -13,14 +13,15 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-        SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+        LimitsConfig, SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource,
+        WorkerConfig,
     },
     value::{
-        Address, AnyBytes, CheckName, Codec, Count, Environment, ExistingDirectory, ExistingFile,
-        FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative,
-        Port, Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes, TransportName,
-        Url,
+        ActuatorName, Address, AnyBytes, CheckName, Codec, Count, Environment, ExistingDirectory,
+        ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes,
+        NameOrStart, NotNegative, Port, Positive, Program, Requirements, RoleName, Seconds, Text,
+        TokenBytes, TransportName, Url,
     },
 };
 
@@ -103,6 +104,8 @@ keys! {
         body_timeout_seconds => body_timeout: Seconds = ByDefault;
         /// A request with no first token after this time is answered with 504.
         first_token_timeout_seconds => first_token_timeout: Seconds = ByDefault;
+        /// After the order to stop (SIGTERM), open answers may go on for this time.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
         /// Open client connections; further ones wait to be accepted.
         max_connections => max_connections: Count = ByDefault;
     }
@@ -115,6 +118,24 @@ keys! {
         ttft_ms => ttft_ms: Positive = ByDefault;
         /// Time between two tokens, in milliseconds.
         itl_ms => itl_ms: Positive = ByDefault;
+    }
+}
+
+keys! {
+    /// `[balancer]`
+    BALANCER: BalancerConfig {
+        /// "flip": workers go over to the pool that needs them. "advise": it is only said, in log and
+        /// metrics, which should. "off".
+        actuator => actuator: ActuatorName = ByDefault;
+        /// No flip leaves fewer prefill workers.
+        min_prefill => min_prefill: Count = ByDefault;
+        /// No flip leaves fewer decode workers.
+        min_decode => min_decode: Count = ByDefault;
+        /// A worker that changed its pool stays there for so long, and so long no other goes the way
+        /// back.
+        dwell_seconds => dwell: Seconds = ByDefault;
+        /// A worker that was told to change its pool, and still has requests after this time, stays.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
     }
 }
 
@@ -144,12 +165,22 @@ keys! {
 keys! {
     /// `[[worker]]`
     WORKER: WorkerConfig {
-        /// By which `--name` chooses it; unique in the cluster.
-        name => name: Name = Required("\"prefill-0\"");
+        /// By which `--name` chooses it; unique in the cluster. One that ends in "*" stands for any
+        /// number of workers, each with a `--name` that begins like it and an `--advertise` of its own.
+        name => name: NameOrStart = Required("\"prefill-0\"");
         /// "prefill" or "decode": the pool that it starts in.
         role => role: RoleName = Required("\"prefill\"");
         /// HOST:PORT of each coordinator's workers_listen. Default: the coordinator of this file.
         coordinators => coordinators: HostPorts = Optional("[\"127.0.0.1:7000\"]");
+        /// Those are names of which every address is a coordinator (Kubernetes' headless Services). They
+        /// are looked up again every 5 s.
+        every_address => every_address: Flag = ByDefault;
+        /// Where probes are answered over HTTP: /health while the process runs, /ready while the worker
+        /// can be given requests.
+        health_listen => health_listen: Maybe<Address> = Optional("\"127.0.0.1:7200\"");
+        /// After the order to stop (SIGTERM) the worker takes nothing new; what it has may go on for
+        /// this time.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
     }
 }
 
@@ -194,6 +225,8 @@ keys! {
     SIM: SimConfig {
         /// Name that requests give for the model.
         model => model: Text = ByDefault;
+        /// Of the model's weights. Workers of different revisions never hand over to each other.
+        revision => revision: Maybe<Text> = Optional("\"2026-11\"");
         /// Longest prompt plus output.
         max_model_tokens => max_model_tokens: Count = ByDefault;
         /// Tokens of one KV block.
@@ -218,8 +251,11 @@ keys! {
     VLLM: VllmKeys {
         /// A vLLM that is already running. Either this, or command and port.
         url => url: Maybe<Url> = Optional("\"http://127.0.0.1:8100\"");
-        /// A vLLM that the worker starts and stops: program and arguments. The worker adds --host,
-        /// --port and --kv-transfer-config.
+        /// A vLLM that the worker starts and stops: program and arguments. The worker adds --host and
+        /// --port, and with a connector_socket --kv-transfer-config; also, where the command does not
+        /// say otherwise, --kv-events-config, --scheduling-policy priority and, with a
+        /// connector_socket, --scheduler-cls: requests are served by their deadlines, and a step takes
+        /// in as much of a prompt as [slo] itl_ms leaves beside its decodes.
         command => command: Maybe<Program> =
             Optional("[\"/opt/vllm/bin/vllm\", \"serve\", \"/models/llama\"]");
         /// Loopback port that the started vLLM serves on.
@@ -236,6 +272,9 @@ keys! {
         engine_handoff => engine_handoff: Flag = ByDefault;
         /// How long the engine may take until it serves.
         start_timeout_seconds => start_timeout: Seconds = ByDefault;
+        /// Step times (JSON, as `baton profile` writes them) to begin with; from then on they are
+        /// learnt. Without them they are not known before the first steps.
+        profile => profile: Maybe<ExistingFile> = Optional("\"profile.json\"");
     }
 }
 
@@ -260,6 +299,7 @@ pub(crate) struct VllmKeys {
     pub(crate) connector_socket: Option<PathBuf>,
     pub(crate) engine_handoff: bool,
     pub(crate) start_timeout: Duration,
+    pub(crate) profile: Option<PathBuf>,
 }
 
 impl Default for VllmKeys {
@@ -272,6 +312,7 @@ impl Default for VllmKeys {
             connector_socket: None,
             engine_handoff: false,
             start_timeout: Duration::from_secs(600),
+            profile: None,
         }
     }
 }
@@ -286,6 +327,7 @@ impl From<&EngineConfig> for EngineKeys {
             connector_socket: vllm.connector_socket.clone(),
             engine_handoff: vllm.engine_handoff,
             start_timeout: vllm.start_timeout,
+            profile: vllm.profile.clone(),
             ..VllmKeys::default()
         };
         match &vllm.source {
@@ -343,6 +385,7 @@ impl From<EngineKeys> for Option<EngineConfig> {
             connector_socket: keys.connector_socket,
             engine_handoff: keys.engine_handoff,
             start_timeout: keys.start_timeout,
+            profile: keys.profile,
         }))
     }
 }
@@ -369,6 +412,9 @@ pub(crate) fn blank_worker() -> WorkerConfig {
         name: String::new(),
         role: Role::Prefill,
         coordinators: Vec::new(),
+        every_address: false,
+        health_listen: None,
+        drain_timeout: Duration::from_secs(30),
         tls: None,
         engine: EngineConfig::Sim(SimConfig::default()),
         arena: ArenaConfig::default(),
@@ -380,6 +426,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
     ClusterConfig {
         coordinator: blank_coordinator(),
         slo: SloConfig::default(),
+        balancer: BalancerConfig::default(),
         admin: None,
         tls: None,
         insecure_plaintext: false,

@@ -11,7 +11,7 @@ use std::{
 use baton_types::Role;
 use toml::de::DeValue;
 
-use crate::cluster::{CheckChoice, Requirement, TransportChoice};
+use crate::cluster::{BalancerActuator, CheckChoice, Requirement, TransportChoice};
 
 /// One kind of value.
 pub(crate) trait Codec {
@@ -68,6 +68,13 @@ impl Codec for Text {
     }
 }
 
+pub(crate) const NAME: &str = "a name of at most 63 letters, digits, \"-\", \"_\" and \".\"";
+
+pub(crate) fn is_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    (1..=63).contains(&name.len()) && name.chars().all(allowed)
+}
+
 /// Names stand in HTTP headers and metric labels.
 pub(crate) struct Name;
 
@@ -75,13 +82,27 @@ impl Codec for Name {
     type Value = String;
 
     fn read(value: &DeValue<'_>, _: &Path) -> Result<String, String> {
-        text(value)
-            .filter(|name| name.len() <= 63)
-            .filter(|name| name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)))
-            .map(str::to_owned)
-            .ok_or_else(|| {
-                "a name of at most 63 letters, digits, \"-\", \"_\" and \".\"".to_owned()
-            })
+        text(value).filter(|name| is_name(name)).map(str::to_owned).ok_or_else(|| NAME.to_owned())
+    }
+
+    fn write(value: &String) -> Option<String> {
+        Some(quoted(value))
+    }
+}
+
+/// A name, or what many begin with.
+pub(crate) struct NameOrStart;
+
+impl Codec for NameOrStart {
+    type Value = String;
+
+    fn read(value: &DeValue<'_>, base: &Path) -> Result<String, String> {
+        Name::read(value, base).or_else(|wanted| {
+            text(value)
+                .filter(|name| name.strip_suffix('*').is_some_and(is_name))
+                .map(str::to_owned)
+                .ok_or_else(|| format!("{wanted}, or the start of such names and \"*\""))
+        })
     }
 
     fn write(value: &String) -> Option<String> {
@@ -133,6 +154,22 @@ impl Codec for CheckName {
     }
 
     fn write(value: &CheckChoice) -> Option<String> {
+        Some(quoted(value.as_str()))
+    }
+}
+
+pub(crate) struct ActuatorName;
+
+impl Codec for ActuatorName {
+    type Value = BalancerActuator;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<BalancerActuator, String> {
+        let named = |name: &str| BalancerActuator::ALL.into_iter().find(|one| one.as_str() == name);
+        let wanted = || one_of(&BalancerActuator::ALL.map(BalancerActuator::as_str));
+        text(value).and_then(named).ok_or_else(wanted)
+    }
+
+    fn write(value: &BalancerActuator) -> Option<String> {
         Some(quoted(value.as_str()))
     }
 }

@@ -57,7 +57,7 @@ baton.toml:8: coordinator.limits.header_timeout_seconds: -1 is not a number of s
 baton.toml:10: slo.ttft: unknown key; did you mean "ttft_ms"?
 baton.toml:11: slo.itl_ms: "fast" is not a number above 0
 baton.toml:14: engine.port: belongs to kind = "vllm"; this engine's kind is "sim"
-baton.toml:16: worker[0].name: "p 0" is not a name of at most 63 letters, digits, "-", "_" and "."
+baton.toml:16: worker[0].name: "p 0" is not a name of at most 63 letters, digits, "-", "_" and ".", or the start of such names and "*"
 baton.toml:17: worker[0].role: "prefil" is not "prefill" or "decode"
 baton.toml:21: worker[1].coordinators: ["10.0.0.1"] is not a list of HOST:PORT, such as ["10.0.0.7:7000"]
 baton.toml:24: worker[2].name: "d" is taken by worker[1].name (line 19): give each its own

@@ -5,8 +5,9 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-    SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
+    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+    LimitsConfig, SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+    sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -22,6 +23,9 @@ fn default_cluster() -> ClusterConfig {
         name: name.to_owned(),
         role,
         coordinators: vec!["127.0.0.1:7000".to_owned()],
+        every_address: false,
+        health_listen: None,
+        drain_timeout: Duration::from_secs(30),
         tls: None,
         engine: EngineConfig::Sim(SimConfig::default()),
         arena: ArenaConfig::default(),
@@ -36,6 +40,7 @@ fn default_cluster() -> ClusterConfig {
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        balancer: BalancerConfig::default(),
         admin: None,
         tls: None,
         insecure_plaintext: false,
@@ -107,6 +112,7 @@ fn what_the_sample_shows_as_default_is_the_default() {
         connector_socket: None,
         engine_handoff: false,
         start_timeout: Duration::from_secs(600),
+        profile: None,
     });
     assert_eq!(parse(&file).workers[0].engine, expected);
     assert!(keys > 20, "only {keys} defaults found in the sample");
@@ -209,6 +215,7 @@ fn engine() -> impl Strategy<Value = EngineConfig> {
             connector_socket: socket,
             engine_handoff,
             start_timeout,
+            profile: None,
         })
     });
     prop_oneof![sim, vllm]

@@ -19,6 +19,9 @@ struct Arguments {
     /// Which of the file's prefill workers this is.
     #[arg(long)]
     name: String,
+    /// HOST:PORT at which other workers reach this one, in place of the file's.
+    #[arg(long)]
+    advertise: Option<String>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -31,7 +34,7 @@ fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .init();
     let cluster = ClusterConfig::read(&arguments.config)?;
-    let worker = cluster.worker(&arguments.name, Role::Prefill)?.clone();
+    let worker = cluster.worker(&arguments.name, Role::Prefill, arguments.advertise.as_deref())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;

@@ -18,6 +18,9 @@ use crate::{
     vllm::VllmInstallation,
 };
 
+/// What operators show to a cluster of these scenarios.
+pub const ADMIN_TOKEN: &str = "0123456789abcdef0123456789abcdef";
+
 /// What a cluster shall be.
 #[derive(Clone, Debug)]
 pub struct ClusterBuilder {
@@ -25,10 +28,13 @@ pub struct ClusterBuilder {
     decode: usize,
     engine: Engine,
     coordinator_toml: String,
+    slo_toml: String,
     arena_toml: String,
     /// By role; those of no role for all.
     transfer_toml: BTreeMap<String, String>,
+    balancer_toml: String,
     tls: Option<TlsPem>,
+    drain_timeout_seconds: u32,
     ready: bool,
 }
 
@@ -84,12 +90,15 @@ impl ClusterBuilder {
             decode: 1,
             engine,
             coordinator_toml: String::new(),
+            slo_toml: String::new(),
             // Beside the configuration, so that a killed worker's goes with it; smaller than some
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
             transfer_toml: BTreeMap::new(),
+            balancer_toml: String::new(),
             tls: None,
+            drain_timeout_seconds: 1,
             ready: true,
         }
     }
@@ -131,9 +140,27 @@ impl ClusterBuilder {
         self
     }
 
+    /// Keys of `[balancer]`.
+    pub fn balancer(mut self, keys: &str) -> Self {
+        self.balancer_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[slo]`.
+    pub fn slo(mut self, keys: &str) -> Self {
+        self.slo_toml = keys.to_owned();
+        self
+    }
+
     /// Mutual TLS between coordinator and workers, who all show this one certificate.
     pub fn tls(mut self, pem: TlsPem) -> Self {
         self.tls = Some(pem);
+        self
+    }
+
+    /// How long a worker that is told to stop goes on with what it has.
+    pub fn drain_timeout_seconds(mut self, seconds: u32) -> Self {
+        self.drain_timeout_seconds = seconds;
         self
     }
 
@@ -145,7 +172,8 @@ impl ClusterBuilder {
 
     pub async fn start(self) -> Result<Cluster> {
         let directory = tempfile::tempdir()?;
-        let (http_port, workers_port) = (free_port()?, free_port()?);
+        let (http_port, workers_port, admin_port) = (free_port()?, free_port()?, free_port()?);
+        fs::write(directory.path().join("admin.token"), format!("{ADMIN_TOKEN}\n"))?;
         let mut workers = BTreeMap::new();
         for (role, count) in [("prefill", self.prefill), ("decode", self.decode)] {
             for index in 0..count {
@@ -157,7 +185,8 @@ impl ClusterBuilder {
             ports.insert(name.clone(), [free_port()?, free_port()?]);
         }
         let config = directory.path().join("baton.toml");
-        let toml = self.toml(directory.path(), [http_port, workers_port], &workers, &ports)?;
+        let listeners = [http_port, workers_port, admin_port];
+        let toml = self.toml(directory.path(), listeners, &workers, &ports)?;
         fs::write(&config, toml)?;
 
         let mut cluster = Cluster {
@@ -166,6 +195,7 @@ impl ClusterBuilder {
             http: reqwest::Client::builder().no_proxy().build()?,
             base: format!("http://127.0.0.1:{http_port}"),
             workers_port,
+            admin_port,
             ports,
             workers: workers
                 .iter()
@@ -190,16 +220,18 @@ impl ClusterBuilder {
     fn toml(
         &self,
         directory: &Path,
-        [http_port, workers_port]: [u16; 2],
+        [http_port, workers_port, admin_port]: [u16; 3],
         workers: &BTreeMap<String, &str>,
         ports: &BTreeMap<String, [u16; 2]>,
     ) -> Result<String> {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[arena]\n{}\n\n",
-            self.coordinator_toml, self.arena_toml
+             [coordinator.limits]\n{}\n\n[slo]\n{}\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\
+             token_file = \"admin.token\"\n\n[arena]\n{}\n\n",
+            self.coordinator_toml, self.slo_toml, self.arena_toml
         );
+        writeln!(toml, "[balancer]\n{}\n", self.balancer_toml)?;
         if let Some(tls) = &self.tls {
             writeln!(toml, "{}", tls.write_to(&directory.join("tls"))?)?;
         }
@@ -209,6 +241,7 @@ impl ClusterBuilder {
         for (index, (name, role)) in workers.iter().enumerate() {
             let [transfer_port, engine_port] = ports[name];
             writeln!(toml, "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"")?;
+            writeln!(toml, "drain_timeout_seconds = {}", self.drain_timeout_seconds)?;
             writeln!(toml, "[worker.transfer]\nlisten = \"127.0.0.1:{transfer_port}\"")?;
             for keys in ["", role].iter().filter_map(|role| self.transfer_toml.get(*role)) {
                 writeln!(toml, "{keys}")?;
@@ -275,6 +308,7 @@ pub struct Cluster {
     pub http: reqwest::Client,
     base: String,
     workers_port: u16,
+    admin_port: u16,
     /// Of each worker: its transfer channel's, and its engine's.
     ports: BTreeMap<String, [u16; 2]>,
     config: PathBuf,
@@ -307,6 +341,26 @@ impl Cluster {
     /// Where workers connect.
     pub fn workers_port(&self) -> u16 {
         self.workers_port
+    }
+
+    /// Where operators look in, with [`ADMIN_TOKEN`].
+    pub fn admin_url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.admin_port)
+    }
+
+    pub async fn admin_get(&self, path: &str) -> Answer {
+        let request = self.http.get(self.admin_url(path)).bearer_auth(ADMIN_TOKEN);
+        Answer::read(request.send().await.expect("an answer")).await.expect("a whole answer")
+    }
+
+    /// What `/admin/state` says.
+    pub async fn state(&self) -> Value {
+        self.admin_get("/admin/state").await.json()
+    }
+
+    pub async fn admin_post(&self, path: &str, body: &Value) -> Answer {
+        let request = self.http.post(self.admin_url(path)).bearer_auth(ADMIN_TOKEN).json(body);
+        Answer::read(request.send().await.expect("an answer")).await.expect("a whole answer")
     }
 
     pub fn directory(&self) -> &Path {

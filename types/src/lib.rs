@@ -5,6 +5,7 @@ mod compatibility;
 mod fault;
 mod handoff;
 mod role;
+mod step_fit;
 mod step_model;
 
 pub use block_hash::{BlockHash, BlockHasher, BlockScope, BlockUnit};
@@ -12,4 +13,5 @@ pub use compatibility::{Compatibility, CompatibilityMismatch};
 pub use fault::{Fault, FaultKind, Origin};
 pub use handoff::{Epoch, Generation, HandoffId, HandoffKey, ParseIdError, PromptDigest};
 pub use role::{Leg, ParseRoleError, Role};
+pub use step_fit::{StepFit, StepWork};
 pub use step_model::{StepLoad, StepModel};

@@ -16,7 +16,7 @@ use tracing::Instrument;
 
 use crate::{
     handoff::{Consuming, Producer, Producing},
-    legs::{self, KvParameters, Part},
+    legs::{self, Asked, KvParameters, Part},
     life::{KvSide, Life, engine_fault},
     outbox::{Outbox, Pace},
     relay::{self, Relay},
@@ -58,6 +58,7 @@ impl Jobs {
         let (life, outbox) = (self.life.clone(), self.outbox.clone());
         let task = async move {
             let _entry = entry;
+            let _open = life.counters.jobs_open.one();
             run(start, &life, &outbox).await;
         };
         running.insert(job, tokio::spawn(task.instrument(span)).abort_handle());
@@ -104,9 +105,10 @@ async fn run(start: StartJob, life: &Life, outbox: &Outbox) {
 async fn aggregated(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fault> {
     let _counted = life.counters.jobs_running.one();
     let job = start.job;
-    let body = start.body.clone();
+    let (body, hides_usage) = asking(life, &start, &start.body, true)?;
     let answer = ask_engine(life, start, body).await?;
-    Relay { job, outbox, consuming: None, counters: &life.counters }.stream(answer).await
+    let relay = Relay { job, outbox, consuming: None, counters: &life.counters, hides_usage };
+    relay.stream(answer).await
 }
 
 async fn decode(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fault> {
@@ -122,7 +124,9 @@ async fn decode(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fau
         }
     };
     let body = legs::decode_body(&start.body, &kv).map_err(|error| not_an_object(&error))?;
-    let relay = Relay { job, outbox, consuming: consuming.as_ref(), counters: &life.counters };
+    let (body, hides_usage) = asking(life, &start, &body, true)?;
+    let (consumed, counters) = (consuming.as_ref(), &life.counters);
+    let relay = Relay { job, outbox, consuming: consumed, counters, hides_usage };
     let answering = async {
         let answer = ask_engine(life, start, body).await?;
         relay.stream(answer).await
@@ -149,6 +153,7 @@ async fn prefill(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fa
         }
     };
     let body = legs::prefill_body(&start.body, &kv).map_err(|error| not_an_object(&error))?;
+    let (body, _) = asking(life, &start, &body, false)?;
     let answering = async {
         let answer = ask_engine(life, start, body).await?;
         relay::prefill_answer(job, answer, producing_of_engine(life)).await
@@ -266,6 +271,19 @@ fn refused(error: &WireError) -> Fault {
 
 fn not_an_object(error: &legs::BodyError) -> Fault {
     Fault::new(Origin::Client, FaultKind::Refused, error.to_string())
+}
+
+/// The body that this engine is to be given: see [`legs::asking`].
+fn asking(
+    life: &Life,
+    start: &StartJob,
+    body: &Bytes,
+    streams: bool,
+) -> Result<(Bytes, bool), Fault> {
+    let engine = &life.engine;
+    let due_ms = engine.takes_priority().then(|| life.due_ms(start.deadline_ms));
+    let asked = Asked { due_ms, usage: streams && engine.wants_usage_asked() };
+    legs::asking(&start.path, body, asked).map_err(|error| not_an_object(&error))
 }
 
 async fn ask_engine(life: &Life, start: StartJob, body: Bytes) -> Result<Answer, Fault> {

@@ -5,13 +5,16 @@
 mod answer_text;
 mod attach;
 mod counters;
+mod discover;
 mod handoff;
+mod health;
 mod jobs;
 mod kv_telling;
 mod legs;
 mod life;
 mod outbox;
 mod relay;
+mod role;
 mod run;
 pub mod transport;
 

@@ -1,23 +1,28 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
-use baton_proto::{Hello, KvCache, Peer, Report};
+use baton_proto::{Hello, KvCache, Peer, Report, StepModel};
 use baton_transfer::{Channel, Ledger};
-use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin, Role};
+use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin};
 use bytes::Bytes;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
-use crate::{counters::Counters, handoff::Handoffs};
+use crate::{counters::Counters, handoff::Handoffs, role::RoleKeeper};
 
 /// One life of the engine: what every job of it needs, and what coordinators are told of it.
 pub(crate) struct Life {
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) epoch: Epoch,
     pub(crate) kv: KvSide,
-    pub(crate) identity: Identity,
+    pub(crate) name: String,
+    pub(crate) role: RoleKeeper,
     pub(crate) description: EngineDescription,
     pub(crate) counters: Arc<Counters>,
     pub(crate) load: Mutex<EngineLoad>,
+    /// Turns true when this worker takes nothing new.
+    pub(crate) leaving: watch::Receiver<bool>,
+    pub(crate) born: Instant,
 }
 
 /// How this engine's KV can get to others.
@@ -37,13 +42,6 @@ pub(crate) struct Fenced {
     pub(crate) address: String,
     pub(crate) certificate_fingerprint: [u8; 32],
     pub(crate) channel: Arc<dyn Channel>,
-}
-
-/// Who this worker is.
-#[derive(Clone, Debug)]
-pub(crate) struct Identity {
-    pub(crate) name: String,
-    pub(crate) role: Role,
 }
 
 impl std::fmt::Debug for Life {
@@ -68,12 +66,28 @@ impl Life {
         }
     }
 
+    /// Nothing is left of any job: none runs, and no block of one is on its way.
+    pub(crate) fn is_idle(&self) -> bool {
+        let handoffs_open = match &self.kv {
+            KvSide::Fenced(fenced) => fenced.handoffs.open(),
+            KvSide::None | KvSide::Engine => 0,
+        };
+        self.counters.jobs_running.get() == 0 && handoffs_open == 0
+    }
+
+    /// A time so many milliseconds from now, on this life's own clock.
+    pub(crate) fn due_ms(&self, in_ms: u32) -> i64 {
+        let now_ms = i64::try_from(self.born.elapsed().as_millis()).unwrap_or(i64::MAX);
+        now_ms.saturating_add(in_ms.into())
+    }
+
     pub(crate) fn hello(&self) -> Hello {
         let mut hello = Hello {
             protocol_version: baton_proto::PROTOCOL_VERSION,
-            worker_name: self.identity.name.clone(),
+            worker_name: self.name.clone(),
             epoch: epoch_bytes(self.epoch),
-            role: baton_proto::Role::from(self.identity.role).into(),
+            role: baton_proto::Role::from(self.role.role()).into(),
+            role_change: self.role.change(),
             models: self.description.models.clone(),
             max_model_tokens: self.description.max_model_tokens,
             engine: self.description.engine.clone(),
@@ -81,6 +95,11 @@ impl Life {
                 block_size_tokens: cache.block_size_tokens,
                 adapters: self.description.adapters.clone(),
             }),
+            step_model: self
+                .engine
+                .pacing()
+                .and_then(|pacing| pacing.cold_start())
+                .map(|model| StepModel::fitted(&model, 0)),
             ..Hello::default()
         };
         match &self.kv {
@@ -91,7 +110,7 @@ impl Life {
                 hello.compatibility = Some((&fenced.compatibility).into());
                 hello.transports = fenced.channel.transports();
                 hello.peer = Some(Peer {
-                    worker_name: self.identity.name.clone(),
+                    worker_name: self.name.clone(),
                     epoch: epoch_bytes(self.epoch),
                     address: fenced.address.clone(),
                     certificate_fingerprint: Bytes::copy_from_slice(
@@ -111,6 +130,7 @@ impl Life {
             handoff_bytes_received: self.counters.handoff_bytes_received.get(),
             handoff_blocks_reused: self.counters.handoff_blocks_reused.get(),
             handoff_errors: self.counters.handoff_errors.get(),
+            role_change: self.role.change(),
             engine_requests_running: load.requests_running,
             engine_requests_waiting: load.requests_waiting,
             engine_kv_used_ratio: load.kv_used_ratio,
@@ -118,6 +138,11 @@ impl Life {
                 .engine
                 .kv_cache()
                 .map_or(0, |cache| cache.log.len() as u64),
+            step_model: self
+                .engine
+                .pacing()
+                .and_then(|pacing| pacing.fitted())
+                .map(|(model, samples)| StepModel::fitted(&model, samples)),
             ..Report::default()
         };
         if let KvSide::Fenced(fenced) = &self.kv {

@@ -1,17 +1,28 @@
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_config::{EngineConfig, WorkerConfig};
 use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
 use baton_transfer::{Interpose, Ledger};
-use baton_types::Epoch;
-use futures::future::join_all;
-use tokio::{sync::mpsc, time::MissedTickBehavior};
+use baton_types::{Compatibility, Epoch};
+use futures::{FutureExt, future::join_all};
+use tokio::{
+    sync::{mpsc, watch},
+    time::MissedTickBehavior,
+};
 
 use crate::{
-    attach::{self, TlsPem},
+    attach::{self, Coordinator, TlsPem},
     counters::Counters,
+    discover,
     handoff::{Handoffs, PortLoop, Transfer},
-    life::{Fenced, Identity, KvSide, Life},
+    health::Health,
+    life::{Fenced, KvSide, Life},
+    role::RoleKeeper,
     transport::{self, OpenTransport, TransportError},
 };
 
@@ -23,6 +34,11 @@ const EXPIRE_INTERVAL: Duration = Duration::from_millis(500);
 const LOAD_INTERVAL: Duration = Duration::from_secs(1);
 /// An engine whose connector has not come by then is worth a word in the log.
 const CONNECTOR_PATIENCE: Duration = Duration::from_secs(10);
+/// A job that was sent to a worker which leaves comes within this time.
+const LAST_JOBS: Duration = Duration::from_millis(300);
+const LEAVE_INTERVAL: Duration = Duration::from_millis(20);
+/// A worker that was let go looks this often whether its last handoffs have ended.
+const IDLE_INTERVAL: Duration = Duration::from_millis(10);
 const FIRST_RESTART_DELAY: Duration = Duration::from_millis(500);
 const LAST_RESTART_DELAY: Duration = Duration::from_secs(30);
 
@@ -36,13 +52,16 @@ pub enum WorkerError {
     Transfer(#[from] TransportError),
     #[error("cannot read {path}: {source}", path = path.display())]
     Tls { path: PathBuf, source: std::io::Error },
+    #[error("cannot listen on {address} (health_listen): {source}")]
+    Health { address: SocketAddr, source: std::io::Error },
 }
 
 /// Runs one worker until `shutdown` is ready: its engine, its handoffs, and its streams to the
 /// coordinators. To be run on a current-thread runtime.
 ///
 /// An engine that ends is started again, after a wait that grows, with a new epoch. On shutdown the
-/// streams are closed first, which cancels their jobs; then the engine is stopped.
+/// coordinators are asked for nothing new, and what there is may go on for the configured time; then the
+/// streams are closed, which cancels what is left, and the engine is stopped.
 pub async fn run(
     config: WorkerConfig,
     shutdown: impl Future<Output = ()>,
@@ -57,7 +76,8 @@ pub async fn run_through(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), WorkerError> {
     let worker = Worker::new(config, interpose)?;
-    let mut shutdown = std::pin::pin!(shutdown);
+    let _health = Health::serve(&worker.config, &worker.counters, worker.leaving.subscribe())?;
+    let mut shutdown = std::pin::pin!(shutdown.fuse());
     let mut delay = FIRST_RESTART_DELAY;
     let mut has_served = false;
     loop {
@@ -76,35 +96,32 @@ pub async fn run_through(
         };
         let served = tokio::select! {
             served = worker.serve(&engine) => Some(served),
-            () = &mut shutdown => None,
+            () = async { (&mut shutdown).await; worker.leave().await } => None,
         };
         engine.stop().await;
-        match served {
-            None => {
+        // Whoever was told to stop meanwhile starts no other.
+        let Some(Ended { error, was_ready }) = served.filter(|_| !*worker.leaving.borrow()) else {
+            worker.close().await;
+            return Ok(());
+        };
+        if !was_ready && !has_served {
+            worker.close().await;
+            return Err(error.into());
+        }
+        if was_ready {
+            has_served = true;
+            delay = FIRST_RESTART_DELAY;
+        }
+        tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
+        drop(engine);
+        tokio::select! {
+            () = &mut shutdown => {
                 worker.close().await;
                 return Ok(());
             }
-            Some(Ended { error, was_ready }) => {
-                if !was_ready && !has_served {
-                    worker.close().await;
-                    return Err(error.into());
-                }
-                if was_ready {
-                    has_served = true;
-                    delay = FIRST_RESTART_DELAY;
-                }
-                tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
-                drop(engine);
-                tokio::select! {
-                    () = &mut shutdown => {
-                        worker.close().await;
-                        return Ok(());
-                    }
-                    () = tokio::time::sleep(delay) => {}
-                }
-                delay = (2 * delay).min(LAST_RESTART_DELAY);
-            }
+            () = tokio::time::sleep(delay) => {}
         }
+        delay = (2 * delay).min(LAST_RESTART_DELAY);
     }
 }
 
@@ -123,7 +140,9 @@ fn start_engine(config: &WorkerConfig) -> Result<Arc<dyn Engine>, EngineError> {
 struct Worker {
     config: WorkerConfig,
     tls: Option<TlsPem>,
+    role: RoleKeeper,
     counters: Arc<Counters>,
+    leaving: watch::Sender<bool>,
     /// Absent where Baton does no handoffs.
     transfer: Option<WorkerTransfer>,
 }
@@ -142,6 +161,13 @@ impl Drop for WorkerTransfer {
     }
 }
 
+/// What of one life of the engine's KV side goes on when the worker changes its role.
+struct KvSideParts {
+    /// The first.
+    epoch: Epoch,
+    fenced: Option<(Handoffs, Compatibility)>,
+}
+
 struct Ended {
     error: EngineError,
     was_ready: bool,
@@ -153,7 +179,9 @@ impl Worker {
         let tls = tls.map_err(|(path, source)| WorkerError::Tls { path, source })?;
         let transfer =
             is_fenced(&config).then(|| WorkerTransfer::bind(&config, interpose)).transpose()?;
-        Ok(Self { config, tls, counters: Arc::default(), transfer })
+        let role = RoleKeeper::new(config.role);
+        let leaving = watch::Sender::new(false);
+        Ok(Self { config, tls, role, counters: Arc::default(), leaving, transfer })
     }
 
     /// Serves with one engine until it ends.
@@ -171,8 +199,28 @@ impl Worker {
         let mut ports = engine.kv_ports();
         let lives = async {
             loop {
-                let (life, port_loop) = self.next_life(engine, &description, &mut ports).await;
-                self.live(Arc::new(life), port_loop).await;
+                let (side, port_loop) = self.next_kv_side(&mut ports).await;
+                let carrying = async {
+                    match port_loop {
+                        Some(port_loop) => port_loop.run().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                let roles = async {
+                    let mut epoch = side.epoch;
+                    loop {
+                        self.live(Arc::new(self.life(engine, &description, &side, epoch))).await;
+                        epoch = Epoch::random();
+                        if let Some((handoffs, _)) = &side.fenced {
+                            handoffs.begin_epoch(epoch);
+                        }
+                    }
+                };
+                tokio::select! {
+                    // For ever.
+                    () = roles => {}
+                    () = carrying => tracing::warn!("the engine's KV side is gone"),
+                }
             }
         };
         tokio::select! {
@@ -185,58 +233,100 @@ impl Worker {
     }
 
     /// Waits for the engine's KV side where it has one.
-    async fn next_life(
+    async fn next_kv_side(
+        &self,
+        ports: &mut Option<mpsc::Receiver<KvPort>>,
+    ) -> (KvSideParts, Option<PortLoop>) {
+        let epoch = Epoch::random();
+        let (Some(transfer), Some(ports)) = (&self.transfer, ports) else {
+            return (KvSideParts { epoch, fenced: None }, None);
+        };
+        let port = next_port(ports).await;
+        let compatibility = port.compatibility.clone();
+        let (handoffs, carrying) =
+            Handoffs::of_port(port, epoch, transfer.transfer.clone(), self.counters.clone());
+        (KvSideParts { epoch, fenced: Some((handoffs, compatibility)) }, Some(carrying))
+    }
+
+    fn life(
         &self,
         engine: &Arc<dyn Engine>,
         description: &EngineDescription,
-        ports: &mut Option<mpsc::Receiver<KvPort>>,
-    ) -> (Life, Option<PortLoop>) {
-        let epoch = Epoch::random();
-        let mut kv = if engine_hands_over(&self.config) { KvSide::Engine } else { KvSide::None };
-        let mut port_loop = None;
-        if let (Some(transfer), Some(ports)) = (&self.transfer, ports) {
-            let port = next_port(ports).await;
-            let compatibility = port.compatibility.clone();
-            let (handoffs, carrying) =
-                Handoffs::of_port(port, epoch, transfer.transfer.clone(), self.counters.clone());
-            port_loop = Some(carrying);
-            kv = KvSide::Fenced(Box::new(Fenced {
-                handoffs,
+        side: &KvSideParts,
+        epoch: Epoch,
+    ) -> Life {
+        let kv = match (&self.transfer, &side.fenced) {
+            (Some(transfer), Some((handoffs, compatibility))) => KvSide::Fenced(Box::new(Fenced {
+                handoffs: handoffs.clone(),
                 ledger: transfer.transfer.ledger.clone(),
-                compatibility,
+                compatibility: compatibility.clone(),
                 address: transfer.address.clone(),
                 certificate_fingerprint: transfer.opened.certificate_fingerprint,
                 channel: transfer.transfer.channel.clone(),
-            }));
-        }
-        let life = Life {
+            })),
+            _ if engine_hands_over(&self.config) => KvSide::Engine,
+            _ => KvSide::None,
+        };
+        Life {
             engine: engine.clone(),
             epoch,
             kv,
-            identity: Identity { name: self.config.name.clone(), role: self.config.role },
+            name: self.config.name.clone(),
+            role: self.role.clone(),
             description: description.clone(),
             counters: self.counters.clone(),
             load: parking_lot::Mutex::default(),
-        };
-        (life, port_loop)
+            leaving: self.leaving.subscribe(),
+            born: std::time::Instant::now(),
+        }
     }
 
-    /// Attached to every coordinator until the engine's KV side goes.
-    async fn live(&self, life: Arc<Life>, port_loop: Option<PortLoop>) {
-        let attached = join_all(self.config.coordinators.iter().map(|coordinator| {
-            attach::keep_attached(life.clone(), coordinator, self.tls.as_ref())
-        }));
-        let port_gone = async {
-            match port_loop {
-                Some(port_loop) => port_loop.run().await,
-                None => std::future::pending().await,
-            }
-        };
+    /// Attached to every coordinator until the worker takes another role.
+    async fn live(&self, life: Arc<Life>) {
+        let _lives = self.counters.lives.one();
+        let attached = join_all(
+            self.config
+                .coordinators
+                .iter()
+                .map(|coordinator| self.keep_attached(life.clone(), coordinator)),
+        );
         tokio::select! {
             // Both for ever.
             _ = attached => {}
             () = watch_load(&life) => {}
-            () = port_gone => tracing::warn!(epoch = %life.epoch, "the engine's KV side is gone"),
+            () = takes_another_role(&life) => {
+                tracing::info!(role = %life.role.role(), "has another role");
+            }
+        }
+    }
+
+    async fn keep_attached(&self, life: Arc<Life>, coordinator: &str) {
+        let tls = self.tls.as_ref();
+        if self.config.every_address {
+            discover::keep_attached_to_all(life, coordinator, tls).await;
+        } else {
+            let coordinator = Coordinator { address: coordinator.to_owned(), name: None };
+            attach::keep_attached(life, &coordinator, tls, || true).await;
+        }
+    }
+
+    /// Takes nothing new, and waits for what there is.
+    async fn leave(&self) {
+        self.leaving.send_replace(true);
+        let open = || self.counters.jobs_open.get();
+        tracing::info!(jobs_open = open(), "told to stop; finishing what there is");
+        let finished = async {
+            let mut idle_since = Instant::now();
+            // What a coordinator sent before it heard of it still comes.
+            while open() > 0 || idle_since.elapsed() < LAST_JOBS {
+                if open() > 0 {
+                    idle_since = Instant::now();
+                }
+                tokio::time::sleep(LEAVE_INTERVAL).await;
+            }
+        };
+        if tokio::time::timeout(self.config.drain_timeout, finished).await.is_err() {
+            tracing::warn!(jobs_open = open(), "not all was finished in time");
         }
     }
 
@@ -271,6 +361,18 @@ fn is_fenced(config: &WorkerConfig) -> bool {
 
 fn engine_hands_over(config: &WorkerConfig) -> bool {
     matches!(&config.engine, EngineConfig::Vllm(vllm) if vllm.engine_handoff)
+}
+
+/// Waits until the worker was told to change its role and nothing is left to do in the old one.
+async fn takes_another_role(life: &Life) {
+    loop {
+        life.role.released().await;
+        if life.is_idle() && life.role.take() {
+            return;
+        }
+        // What the coordinators know to be over ends here within moments.
+        tokio::time::sleep(IDLE_INTERVAL).await;
+    }
 }
 
 /// The engine's next KV side. Never returns where none will come: then the engine has ended, which is

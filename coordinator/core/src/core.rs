@@ -1,3 +1,6 @@
+mod balance;
+mod role_change;
+
 use std::{collections::BTreeSet, time::Duration};
 
 use baton_types::{Fault, FaultKind, Generation, HandoffId, Leg, Origin, Role};
@@ -12,6 +15,10 @@ use crate::{
     recent_prefixes::RecentPrefixes,
     request::{Job, JobId, Phase, Request, RequestKey, RequestShape, RequestView, Stage},
 };
+
+use self::balance::Balancing;
+pub use self::role_change::AnnouncedChange;
+pub(crate) use self::{balance::Gaps, role_change::RoleChange};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
@@ -28,6 +35,8 @@ pub struct Settings {
     pub engine_queue_tokens: u64,
     /// A request with no first token after this time is given up.
     pub first_token_timeout: Duration,
+    /// A worker that was told to change its role, and has not after this time, stays as it is.
+    pub role_change_timeout: Duration,
     /// How often a request may be tried again before its first token.
     pub retries: u32,
 }
@@ -42,6 +51,7 @@ impl Default for Settings {
             targets: Targets::default(),
             engine_queue_tokens: 2048,
             first_token_timeout: Duration::from_secs(300),
+            role_change_timeout: Duration::from_secs(120),
             retries: 1,
         }
     }
@@ -65,6 +75,7 @@ pub struct Core {
     jobs: Keyed<Job>,
     /// Of the requests that have no answer yet.
     deadlines: BTreeSet<(Duration, RequestKey)>,
+    balancing: Option<Balancing>,
     /// Kept for its memory.
     candidates: Vec<WorkerKey>,
 }
@@ -80,6 +91,7 @@ impl Core {
         Self {
             settings,
             policy,
+            balancing: None,
             candidates: Vec::new(),
             fleet: Fleet::default(),
             requests: Keyed::default(),
@@ -99,7 +111,7 @@ impl Core {
             actions.push(Action::Disconnect { worker: former });
             self.handle(Event::WorkerLost { worker: former }, now, actions);
         }
-        self.fleet.attach(description)
+        self.fleet.attach(description, now)
     }
 
     /// A client asks. `handoff` names the handoff, should there be one.
@@ -115,6 +127,8 @@ impl Core {
         let key = RequestKey(self.requests.insert(Request {
             shape,
             due,
+            arrived: now,
+            is_counted: false,
             avoid: Vec::new(),
             plan: Plan::Split,
             waits_for: None,
@@ -137,13 +151,21 @@ impl Core {
             Event::WorkerLost { worker } => self.worker_lost(worker, now, actions),
             Event::Drain { worker } => self.drain(worker, now, actions),
             Event::Undrain { worker } => self.fleet.set_drains(worker, false),
-            Event::Report { worker, report } => self.fleet.report(worker, &report),
+            Event::Report { worker, report } => self.fleet.report(worker, &report, now),
             Event::PrefillDone { job } => self.prefill_done(job, now, actions),
             Event::Answered { job } => self.answered(job, now, actions),
             Event::Ended { job } => self.ended(job, now, actions),
             Event::LegFailed { job, fault } => self.leg_failed(job, fault, now, actions),
             Event::ClientGone { request } => self.forget(request, now, actions),
-            Event::Tick => self.expire(now, actions),
+            Event::SetRole { worker, role } => self.set_role(worker, role, now, actions),
+            Event::RoleChange { worker, change } => {
+                self.role_change_announced(worker, change, now, actions);
+            }
+            Event::Heard { worker, follows } => self.fleet.heard(worker, follows, now),
+            Event::Tick => {
+                self.expire(now, actions);
+                self.watch_role_changes(now, actions);
+            }
         }
     }
 
@@ -219,6 +241,13 @@ impl Core {
             Ok(plan) => {
                 let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
                 self.fleet.placed(worker);
+                if self.balancing.is_some()
+                    && let (Some(request), Some(on)) =
+                        (self.requests.get(key.0), self.fleet.get(worker))
+                {
+                    let hit_tokens = hit_tokens(&on.prefixes, &request.shape);
+                    self.count_arrival(key, worker, hit_tokens);
+                }
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.plan = plan;
                 }
@@ -405,7 +434,9 @@ impl Core {
             worker,
             leg,
             stage: if leg == Leg::Decode { Stage::Decoding } else { Stage::Prefilling },
+            since: now,
             prompt_tokens: 0,
+            output_tokens: 0,
             work_ms: 0.0,
         };
         if let (Some(request), Some(on)) = (self.requests.get(key.0), self.fleet.get_mut(worker)) {
@@ -438,7 +469,7 @@ impl Core {
     fn advance(&mut self, id: JobId, stage: Stage, now: Duration) {
         let Some(job) = self.jobs.get_mut(id.0).filter(|job| job.stage != stage) else { return };
         self.fleet.job_ended(job, now);
-        job.stage = stage;
+        (job.stage, job.since) = (stage, now);
         self.fleet.job_started(job, now);
     }
 
@@ -562,7 +593,9 @@ impl Core {
             );
             return self.leg_failed(id, fault, now, actions);
         }
-        self.close(id, now);
+        if let Some(job) = self.close(id, now) {
+            self.count_answer(&job);
+        }
         self.forget(key, now, actions);
         actions.push(Action::Finish { request: key });
         self.pump(worker, now, actions);
@@ -752,6 +785,7 @@ fn view(key: WorkerKey, worker: &Worker) -> WorkerView<'_> {
         jobs_running: worker.jobs_running,
         jobs_open: worker.jobs_open,
         drains: worker.drains,
+        changes_to: worker.role_change.to(),
         load: &worker.load,
     }
 }

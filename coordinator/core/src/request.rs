@@ -40,6 +40,9 @@ pub(crate) struct Request {
     pub(crate) first_token_deadline: Duration,
     /// When the first token is due, by the SLO.
     pub(crate) due: Duration,
+    pub(crate) arrived: Duration,
+    /// The balancer knows of it.
+    pub(crate) is_counted: bool,
     /// Workers that failed it.
     pub(crate) avoid: Vec<WorkerKey>,
     pub(crate) plan: Plan,
@@ -81,7 +84,10 @@ pub(crate) struct Job {
     pub(crate) worker: WorkerKey,
     pub(crate) leg: Leg,
     pub(crate) stage: Stage,
+    /// Since when it is in this stage.
+    pub(crate) since: Duration,
     pub(crate) prompt_tokens: u32,
+    pub(crate) output_tokens: u32,
     /// What its prefill costs, predicted.
     pub(crate) work_ms: f64,
 }

@@ -5,6 +5,7 @@ use std::{
 };
 
 use baton_proto as wire;
+use baton_types::Role;
 use futures::Stream;
 use parking_lot::Mutex;
 use tonic::Status;
@@ -25,8 +26,8 @@ struct State {
 }
 
 impl Link {
-    pub(crate) fn welcome(report_interval_ms: u32) -> Arc<Self> {
-        let first = wire::coordinator_frame::Frame::Welcome(wire::Welcome { report_interval_ms });
+    pub(crate) fn welcome(welcome: wire::Welcome) -> Arc<Self> {
+        let first = wire::coordinator_frame::Frame::Welcome(welcome);
         Arc::new(Self { state: Mutex::new(State { first: Some(first), ..State::default() }) })
     }
 
@@ -54,6 +55,16 @@ impl Link {
     /// Asks a worker to tell of its prefix cache anew.
     pub(crate) fn restart_kv_events(&self) {
         self.change(|state| state.commands.restart_kv_events = true);
+    }
+
+    /// Tells a worker which role it shall have.
+    pub(crate) fn set_role(&self, role: Role) {
+        self.change(|state| state.commands.set_role = wire::Role::from(role).into());
+    }
+
+    /// Lets a worker change its role: nothing more goes there until it has.
+    pub(crate) fn release(&self, change: u32) {
+        self.change(|state| state.commands.release = change);
     }
 
     /// Ends the stream of a worker whose place another took, and tells it so.
@@ -123,7 +134,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_gathers_goes_as_one_message_and_what_was_cancelled_in_time_not_at_all() {
-        let link = Link::welcome(500);
+        let link = Link::welcome(wire::Welcome { report_interval_ms: 500, itl_target_ms: 50.0 });
         let mut stream = LinkStream(link.clone());
         let welcome = stream.next().await.unwrap().unwrap().frame.unwrap();
         assert!(matches!(welcome, wire::coordinator_frame::Frame::Welcome(_)));

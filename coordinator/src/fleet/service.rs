@@ -47,7 +47,10 @@ impl Fleet for FleetService {
                 return Ok(Response::new(LinkStream(Link::refusal(reason))));
             }
         };
-        let link = Link::welcome(REPORT_INTERVAL_MS);
+        let link = Link::welcome(wire::Welcome {
+            report_interval_ms: REPORT_INTERVAL_MS,
+            itl_target_ms: self.shell.itl_target_ms(),
+        });
         let worker = self.shell.attach(description, link.clone(), peer, &hello);
         tokio::spawn(read(self.shell.clone(), worker, frames, link.clone()));
         Ok(Response::new(LinkStream(link)))
@@ -69,6 +72,7 @@ async fn read(
                 Some(wire::worker_frame::Frame::KvEvents(events)) => {
                     shell.kv_events(worker, &events);
                 }
+                Some(wire::worker_frame::Frame::Leaving(_)) => shell.worker_leaves(worker),
                 Some(wire::worker_frame::Frame::Hello(_)) | None => {
                     warn!("a worker sent a frame that has no place here: its stream is closed");
                     break;

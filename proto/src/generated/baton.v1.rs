@@ -2,7 +2,7 @@
 /// First a Hello, then the others in any order.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WorkerFrame {
-    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3, 4, 5")]
     pub frame: ::core::option::Option<worker_frame::Frame>,
 }
 /// Nested message and enum types in `WorkerFrame`.
@@ -17,8 +17,13 @@ pub mod worker_frame {
         Report(super::Report),
         #[prost(message, tag = "4")]
         KvEvents(super::KvEvents),
+        #[prost(message, tag = "5")]
+        Leaving(super::Leaving),
     }
 }
+/// This worker was told to stop: it finishes what it has and takes nothing new.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Leaving {}
 /// First a Welcome or a Refusal, then Commands; last a Refusal, where another worker took the name.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CoordinatorFrame {
@@ -37,7 +42,7 @@ pub mod coordinator_frame {
         Commands(super::Commands),
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Hello {
     #[prost(uint32, tag = "1")]
     pub protocol_version: u32,
@@ -71,6 +76,36 @@ pub struct Hello {
     /// is taken that both have.
     #[prost(string, repeated, tag = "13")]
     pub transports: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// How long its engine's steps take, as a profile says: to begin with. Absent where nobody knows.
+    #[prost(message, optional, tag = "12")]
+    pub step_model: ::core::option::Option<StepModel>,
+    /// Present where this worker is on its way to another role.
+    #[prost(message, optional, tag = "20")]
+    pub role_change: ::core::option::Option<RoleChange>,
+}
+/// `baton_types::StepModel`.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StepModel {
+    /// Three each.
+    #[prost(double, repeated, tag = "1")]
+    pub prefill_ms: ::prost::alloc::vec::Vec<f64>,
+    #[prost(double, repeated, tag = "2")]
+    pub decode_ms: ::prost::alloc::vec::Vec<f64>,
+    #[prost(double, tag = "3")]
+    pub prefill_interference_factor: f64,
+    /// Observed steps that it was fitted to.
+    #[prost(uint64, tag = "4")]
+    pub samples: u64,
+}
+/// A worker goes over to the other pool: it takes nothing new, finishes what it has, and once every
+/// coordinator has let go of it comes back with a new epoch.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RoleChange {
+    #[prost(enumeration = "Role", tag = "1")]
+    pub to: i32,
+    /// Counts this worker's changes, from 1.
+    #[prost(uint32, tag = "2")]
+    pub number: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KvCache {
@@ -116,11 +151,15 @@ pub struct Compatibility {
     #[prost(string, tag = "9")]
     pub connector_version: ::prost::alloc::string::String,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct Welcome {
     /// Reports are wanted this often.
     #[prost(uint32, tag = "1")]
     pub report_interval_ms: u32,
+    /// The time between two tokens that the engine's steps shall keep to: as much prefill as decodes can
+    /// bear beside them, no more. 0: the engine's own budget of tokens.
+    #[prost(float, tag = "2")]
+    pub itl_target_ms: f32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refusal {
@@ -137,6 +176,13 @@ pub struct Commands {
     /// Tell of the whole prefix cache anew: something was missed.
     #[prost(bool, tag = "3")]
     pub restart_kv_events: bool,
+    /// The role that this worker shall have; its own where it shall stay. Absent: unspecified.
+    #[prost(enumeration = "Role", tag = "10")]
+    pub set_role: i32,
+    /// The RoleChange.number for which this coordinator lets go: it has no job there, and will send none
+    /// until the change is through or given up. 0: it does not.
+    #[prost(uint32, tag = "11")]
+    pub release: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct StartJob {
@@ -159,6 +205,10 @@ pub struct StartJob {
     /// Decode leg of an engine's own handoff: the JSON of kv_transfer_params that prefill answered.
     #[prost(bytes = "bytes", tag = "7")]
     pub engine_handoff_params: ::prost::bytes::Bytes,
+    /// The request's first token is due in so long, counted from when this is sent: 1 where that is past,
+    /// 0 where nobody says. An engine with a queue serves first what is due first.
+    #[prost(uint32, tag = "8")]
+    pub deadline_ms: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Header {
@@ -298,6 +348,15 @@ pub struct Report {
     /// As in Hello, and what UCX has picked underneath so far, behind a colon: "ucx:rc_mlx5/mlx5_0:1".
     #[prost(string, repeated, tag = "17")]
     pub transports: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Present while this worker is on its way to another role.
+    #[prost(message, optional, tag = "20")]
+    pub role_change: ::core::option::Option<RoleChange>,
+    /// The balancer of this coordinator may change this worker's role. One of all that it serves may.
+    #[prost(bool, tag = "21")]
+    pub leads: bool,
+    /// How long the engine's steps take, as they were observed. Absent where it does not tell of them.
+    #[prost(message, optional, tag = "16")]
+    pub step_model: ::core::option::Option<StepModel>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
