@@ -127,7 +127,7 @@ fn up_with_a_taken_port_says_so_and_starts_nothing() {
     assert_eq!(output.status.code(), Some(1));
     let stderr = text(&output.stderr);
     assert!(stderr.starts_with(&format!("baton: port {port} is taken: ")), "{stderr}");
-    assert_eq!(processes_with(directory.path().to_str().unwrap()), []);
+    assert_eq!(processes_with(directory.path().to_str().unwrap()), Vec::<u32>::new());
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
@@ -270,7 +270,7 @@ fn up_serves_a_chat_and_leaves_nothing_behind_at_ctrl_c() {
     signal(up.process.id(), Signal::INT);
     up.line_with("stopped; nothing is left running");
     assert_eq!(up.ended(), Some(0));
-    assert_eq!(up.children(), []);
+    assert_eq!(up.children(), Vec::<u32>::new());
     assert!(TcpStream::connect(&address).is_err());
     let left = fs::read_dir(up.directory.path()).unwrap();
     assert_eq!(left.count(), 0, "files are left");
@@ -311,12 +311,65 @@ fn up_serves_a_chat_by_vllm_and_leaves_nothing_behind_at_ctrl_c() {
     signal(up.process.id(), Signal::INT);
     up.line_with("stopped; nothing is left running");
     assert_eq!(up.ended(), Some(0));
-    assert_eq!(up.children(), []);
+    assert_eq!(up.children(), Vec::<u32>::new());
     let left = fs::read_dir(up.directory.path()).unwrap();
     assert_eq!(left.count(), 0, "files are left");
     let mut shared = shared_memory_of_python();
     shared.retain(|name| !before.contains(name));
     assert_eq!(shared, [""; 0], "shared memory is left");
+}
+
+#[test]
+fn operators_see_and_order_what_up_started() {
+    let mut up = Up::start(&["--decode", "2"]);
+    let line = up.line_with("  baton top --admin ");
+    let access: Vec<&str> = line.split_whitespace().skip(2).collect();
+    let run = |arguments: &[&str]| {
+        let mut command = baton(&[arguments, &access].concat());
+        command.env_remove("BATON_ADMIN_TOKEN");
+        output(command)
+    };
+    let said = |arguments: &[&str]| {
+        let output = run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        text(&output.stdout)
+    };
+    let status = said(&["status"]);
+    assert!(status.contains("disaggregated · 1 prefill and 2 decode workers"), "{status}");
+    assert_eq!(status.lines().filter(|line| line.contains(" ready ")).count(), 3, "{status}");
+
+    // Nothing runs there, so it has drained at once.
+    assert_eq!(said(&["drain", "decode-1"]), "decode-1 is drained\n");
+    assert_eq!(said(&["mode", "aggregated"]), "the mode is aggregated\n");
+    let json: serde_json::Value = serde_json::from_str(&said(&["status", "--json"])).unwrap();
+    assert_eq!(
+        (&json["mode"], &json["workers"][1]["state"]),
+        (&"aggregated".into(), &"drained".into())
+    );
+    assert_eq!(said(&["drain", "decode-1", "--undrain"]), "decode-1 is ready\n");
+
+    let refused = |arguments: &[&str], says: &str| {
+        let output = run(arguments);
+        assert!(!output.status.success() && text(&output.stderr).contains(says), "{output:?}");
+    };
+    refused(&["drain", "decode-7"], "attached are decode-0, decode-1, prefill-0");
+    refused(&["mode", "split"], "\"aggregated\", \"disaggregated\" or \"adaptive\"");
+    refused(&["top"], "baton status --watch writes lines");
+    let wrong = up.directory.path().join("wrong.token");
+    fs::write(&wrong, "0123456789abcdef").unwrap();
+    let wrong = wrong.to_str().unwrap();
+    let output = output(baton(&["status", access[0], access[1], "--token-file", wrong]));
+    assert!(text(&output.stderr).contains("does not take this token"), "{output:?}");
+}
+
+#[test]
+fn shells_complete_its_words() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = output(baton(&["completions", shell]));
+        assert!(output.status.success());
+        let script = text(&output.stdout);
+        assert!(script.contains("transfer-check") && script.contains("undrain"), "{shell}");
+    }
 }
 
 #[test]
@@ -348,7 +401,7 @@ fn up_goes_on_without_a_worker_and_fails_without_its_coordinator() {
     let coordinator = up.children().into_iter().find(|child| coordinator.contains(child)).unwrap();
     signal(coordinator, Signal::KILL);
     assert_eq!(up.ended(), Some(1));
-    assert_eq!(up.children(), []);
+    assert_eq!(up.children(), Vec::<u32>::new());
 
     // The logs explain it, and memory is given back even of those that could not do it themselves.
     let cluster = up.cluster_directory();

@@ -10,6 +10,7 @@ pub struct ClusterConfig {
     pub balancer: BalancerConfig,
     /// Absent: nobody can look in or intervene.
     pub admin: Option<AdminConfig>,
+    pub telemetry: TelemetryConfig,
     /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
     /// `insecure_plaintext` is set.
     pub tls: Option<TlsConfig>,
@@ -134,6 +135,21 @@ pub struct AdminConfig {
 impl Default for AdminConfig {
     fn default() -> Self {
         Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), token_file: None }
+    }
+}
+
+/// Where traces of requests go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TelemetryConfig {
+    /// A collector's `http://host:port` for OTLP over gRPC; nothing is sent where not given.
+    pub otlp_endpoint: Option<String>,
+    /// Share of the requests that are traced, of those whose clients did not decide it.
+    pub sample_ratio: f64,
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self { otlp_endpoint: None, sample_ratio: 1.0 }
     }
 }
 

@@ -14,14 +14,14 @@ use toml::de::DeValue;
 use crate::{
     cluster::{
         AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-        LimitsConfig, SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource,
-        WorkerConfig,
+        LimitsConfig, SimConfig, SloConfig, TelemetryConfig, TlsConfig, TransferConfig, VllmConfig,
+        VllmSource, WorkerConfig,
     },
     value::{
         ActuatorName, Address, AnyBytes, CheckName, Codec, Count, Environment, ExistingDirectory,
         ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes,
-        NameOrStart, NotNegative, Port, Positive, Program, Requirements, RoleName, Seconds, Text,
-        TokenBytes, TransportName, Url,
+        NameOrStart, NotNegative, Port, Positive, Program, Ratio, Requirements, RoleName, Seconds,
+        Text, TokenBytes, TransportName, Url,
     },
 };
 
@@ -147,6 +147,16 @@ keys! {
         /// Its first line is the token that operators show. The environment variable
         /// BATON_ADMIN_TOKEN goes before it; one of them must be there.
         token_file => token_file: Maybe<ExistingFile> = Optional("\"admin.token\"");
+    }
+}
+
+keys! {
+    /// `[telemetry]`
+    TELEMETRY: TelemetryConfig {
+        /// A collector for OTLP over gRPC. One trace for each request, over both its legs.
+        otlp_endpoint => otlp_endpoint: Maybe<Url> = Optional("\"http://127.0.0.1:4317\"");
+        /// Share of the requests that are traced, of those that bring no traceparent.
+        sample_ratio => sample_ratio: Ratio = ByDefault;
     }
 }
 
@@ -428,6 +438,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
         slo: SloConfig::default(),
         balancer: BalancerConfig::default(),
         admin: None,
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers: Vec::new(),

@@ -17,8 +17,9 @@ mod write;
 pub use choose::NoSuchWorker;
 pub use cluster::{
     AdminConfig, ArenaConfig, BalancerActuator, BalancerConfig, CheckChoice, ClusterConfig,
-    CoordinatorConfig, EngineConfig, LimitsConfig, Requirement, SimConfig, SloConfig, TlsConfig,
-    TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+    CoordinatorConfig, EngineConfig, LimitsConfig, Requirement, SimConfig, SloConfig,
+    TelemetryConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource,
+    WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};

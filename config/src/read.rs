@@ -13,8 +13,18 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 9] =
-    ["coordinator", "slo", "balancer", "admin", "tls", "engine", "arena", "transfer", "worker"];
+const TABLES: [&str; 10] = [
+    "coordinator",
+    "slo",
+    "balancer",
+    "admin",
+    "telemetry",
+    "tls",
+    "engine",
+    "arena",
+    "transfer",
+    "worker",
+];
 
 impl ClusterConfig {
     /// Reads a file. Relative paths in it are taken from the file's own directory.
@@ -83,6 +93,9 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
     if let Some(place) = reader.table(root, "tls") {
         let tls = cluster.tls.insert(keys::blank_tls());
         reader.read_keys(&place, keys::TLS, &[], &[], tls);
+    }
+    if let Some(place) = reader.table(root, "telemetry") {
+        reader.read_keys(&place, keys::TELEMETRY, &[], &[], &mut cluster.telemetry);
     }
     if let Some(place) = reader.table(root, "admin") {
         let admin = cluster.admin.insert(AdminConfig::default());

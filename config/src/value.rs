@@ -300,6 +300,23 @@ impl Codec for Positive {
     }
 }
 
+/// A share.
+pub(crate) struct Ratio;
+
+impl Codec for Ratio {
+    type Value = f64;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<f64, String> {
+        number(value)
+            .filter(|number| (0.0..=1.0).contains(number))
+            .ok_or_else(|| "a number from 0 to 1".to_owned())
+    }
+
+    fn write(value: &f64) -> Option<String> {
+        Some(value.to_string())
+    }
+}
+
 /// A finite number that may be zero.
 pub(crate) struct NotNegative;
 

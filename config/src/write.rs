@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use crate::{
     cluster::{
         AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig, LimitsConfig,
-        SimConfig, SloConfig, TransferConfig,
+        SimConfig, SloConfig, TelemetryConfig, TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
 };
@@ -23,6 +23,7 @@ impl ClusterConfig {
         if let Some(admin) = &self.admin {
             write_table(&mut text, "[admin]", keys::ADMIN, admin);
         }
+        write_table(&mut text, "[telemetry]", keys::TELEMETRY, &self.telemetry);
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
         }
@@ -87,6 +88,8 @@ pub fn sample() -> String {
     describe_keys(&mut text, keys::BALANCER, &BalancerConfig::default(), Shown::AsNeeded);
     push(&mut text, ADMIN);
     describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
+    push(&mut text, TELEMETRY);
+    describe_keys(&mut text, keys::TELEMETRY, &TelemetryConfig::default(), Shown::AsNeeded);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
 
@@ -166,6 +169,10 @@ const ADMIN: &str = "
 # A listener of its own for operators: `baton status`, `baton drain`, `baton mode`, and the page /ui.
 # Off where this table is absent.
 #[admin]";
+
+const TELEMETRY: &str = "
+# Where traces of requests go. Nothing is sent without an endpoint.
+[telemetry]";
 
 const TLS: &str = "
 # Mutual TLS between coordinator and workers: PEM files. Needed as soon as an address below is not

@@ -6,8 +6,8 @@ use std::{path::Path, time::Duration};
 
 use baton_config::{
     AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-    LimitsConfig, SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
-    sample,
+    LimitsConfig, SimConfig, SloConfig, TelemetryConfig, TransferConfig, VllmConfig, VllmSource,
+    WorkerConfig, sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -42,6 +42,7 @@ fn default_cluster() -> ClusterConfig {
         slo: SloConfig::default(),
         balancer: BalancerConfig::default(),
         admin: None,
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers: vec![worker("prefill-0", Role::Prefill), worker("decode-0", Role::Decode)],

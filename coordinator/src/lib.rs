@@ -18,6 +18,7 @@ mod metrics;
 mod prefixes;
 mod prompt;
 mod shell;
+mod spans;
 mod timeline;
 
 use std::{
@@ -39,7 +40,9 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::T
 use tracing::info;
 
 pub use crate::balancing::{Replicas, ScaleError};
-use crate::{admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell};
+use crate::{
+    admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell, spans::Tracer,
+};
 
 /// What operators, their pages and their scripts hold open; further ones wait.
 const ADMIN_CONNECTIONS: usize = 64;
@@ -54,6 +57,8 @@ pub enum CoordinatorError {
     Tls { path: PathBuf, source: io::Error },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
+    #[error("telemetry.otlp_endpoint: {0}")]
+    Telemetry(#[from] opentelemetry_otlp::ExporterBuildError),
     #[error(transparent)]
     AdminToken(#[from] admin::TokenError),
     #[error("the worker listener ended: {0}")]
@@ -97,7 +102,8 @@ pub async fn run_with(
     let balances = balancer.actuator != BalancerActuator::Off;
     let balancing = balances.then(|| balancing::settings(&balancer));
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
-    let shell = Shell::new(settings, balancing, config.slo, limits.max_unread_bytes);
+    let tracer = Tracer::open(&config.telemetry)?;
+    let shell = Shell::new(settings, balancing, config.slo, limits.max_unread_bytes).traced(tracer);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let mut server = Server::builder()
@@ -160,6 +166,10 @@ pub async fn run_with(
         }
     }
     ticks.abort();
+    if let Some(tracer) = shell.tracer.clone() {
+        // It waits for its own thread, whose connection this one drives.
+        let _ = tokio::task::spawn_blocking(move || tracer.close()).await;
+    }
     admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
 }

@@ -1,3 +1,5 @@
+mod catalogue;
+
 use std::{
     sync::{Mutex, atomic::AtomicU64},
     time::Duration,
@@ -17,6 +19,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+pub(crate) use self::catalogue::Catalogue;
 use crate::{
     admin::{BucketCount, Latency},
     balancing::BalancerMetrics,
@@ -68,6 +71,15 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
+    const ALL: [Self; 6] = [
+        Self::Ok,
+        Self::ClientError,
+        Self::ServerError,
+        Self::BrokenOff,
+        Self::Cancelled,
+        Self::TooSlow,
+    ];
+
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -108,6 +120,10 @@ struct WorkerLabels {
     worker: String,
     role: &'static str,
 }
+
+/// Of the transfer channels' names for what goes wrong and how exports end, those that alerts ask for.
+const FAULTS: [&str; 2] = ["corrupt", "rotten"];
+const ENDS: [&str; 4] = ["acked", "aborted", "expired", "broken"];
 
 /// A worker makes no more lines than this, whatever it reports.
 const MAX_NAMES: usize = 64;
@@ -156,7 +172,7 @@ struct PathMetrics {
 /// The coordinator's metrics.
 #[derive(Debug)]
 pub(crate) struct Metrics {
-    registry: Mutex<Registry>,
+    catalogue: Mutex<Catalogue>,
     paths: [PathMetrics; 3],
     requests: Family<RequestLabels, Counter>,
     aggregated: Family<ReasonLabels, Counter>,
@@ -182,14 +198,14 @@ struct FleetMetrics {
     engine_running: Family<WorkerLabels, Gauge>,
     engine_waiting: Family<WorkerLabels, Gauge>,
     kv_used: Family<WorkerLabels, Gauge<f64, AtomicU64>>,
-    blocks_sent: Family<WorkerLabels, Gauge>,
-    bytes_sent: Family<WorkerLabels, Gauge>,
-    blocks_received: Family<WorkerLabels, Gauge>,
-    bytes_received: Family<WorkerLabels, Gauge>,
-    blocks_reused: Family<WorkerLabels, Gauge>,
+    blocks_sent: Family<WorkerLabels, Counter>,
+    bytes_sent: Family<WorkerLabels, Counter>,
+    blocks_received: Family<WorkerLabels, Counter>,
+    bytes_received: Family<WorkerLabels, Counter>,
+    blocks_reused: Family<WorkerLabels, Counter>,
     handoffs_open: Family<WorkerLabels, Gauge>,
-    handoff_errors: Family<NameLabels, Gauge>,
-    handoffs_ended: Family<NameLabels, Gauge>,
+    handoff_errors: Family<NameLabels, Counter>,
+    handoffs_ended: Family<NameLabels, Counter>,
     transfer_info: Family<WorkerTransportLabels, Gauge>,
     arena_slots_used: Family<WorkerLabels, Gauge>,
     arena_slots: Family<WorkerLabels, Gauge>,
@@ -212,7 +228,7 @@ const HANDOFF_BUCKETS: [f64; 12] =
 
 impl Metrics {
     pub(crate) fn new(slo: SloConfig) -> Self {
-        let mut registry = Registry::with_prefix("baton");
+        let mut catalogue = Catalogue::new();
         let by_path = |buckets: &'static [f64]| {
             Family::<PathLabels, Histogram, _>::new_with_constructor(move || {
                 Histogram::new(buckets.iter().copied())
@@ -226,8 +242,23 @@ impl Metrics {
         let handoff_seconds = Histogram::new(HANDOFF_BUCKETS);
         let (handoff_bytes, handoff_blocks, handoff_blocks_reused) =
             (Counter::default(), Counter::default(), Counter::default());
-        let requests = Family::default();
-        let aggregated = Family::default();
+        let requests = Family::<RequestLabels, Counter>::default();
+        // What can be alerted on is there before it happens.
+        for path in Path::ALL {
+            for outcome in Outcome::ALL {
+                let labels = RequestLabels { path: path.as_str(), outcome: outcome.as_str() };
+                requests.get_or_create(&labels).inc_by(0);
+            }
+        }
+        let aggregated = Family::<ReasonLabels, Counter>::default();
+        for reason in [
+            AggregatedReason::NoPrefillWorker,
+            AggregatedReason::NoDecodeWorker,
+            AggregatedReason::NoCompatiblePair,
+            AggregatedReason::HandoffFailed,
+        ] {
+            aggregated.get_or_create(&ReasonLabels { reason: reason.as_str() }).inc_by(0);
+        }
         let leg_failures = Family::default();
         let (prompt_tokens, prefix_hit_tokens) =
             (Family::<LegLabels, Counter>::default(), Family::<LegLabels, Counter>::default());
@@ -235,7 +266,7 @@ impl Metrics {
         let balancer = BalancerMetrics::default();
         let fleet = FleetMetrics::default();
 
-        let r = &mut registry;
+        let r = &mut catalogue;
         r.register_with_unit(
             "ttft",
             "From a request's arrival to its first token, queueing and handoff included",
@@ -328,7 +359,7 @@ impl Metrics {
             }
         });
         Self {
-            registry: Mutex::new(registry),
+            catalogue: Mutex::new(catalogue),
             paths,
             requests,
             aggregated,
@@ -424,9 +455,9 @@ impl Metrics {
     pub(crate) fn render(&self, requests_open: usize, workers: &[WorkerStatus]) -> String {
         self.fleet.set(requests_open, workers);
         let mut text = String::new();
-        let registry = self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let catalogue = self.catalogue.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Writing into a string does not fail.
-        let _ = encode(&mut text, &registry);
+        let _ = encode(&mut text, catalogue.registry());
         text
     }
 }
@@ -458,7 +489,7 @@ fn cumulative<'a>(histograms: impl Iterator<Item = &'a Histogram>) -> Vec<Bucket
 }
 
 impl FleetMetrics {
-    fn register(&self, r: &mut Registry) {
+    fn register(&self, r: &mut Catalogue) {
         r.register("requests_open", "Requests that have not ended", self.requests_open.clone());
         r.register("workers", "Workers attached", self.workers.clone());
         r.register(
@@ -486,9 +517,10 @@ impl FleetMetrics {
             "KV blocks that a worker has sent since it started",
             self.blocks_sent.clone(),
         );
-        r.register(
-            "worker_handoff_sent_bytes",
+        r.register_with_unit(
+            "worker_handoff_sent",
             "KV that a worker has sent since it started",
+            Unit::Bytes,
             self.bytes_sent.clone(),
         );
         r.register(
@@ -496,9 +528,10 @@ impl FleetMetrics {
             "KV blocks that a worker has received and verified since it started",
             self.blocks_received.clone(),
         );
-        r.register(
-            "worker_handoff_received_bytes",
+        r.register_with_unit(
+            "worker_handoff_received",
             "KV that a worker has received and verified since it started",
+            Unit::Bytes,
             self.bytes_received.clone(),
         );
         r.register(
@@ -562,18 +595,21 @@ impl FleetMetrics {
             &self.jobs,
             &self.engine_running,
             &self.engine_waiting,
-            &self.blocks_sent,
-            &self.bytes_sent,
-            &self.blocks_received,
-            &self.bytes_received,
-            &self.blocks_reused,
             &self.handoffs_open,
             &self.arena_slots_used,
             &self.arena_slots,
             &self.kv_blocks_cached,
             &self.prefix_blocks,
         ];
+        let counted = [
+            &self.blocks_sent,
+            &self.bytes_sent,
+            &self.blocks_received,
+            &self.bytes_received,
+            &self.blocks_reused,
+        ];
         per_worker.iter().for_each(|family| family.clear());
+        counted.iter().for_each(|family| family.clear());
         self.kv_used.clear();
         let by_name = [&self.handoff_errors, &self.handoffs_ended];
         by_name.iter().for_each(|family| family.clear());
@@ -585,11 +621,6 @@ impl FleetMetrics {
                 worker.jobs_running.into(),
                 report.engine_requests_running.into(),
                 report.engine_requests_waiting.into(),
-                report.handoff_blocks_sent,
-                report.handoff_bytes_sent,
-                report.handoff_blocks_received,
-                report.handoff_bytes_received,
-                report.handoff_blocks_reused,
                 report.handoffs_open.into(),
                 report.arena_slots_used.into(),
                 report.arena_slots.into(),
@@ -599,13 +630,31 @@ impl FleetMetrics {
             for (family, value) in per_worker.iter().zip(values) {
                 family.get_or_create(&labels).set(gauge(value));
             }
+            let counts = [
+                report.handoff_blocks_sent,
+                report.handoff_bytes_sent,
+                report.handoff_blocks_received,
+                report.handoff_bytes_received,
+                report.handoff_blocks_reused,
+            ];
+            for (family, count) in counted.iter().zip(counts) {
+                family.get_or_create(&labels).inc_by(count);
+            }
+            for (family, names) in by_name.iter().zip([&FAULTS[..], &ENDS[..]]) {
+                for name in names {
+                    let WorkerLabels { worker, role } = labels.clone();
+                    let name = (*name).to_owned();
+                    // What can be alerted on is there before it happens.
+                    family.get_or_create(&NameLabels { worker, role, name }).inc_by(0);
+                }
+            }
             for (family, counts) in
                 by_name.iter().zip([&report.handoff_errors, &report.handoffs_ended])
             {
                 for (name, count) in counts.iter().take(MAX_NAMES) {
                     let WorkerLabels { worker, role } = labels.clone();
                     let labels = NameLabels { worker, role, name: name.clone() };
-                    family.get_or_create(&labels).set(gauge(*count));
+                    family.get_or_create(&labels).inc_by(*count);
                 }
             }
             for transport in report.transports.iter().take(MAX_NAMES) {
@@ -619,24 +668,5 @@ impl FleetMetrics {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn latency_counts_all_ways_together() {
-        let metrics = Metrics::new(SloConfig::default());
-        metrics.first_token(Path::Disaggregated, Duration::from_millis(3));
-        metrics.first_token(Path::Aggregated, Duration::from_millis(60));
-        metrics.first_token(Path::Aggregated, Duration::from_secs(600));
-        metrics.gaps(Path::Disaggregated, Duration::from_millis(20), 2);
-        let Latency { ttft, itl } = metrics.latency();
-        let at = |counts: &[BucketCount], le| {
-            counts.iter().find(|count| count.le_seconds == le).unwrap().count
-        };
-        assert_eq!(at(&ttft, Some(0.0025)), 0);
-        assert_eq!(at(&ttft, Some(0.005)), 1);
-        assert_eq!(at(&ttft, Some(0.1)), 2);
-        assert_eq!(at(&ttft, None), 3);
-        assert_eq!((at(&itl, Some(0.005)), at(&itl, Some(0.01)), at(&itl, None)), (0, 2, 2));
-    }
-}
+#[path = "metrics/tests.rs"]
+mod tests;

@@ -29,6 +29,7 @@ use crate::{
     metrics::{Metrics, Outcome, Path},
     prefixes::{CachedPrefix, Prefixes},
     prompt::Prompt,
+    spans::{RequestTrace, Tracer},
     timeline::Timeline,
 };
 
@@ -39,6 +40,7 @@ pub(crate) use operators::UnknownWorker;
 pub(crate) struct Shell {
     state: Arc<Mutex<State>>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) tracer: Option<Arc<Tracer>>,
     started: Instant,
     slo: SloConfig,
     max_unread_bytes: usize,
@@ -80,6 +82,8 @@ struct Client {
     request_id: HeaderValue,
     streams: bool,
     timeline: Timeline,
+    trace: Option<Box<RequestTrace>>,
+    model: Option<String>,
     relaying: Option<Relaying>,
 }
 
@@ -117,6 +121,7 @@ pub(crate) struct IncomingRequest {
     pub(crate) streams: bool,
     pub(crate) request_id: HeaderValue,
     pub(crate) arrived: Instant,
+    pub(crate) trace: Option<Box<RequestTrace>>,
     pub(crate) forward: ForwardedRequest,
 }
 
@@ -159,10 +164,16 @@ impl Shell {
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
+            tracer: None,
             started: Instant::now(),
             slo,
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
+    }
+
+    /// The same, with a trace of each request.
+    pub(crate) fn traced(self, tracer: Option<Tracer>) -> Self {
+        Self { tracer: tracer.map(Arc::new), ..self }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -191,7 +202,11 @@ impl Shell {
             let cached = state.prefixes.cached(model.as_deref(), &prompt, now);
             KnownPrompt { prompt, model, cached }
         });
+        let model = incoming.shape.model.clone();
+        let mut timeline = Timeline::new(incoming.arrived);
+        let choosing = Instant::now();
         let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
+        timeline.placing = Some((choosing, Instant::now()));
         state.clients.insert(
             request,
             Client {
@@ -200,7 +215,9 @@ impl Shell {
                 prompt,
                 request_id: incoming.request_id,
                 streams: incoming.streams,
-                timeline: Timeline::new(incoming.arrived),
+                timeline,
+                trace: incoming.trace,
+                model,
                 relaying: None,
             },
         );
@@ -237,8 +254,9 @@ impl Shell {
             report: wire::Report::default(),
         };
         state.journal.role(&description.name, description.role);
-        let kept = format!("as {}, epoch {}", description.role, description.epoch);
-        state.journal.decided("attached", &description.name, kept, "worker");
+        let epoch: String = description.epoch.to_string().chars().take(8).collect();
+        let how = format!("as {}, epoch {epoch}…", description.role);
+        state.journal.decided("attached", &description.name, how, "worker");
         let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
         self.carry_out(&mut state, actions, None);
         state.links.insert(worker, attached);
@@ -252,6 +270,7 @@ impl Shell {
         if let Some(view) = state.core.worker(worker) {
             warn!(worker = view.description.name, role = %view.description.role, "worker lost");
             let name = view.description.name.clone();
+            state.journal.worker_goes(worker, &name);
             state.journal.decided("lost", name, "its stream ended", "coordinator");
         }
         self.tell_core(&mut state, Event::WorkerLost { worker }, None);
@@ -409,6 +428,11 @@ impl Shell {
                 if let Some(Route::Disaggregated { prefill, decode, .. }) = route {
                     state.handoffs.add(prefill, decode, &moved);
                 }
+                if let Some(client) = state.clients.get_mut(&request)
+                    && let Some(trace) = &mut client.trace
+                {
+                    trace.handed_over(&moved);
+                }
             }
             self.tell_core(state, Event::Answered { job }, Some(&event));
         }
@@ -419,7 +443,6 @@ impl Shell {
         let gap = client.tokens(event.tokens, now, &self.metrics);
         state.core.tokens(job, event.tokens, gap);
         if client.answer.push(&event.payload).is_err() {
-            info!(request_id = ?client.request_id, "client reads too slowly: cancelled");
             if let Some(client) = state.clients.remove(&request) {
                 self.request_ended(state, &client, Outcome::TooSlow);
             }
@@ -441,10 +464,8 @@ impl Shell {
             match action {
                 Action::Start { worker, job, request, leg, handoff } => {
                     self.prompt_goes_to(state, worker, request, leg);
-                    if leg != Leg::Decode
-                        && let Some(client) = state.clients.get_mut(&request)
-                    {
-                        client.timeline.attempted(Instant::now());
+                    if let Some(client) = state.clients.get_mut(&request) {
+                        client.timeline.leg_given(leg, worker, Instant::now());
                     }
                     if let Some(start) = state.start_job(job, request, leg, handoff)
                         && let Some(attached) = state.links.get(&worker)
@@ -484,9 +505,16 @@ impl Shell {
                     self.request_ended(state, &client, outcome);
                     client.answer.complete();
                 }
-                Action::Blame { leg, fault } => {
-                    warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message,
-                        "leg failed");
+                Action::Blame { request, leg, fault } => {
+                    if let Some(client) = state.clients.get_mut(&request) {
+                        client.log_span().in_scope(|| {
+                            warn!(%leg, origin = %fault.origin, kind = %fault.kind,
+                                reason = fault.message, "leg failed");
+                        });
+                        if let Some(trace) = &mut client.trace {
+                            trace.leg_failed(leg, &fault);
+                        }
+                    }
                     self.metrics.leg_failed(leg, &fault);
                 }
                 Action::SetRole { worker, role } => {
@@ -592,7 +620,10 @@ impl State {
         handoff: Option<HandoffPlan>,
     ) -> Option<wire::StartJob> {
         let client = self.clients.get(&request)?;
-        let forward = client.request.clone()?;
+        let mut forward = client.request.clone()?;
+        if let Some(trace) = &client.trace {
+            trace.passed_on(leg, &mut forward.headers);
+        }
         let left_ms = self.slo.ttft_ms - client.timeline.arrived.elapsed().as_secs_f64() * 1000.0;
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
         let deadline_ms = left_ms.max(1.0) as u32;
@@ -601,13 +632,12 @@ impl State {
             Some(HandoffPlan::Engine { prefill: Some(prefill) }) => {
                 (None, self.engine_handoffs.remove(&prefill).unwrap_or_default())
             }
-            Some(HandoffPlan::Fenced { id, generation, peer, due_in }) => {
+            Some(HandoffPlan::Fenced { id, generation, peer }) => {
                 let peer = self.links.get(&peer).and_then(|attached| attached.peer.clone());
                 let handoff = wire::Handoff {
                     id: Bytes::copy_from_slice(id.as_bytes()),
                     generation: generation.0,
                     peer: peer.map(|peer| peer.wire),
-                    deadline_ms: u32::try_from(due_in.as_millis()).unwrap_or(u32::MAX).max(1),
                 };
                 (Some(handoff), Bytes::new())
             }
@@ -626,6 +656,12 @@ impl State {
 }
 
 impl Client {
+    /// What a log line about the request stands in.
+    fn log_span(&self) -> tracing::Span {
+        let request_id = String::from_utf8_lossy(self.request_id.as_bytes());
+        tracing::info_span!("request", %request_id)
+    }
+
     fn path(&self) -> Path {
         self.relaying.as_ref().map_or(Path::None, |relaying| relaying.path)
     }

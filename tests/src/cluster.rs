@@ -32,6 +32,8 @@ pub struct ClusterBuilder {
     arena_toml: String,
     /// By role; those of no role for all.
     transfer_toml: BTreeMap<String, String>,
+    tables_toml: String,
+    log: Vec<String>,
     balancer_toml: String,
     tls: Option<TlsPem>,
     drain_timeout_seconds: u32,
@@ -96,6 +98,8 @@ impl ClusterBuilder {
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
             transfer_toml: BTreeMap::new(),
+            tables_toml: String::new(),
+            log: Vec::new(),
             balancer_toml: String::new(),
             tls: None,
             drain_timeout_seconds: 1,
@@ -137,6 +141,19 @@ impl ClusterBuilder {
     /// Keys of `[worker.transfer]`, of the workers of this role, or of all where it is empty.
     pub fn transfer(mut self, role: &str, keys: &str) -> Self {
         self.transfer_toml.insert(role.to_owned(), keys.to_owned());
+        self
+    }
+
+    /// More tables of the file, such as `[telemetry]`. Relative paths are taken from the cluster's
+    /// directory.
+    pub fn tables(mut self, toml: &str) -> Self {
+        self.tables_toml = toml.to_owned();
+        self
+    }
+
+    /// Logs in JSON, what `filter` lets through.
+    pub fn json_logs(mut self, filter: &str) -> Self {
+        self.log = ["--log-format", "json", "--log", filter].map(str::to_owned).into();
         self
     }
 
@@ -196,6 +213,7 @@ impl ClusterBuilder {
             base: format!("http://127.0.0.1:{http_port}"),
             workers_port,
             admin_port,
+            log: self.log.clone(),
             ports,
             workers: workers
                 .iter()
@@ -228,8 +246,8 @@ impl ClusterBuilder {
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
              [coordinator.limits]\n{}\n\n[slo]\n{}\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\
-             token_file = \"admin.token\"\n\n[arena]\n{}\n\n",
-            self.coordinator_toml, self.slo_toml, self.arena_toml
+             token_file = \"admin.token\"\n\n[arena]\n{}\n\n{}\n",
+            self.coordinator_toml, self.slo_toml, self.arena_toml, self.tables_toml
         );
         writeln!(toml, "[balancer]\n{}\n", self.balancer_toml)?;
         if let Some(tls) = &self.tls {
@@ -309,6 +327,7 @@ pub struct Cluster {
     base: String,
     workers_port: u16,
     admin_port: u16,
+    log: Vec<String>,
     /// Of each worker: its transfer channel's, and its engine's.
     ports: BTreeMap<String, [u16; 2]>,
     config: PathBuf,
@@ -371,10 +390,11 @@ impl Cluster {
     pub fn start_process(&mut self, name: &str) -> Result<()> {
         let config = self.config.to_string_lossy().into_owned();
         let role = self.workers.get(name).map(|role| format!("{role}-worker"));
-        let arguments = match &role {
+        let mut arguments = match &role {
             None => vec!["coordinator", "--config", &config],
             Some(role) => vec![role.as_str(), "--config", &config, "--name", name],
         };
+        arguments.extend(self.log.iter().map(String::as_str));
         let process = Process::start(name, &arguments, self.directory.path())?;
         self.processes.insert(name.to_owned(), process);
         Ok(())

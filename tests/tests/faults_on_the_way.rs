@@ -263,7 +263,7 @@ async fn disturbed(transport: &str) {
     println!("{handoffs} requests in {seconds:.1} s: {paths:?}\ndone: {done:?}");
     for name in baton_transfer::TransferError::NAMES {
         let label = format!("name=\"{name}\"");
-        let count = idle.sum("baton_worker_handoff_errors", &[&label]);
+        let count = idle.sum("baton_worker_handoff_errors_total", &[&label]);
         if count > 0.0 {
             println!("{name}: {count}");
         }
@@ -273,7 +273,10 @@ async fn disturbed(transport: &str) {
     }
     for name in ["corrupt", "rotten", "truncated", "duplicate", "out_of_order", "cross_handoff"] {
         let label = format!("name=\"{name}\"");
-        assert!(idle.sum("baton_worker_handoff_errors", &[&label]) > 0.0, "{name} was not counted");
+        assert!(
+            idle.sum("baton_worker_handoff_errors_total", &[&label]) > 0.0,
+            "{name} was not counted"
+        );
     }
     assert!(paths["disaggregated"] > handoffs / 2, "{paths:?}");
     drop(idle);

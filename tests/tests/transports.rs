@@ -99,7 +99,7 @@ async fn workers_with_nothing_in_common_leave_the_answer_to_one() {
     assert_eq!((answer.path(), answer.header("x-baton-reason")), ("aggregated", "handoff_failed"));
     cluster
         .eventually("the reason is told", |metrics| {
-            metrics.sum("baton_worker_handoff_errors", &["name=\"unreachable\""]) > 0.0
+            metrics.sum("baton_worker_handoff_errors_total", &["name=\"unreachable\""]) > 0.0
         })
         .await;
     cluster.eventually_idle().await;

@@ -135,7 +135,7 @@ async fn split_equals_aggregated(cluster: &Cluster) {
         cluster
             .eventually("what was sent is what came", |metrics| {
                 let sent = |what: &str, worker| {
-                    metrics.sum(&format!("baton_worker_handoff_{what}"), &[worker])
+                    metrics.sum(&format!("baton_worker_handoff_{what}_total"), &[worker])
                 };
                 sent("blocks_sent", "prefill-0") == sent("blocks_received", "decode-0")
                     && sent("sent_bytes", "prefill-0") == sent("received_bytes", "decode-0")

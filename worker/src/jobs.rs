@@ -53,7 +53,12 @@ impl Jobs {
             return;
         }
         let job = start.job;
-        let span = tracing::info_span!("job", job, leg = start.leg().as_str_name());
+        let span = tracing::info_span!(
+            "job",
+            request_id = %request_id(&start),
+            job,
+            leg = start.leg().as_str_name()
+        );
         let entry = Entry { job, running: self.running.clone() };
         let (life, outbox) = (self.life.clone(), self.outbox.clone());
         let task = async move {
@@ -73,6 +78,15 @@ impl Jobs {
             task.abort();
         }
     }
+}
+
+/// As the coordinator writes it down; a client's own may be no text.
+fn request_id(start: &StartJob) -> String {
+    let mut headers = start.headers.iter();
+    headers
+        .find(|header| header.name.eq_ignore_ascii_case("x-request-id"))
+        .map(|header| String::from_utf8_lossy(&header.value).into_owned())
+        .unwrap_or_default()
 }
 
 /// A job's place in the table.
@@ -219,8 +233,8 @@ fn produce(start: &StartJob, life: &Life) -> Result<(Producing, KvParameters), F
     let (name, peer) = handoff_of(start)?;
     let consumer = baton_proto::fingerprint("Peer", &peer.certificate_fingerprint)
         .map_err(|error| refused(&error))?;
-    let due_ms = start.handoff.as_ref().map_or(0, |handoff| handoff.deadline_ms);
-    let due = (due_ms > 0).then(|| Instant::now() + Duration::from_millis(due_ms.into()));
+    let due_in = Duration::from_millis(start.deadline_ms.into());
+    let due = (!due_in.is_zero()).then(|| Instant::now() + due_in);
     let producing = life.handoffs()?.produce(name, consumer, due)?;
     let kv = KvParameters::Fenced { part: Part::Produce, id: name.0, generation: name.1 };
     Ok((producing, kv))

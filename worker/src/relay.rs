@@ -51,7 +51,7 @@ impl Relay<'_> {
             .get(header::CONTENT_TYPE)
             .is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"));
         if answer.status.is_server_error() {
-            return Err(server_error(answer).await);
+            return Err(server_error(&answer));
         }
         if is_events { self.events(answer).await } else { self.whole(answer).await }
     }
@@ -181,7 +181,7 @@ pub(crate) async fn prefill_answer(
     with_engine_parameters: bool,
 ) -> Result<Event, Fault> {
     if answer.status.is_server_error() {
-        return Err(server_error(answer).await);
+        return Err(server_error(&answer));
     }
     let Answer { status, headers, mut body } = answer;
     let mut held = BytesMut::new();
@@ -225,12 +225,8 @@ fn engine_parameters(body: &[u8]) -> Result<Bytes, Fault> {
         })
 }
 
-/// The engine's own failure. What it wrote may quote the prompt: that goes no further than debug.
-async fn server_error(mut answer: Answer) -> Fault {
-    if tracing::enabled!(tracing::Level::DEBUG) {
-        let first = answer.body.next().await.and_then(Result::ok).unwrap_or_default();
-        tracing::debug!(body = %String::from_utf8_lossy(&first), "the engine failed");
-    }
+/// The engine's own failure. What it wrote may quote the prompt, and stays with it.
+fn server_error(answer: &Answer) -> Fault {
     Fault::new(Origin::Engine, FaultKind::Failed, format!("the engine answered {}", answer.status))
 }
 

@@ -13,7 +13,7 @@ use std::{
 use anyhow::Context as _;
 use baton_config::{
     AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-    LimitsConfig, SimConfig, SloConfig, TransferConfig, WorkerConfig,
+    LimitsConfig, SimConfig, SloConfig, TelemetryConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -108,6 +108,7 @@ pub(super) fn plan(
         slo: SloConfig::default(),
         balancer: BalancerConfig::default(),
         admin: Some(admin.clone()),
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers,

@@ -408,8 +408,7 @@ impl Core {
             let plan = HandoffPlan::Engine { prefill: None };
             (self.start(key, prefill, Leg::Prefill, Some(plan), now, actions), None)
         } else {
-            let due_in = request.due.saturating_sub(now);
-            let fenced = |peer| Some(HandoffPlan::Fenced { id, generation, peer, due_in });
+            let fenced = |peer| Some(HandoffPlan::Fenced { id, generation, peer });
             let first = self.start(key, prefill, Leg::Prefill, fenced(decode), now, actions);
             let second = self.start(key, decode, Leg::Decode, fenced(prefill), now, actions);
             (first, Some(second))
@@ -618,7 +617,7 @@ impl Core {
         actions: &mut Vec<Action>,
     ) {
         let Some(request) = self.requests.get_mut(key.0) else { return };
-        actions.push(Action::Blame { leg, fault: fault.clone() });
+        actions.push(Action::Blame { request: key, leg, fault: fault.clone() });
 
         if request.phase == Phase::Relaying {
             if request.answering.is_some() {

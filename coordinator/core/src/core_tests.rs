@@ -83,8 +83,8 @@ fn both_legs_start_together_under_one_fence() {
         panic!("{actions:?}")
     };
     assert_eq!((p, d), (keys[0], keys[1]));
-    let (id, due_in) = (HandoffId::from_u128(7), Settings::default().ttft);
-    let fenced = |peer| HandoffPlan::Fenced { id, generation: Generation(0), peer, due_in };
+    let fenced =
+        |peer| HandoffPlan::Fenced { id: HandoffId::from_u128(7), generation: Generation(0), peer };
     assert_eq!((plan_p, plan_d), (Some(fenced(d)), Some(fenced(p))));
 
     assert_eq!(f.handle(Event::PrefillDone { job: prefill }), []);

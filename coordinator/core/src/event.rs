@@ -1,5 +1,3 @@
-use std::time::Duration;
-
 use baton_types::{Fault, Generation, HandoffId, Leg, Role};
 
 use crate::{
@@ -92,7 +90,7 @@ pub enum Action {
     /// The answer is complete.
     Finish { request: RequestKey },
     /// A leg failed: for the record.
-    Blame { leg: Leg, fault: Fault },
+    Blame { request: RequestKey, leg: Leg, fault: Fault },
     /// Tell a worker which role it shall have.
     SetRole { worker: WorkerKey, role: Role },
     /// Tell a worker that on account of this coordinator it can change its role: nothing of ours is
@@ -109,11 +107,11 @@ pub enum HandoffPlan {
         id: HandoffId,
         generation: Generation,
         peer: WorkerKey,
-        /// Until the request's first token is due; nothing where that is past.
-        due_in: Duration,
     },
     /// The decode leg starts with what this prefill job answered.
-    Engine { prefill: Option<JobId> },
+    Engine {
+        prefill: Option<JobId>,
+    },
 }
 
 /// Why a client gets an error instead of an answer.

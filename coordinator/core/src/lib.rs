@@ -21,7 +21,7 @@ mod recent_prefixes;
 mod request;
 
 pub use crate::{
-    balancer::{BalancerSettings, Decision, Verdict},
+    balancer::{BalancerSettings, Decision, PoolFigures, Reason, Verdict},
     core::{AnnouncedChange, Core, Settings},
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},

@@ -62,6 +62,8 @@ async fn try_forward(
         Endpoint::Whole => None,
     };
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
+    let tracer = front.shell.tracer.as_ref();
+    let trace = tracer.and_then(|tracer| tracer.begin(&parts.headers, &path)).map(Box::new);
     let headers = forwarded_headers(&parts.headers, &request_id);
     let (answer, in_flight) = front.shell.arrive(IncomingRequest {
         shape,
@@ -69,6 +71,7 @@ async fn try_forward(
         streams,
         request_id,
         arrived,
+        trace,
         forward: ForwardedRequest { path, headers, body },
     });
     let head =

@@ -206,7 +206,8 @@ pub struct StartJob {
     #[prost(bytes = "bytes", tag = "7")]
     pub engine_handoff_params: ::prost::bytes::Bytes,
     /// The request's first token is due in so long, counted from when this is sent: 1 where that is past,
-    /// 0 where nobody says. An engine with a queue serves first what is due first.
+    /// 0 where nobody says. An engine with a queue serves first what is due first, and a link passes first
+    /// the handoff of what is due first.
     #[prost(uint32, tag = "8")]
     pub deadline_ms: u32,
 }
@@ -227,10 +228,6 @@ pub struct Handoff {
     /// The other worker of this handoff.
     #[prost(message, optional, tag = "3")]
     pub peer: ::core::option::Option<Peer>,
-    /// The request's first token is due in so long, counted from when this is sent: 1 where that is past,
-    /// 0 where it is not known. Of the handoffs that share a link the one that is due first goes first.
-    #[prost(uint32, tag = "4")]
-    pub deadline_ms: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct EventBatch {

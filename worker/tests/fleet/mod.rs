@@ -325,7 +325,6 @@ pub fn split(number: u64, body: &Bytes, prefill: &Hello, decode: &Hello) -> (Sta
             id: Bytes::copy_from_slice(id.as_bytes()),
             generation: 0,
             peer: peer.peer.clone(),
-            deadline_ms: 0,
         }),
         ..job(number, leg, body)
     };
