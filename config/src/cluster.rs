@@ -7,6 +7,8 @@ use baton_types::Role;
 pub struct ClusterConfig {
     pub coordinator: CoordinatorConfig,
     pub slo: SloConfig,
+    pub placement: PlacementConfig,
+    pub admission: AdmissionConfig,
     pub balancer: BalancerConfig,
     /// Absent: nobody can look in or intervene.
     pub admin: Option<AdminConfig>,
@@ -73,6 +75,82 @@ pub struct SloConfig {
 impl Default for SloConfig {
     fn default() -> Self {
         Self { ttft_ms: 2000.0, itl_ms: 50.0 }
+    }
+}
+
+/// Where the legs of a request run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacementConfig {
+    pub mode: PlacementMode,
+    /// Of `baton policies`; the mode's own where none is given.
+    pub policy: Option<String>,
+    pub on_no_prefill: OnNoPrefill,
+    pub late: LateRequests,
+}
+
+impl Default for PlacementConfig {
+    fn default() -> Self {
+        Self {
+            mode: PlacementMode::Adaptive,
+            policy: None,
+            on_no_prefill: OnNoPrefill::Local,
+            late: LateRequests::Last,
+        }
+    }
+}
+
+/// Which requests are split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlacementMode {
+    /// Each worker may do any leg, and each request is split where that is predicted to be better. As
+    /// long as nothing can be predicted, as under `Always`.
+    Adaptive,
+    /// All that can be, between the two pools.
+    Always,
+    Never,
+}
+
+/// What becomes of requests while the prefill pool is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnNoPrefill {
+    Reject,
+    /// Decode workers do all of it.
+    Local,
+}
+
+/// What becomes of requests that are predicted to miss their TTFT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LateRequests {
+    /// They come after all that can still make it, and those by their deadlines.
+    Last,
+    /// All are served as they come.
+    Fifo,
+}
+
+/// Priorities are from minus this to this; clients' own that go beyond it are taken for it.
+pub const MAX_PRIORITY: i32 = 10;
+
+/// Who waits, how long, and who is turned away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdmissionConfig {
+    pub max_waiting_requests: u32,
+    pub max_wait: Duration,
+    /// Zero: not at all.
+    pub wait_for_worker: Duration,
+    /// Requests of this priority and of larger numbers.
+    pub early_rejection_priority: Option<i32>,
+    pub tenant_header: Option<String>,
+}
+
+impl Default for AdmissionConfig {
+    fn default() -> Self {
+        Self {
+            max_waiting_requests: 10_000,
+            max_wait: Duration::from_secs(60),
+            wait_for_worker: Duration::from_secs(2),
+            early_rejection_priority: None,
+            tenant_header: None,
+        }
     }
 }
 
@@ -321,17 +399,6 @@ pub enum CheckChoice {
     Crc,
     /// A keyed hash, too: nobody on the network did.
     Blake3,
-}
-
-impl CheckChoice {
-    pub const ALL: [Self; 2] = [Self::Crc, Self::Blake3];
-
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Crc => "crc",
-            Self::Blake3 => "blake3",
-        }
-    }
 }
 
 /// What must hold of the way that blocks go.

@@ -13,15 +13,16 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-        LimitsConfig, SimConfig, SloConfig, TelemetryConfig, TlsConfig, TransferConfig, VllmConfig,
-        VllmSource, WorkerConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, CheckChoice, ClusterConfig,
+        CoordinatorConfig, EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig,
+        PlacementMode, SimConfig, SloConfig, TelemetryConfig, TlsConfig, TransferConfig,
+        TransportChoice, VllmConfig, VllmSource, WorkerConfig,
     },
     value::{
-        ActuatorName, Address, AnyBytes, CheckName, Codec, Count, Environment, ExistingDirectory,
-        ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes,
-        NameOrStart, NotNegative, Port, Positive, Program, Ratio, Requirements, RoleName, Seconds,
-        Text, TokenBytes, TransportName, Url,
+        ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
+        ExistingFile, FilePath, FixedAddress, Flag, HeaderName, HostPort, HostPorts, Maybe,
+        MtuBytes, NameOrStart, NotNegative, OneOf, Port, Positive, Priority, Program, Ratio,
+        Requirements, RoleName, Seconds, SecondsOrNone, Text, TokenBytes, Url,
     },
 };
 
@@ -122,6 +123,42 @@ keys! {
 }
 
 keys! {
+    /// `[placement]`
+    PLACEMENT: PlacementConfig {
+        /// Which requests are split. "adaptive": each worker may do any leg, and what TTFT and ITL are
+        /// predicted to be decides for each request; as long as the steps of some worker's engine are
+        /// not known, as under "always": all that can be, between the two pools. "never": none.
+        mode => mode: OneOf<PlacementMode> = ByDefault;
+        /// One of `baton policies`. Default: "slack" where the mode is adaptive, else "least-load".
+        policy => policy: Maybe<Text> = Optional("\"slack\"");
+        /// While there is no prefill worker: "local" (decode workers do all of it) or "reject" (503).
+        on_no_prefill => on_no_prefill: OneOf<OnNoPrefill> = ByDefault;
+        /// "last": requests wait here rather than in an engine, by the time at which their first token
+        /// is due, and those that are predicted to miss it come after all others. "fifo": as they come.
+        late => late: OneOf<LateRequests> = ByDefault;
+    }
+}
+
+keys! {
+    /// `[admission]`
+    ADMISSION: AdmissionConfig {
+        /// When all workers have enough to do, so many requests wait here, the important first and
+        /// tenants by their shares; the least important beyond that are answered with 429.
+        max_waiting_requests => max_waiting_requests: Count = ByDefault;
+        /// Who waited so long is answered with 429.
+        max_wait_seconds => max_wait: Seconds = ByDefault;
+        /// Without any worker a request waits so long for the first one, and then gets 503.
+        wait_for_worker_seconds => wait_for_worker: SecondsOrNone = ByDefault;
+        /// Requests of this priority, and of less important (larger) ones, are answered with 429 at once
+        /// if they are predicted to miss their TTFT on every path. Default: none are.
+        early_rejection_priority => early_rejection_priority: Maybe<Priority> = Optional("0");
+        /// Requests that name no tenant otherwise are of the one that this header names. Whoever can
+        /// reach the coordinator can then be anyone: for use behind a proxy that sets it.
+        tenant_header => tenant_header: Maybe<HeaderName> = Optional("\"x-tenant\"");
+    }
+}
+
+keys! {
     /// `[balancer]`
     BALANCER: BalancerConfig {
         /// "flip": workers go over to the pool that needs them. "advise": it is only said, in log and
@@ -215,12 +252,12 @@ keys! {
         advertise => advertise: Maybe<HostPort> = Optional("\"127.0.0.1:7100\"");
         /// "auto": shared memory on one host, else ucx where there is an RDMA device, else quic, whatever
         /// both workers have. "quic", "ucx" or "shm": that alone.
-        transport => transport: TransportName = ByDefault;
+        transport => transport: OneOf<TransportChoice> = ByDefault;
         /// "rdma", "encrypted": a worker that cannot meet each of them does not start.
         require => require: Requirements = Optional("[\"rdma\"]");
         /// "crc" finds accidents. "blake3" finds blocks that somebody on the network wrote, too, at 7 GB/s
         /// a core; for ucx in networks that are not trusted.
-        check => check: CheckName = ByDefault;
+        check => check: OneOf<CheckChoice> = ByDefault;
         /// UCX's libucp. Default: BATON_UCX_LIBRARY, else libucp.so.0 on the loader's path.
         ucx_library => ucx_library: Maybe<FilePath> = Optional("\"/opt/ucx/lib/libucp.so.0\"");
         /// A handoff that moves nothing for this long is given up.
@@ -436,6 +473,8 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
     ClusterConfig {
         coordinator: blank_coordinator(),
         slo: SloConfig::default(),
+        placement: PlacementConfig::default(),
+        admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: None,
         telemetry: TelemetryConfig::default(),

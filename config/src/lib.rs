@@ -16,8 +16,9 @@ mod write;
 
 pub use choose::NoSuchWorker;
 pub use cluster::{
-    AdminConfig, ArenaConfig, BalancerActuator, BalancerConfig, CheckChoice, ClusterConfig,
-    CoordinatorConfig, EngineConfig, LimitsConfig, Requirement, SimConfig, SloConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerActuator, BalancerConfig, CheckChoice,
+    ClusterConfig, CoordinatorConfig, EngineConfig, LateRequests, LimitsConfig, MAX_PRIORITY,
+    OnNoPrefill, PlacementConfig, PlacementMode, Requirement, SimConfig, SloConfig,
     TelemetryConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource,
     WorkerConfig,
 };

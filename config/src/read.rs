@@ -13,12 +13,14 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 10] = [
+const TABLES: [&str; 12] = [
     "coordinator",
     "slo",
     "balancer",
     "admin",
     "telemetry",
+    "placement",
+    "admission",
     "tls",
     "engine",
     "arena",
@@ -86,6 +88,12 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
     read_coordinator(reader, root, &mut cluster);
     if let Some(place) = reader.table(root, "slo") {
         reader.read_keys(&place, keys::SLO, &[], &[], &mut cluster.slo);
+    }
+    if let Some(place) = reader.table(root, "placement") {
+        reader.read_keys(&place, keys::PLACEMENT, &[], &[], &mut cluster.placement);
+    }
+    if let Some(place) = reader.table(root, "admission") {
+        reader.read_keys(&place, keys::ADMISSION, &[], &[], &mut cluster.admission);
     }
     if let Some(place) = reader.table(root, "balancer") {
         reader.read_keys(&place, keys::BALANCER, &[], &[], &mut cluster.balancer);

@@ -11,7 +11,10 @@ use std::{
 use baton_types::Role;
 use toml::de::DeValue;
 
-use crate::cluster::{BalancerActuator, CheckChoice, Requirement, TransportChoice};
+use crate::cluster::{
+    BalancerActuator, CheckChoice, LateRequests, MAX_PRIORITY, OnNoPrefill, PlacementMode,
+    Requirement, TransportChoice,
+};
 
 /// One kind of value.
 pub(crate) trait Codec {
@@ -126,35 +129,102 @@ impl Codec for RoleName {
     }
 }
 
-pub(crate) struct TransportName;
+/// One of several values that have names.
+pub(crate) trait Named: Copy + PartialEq + 'static {
+    const NAMES: &'static [(&'static str, Self)];
+}
 
-impl Codec for TransportName {
-    type Value = TransportChoice;
+pub(crate) struct OneOf<T>(PhantomData<T>);
 
-    fn read(value: &DeValue<'_>, _: &Path) -> Result<TransportChoice, String> {
-        let named = |name: &str| TransportChoice::ALL.into_iter().find(|one| one.as_str() == name);
-        let wanted = || one_of(&TransportChoice::ALL.map(TransportChoice::as_str));
-        text(value).and_then(named).ok_or_else(wanted)
+impl<T: Named> Codec for OneOf<T> {
+    type Value = T;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<T, String> {
+        let named = |text: &str| T::NAMES.iter().find(|(name, _)| *name == text);
+        let wanted = || one_of(&T::NAMES.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+        text(value).and_then(named).map(|(_, value)| *value).ok_or_else(wanted)
     }
 
-    fn write(value: &TransportChoice) -> Option<String> {
-        Some(quoted(value.as_str()))
+    fn write(value: &T) -> Option<String> {
+        T::NAMES.iter().find(|(_, one)| one == value).map(|(name, _)| quoted(name))
     }
 }
 
-pub(crate) struct CheckName;
+impl Named for TransportChoice {
+    const NAMES: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("quic", Self::Quic), ("ucx", Self::Ucx), ("shm", Self::Shm)];
+}
 
-impl Codec for CheckName {
-    type Value = CheckChoice;
+impl Named for CheckChoice {
+    const NAMES: &'static [(&'static str, Self)] = &[("crc", Self::Crc), ("blake3", Self::Blake3)];
+}
 
-    fn read(value: &DeValue<'_>, _: &Path) -> Result<CheckChoice, String> {
-        let named = |name: &str| CheckChoice::ALL.into_iter().find(|one| one.as_str() == name);
-        let wanted = || one_of(&CheckChoice::ALL.map(CheckChoice::as_str));
-        text(value).and_then(named).ok_or_else(wanted)
+impl Named for PlacementMode {
+    const NAMES: &'static [(&'static str, Self)] =
+        &[("adaptive", Self::Adaptive), ("always", Self::Always), ("never", Self::Never)];
+}
+
+impl Named for OnNoPrefill {
+    const NAMES: &'static [(&'static str, Self)] =
+        &[("reject", Self::Reject), ("local", Self::Local)];
+}
+
+impl Named for LateRequests {
+    const NAMES: &'static [(&'static str, Self)] = &[("last", Self::Last), ("fifo", Self::Fifo)];
+}
+
+/// vLLM's: smaller numbers are served first.
+pub(crate) struct Priority;
+
+impl Codec for Priority {
+    type Value = i32;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<i32, String> {
+        value
+            .as_integer()
+            .and_then(|integer| i32::from_str_radix(integer.as_str(), integer.radix()).ok())
+            .filter(|priority| (-MAX_PRIORITY..=MAX_PRIORITY).contains(priority))
+            .ok_or_else(|| format!("a whole number from {} to {MAX_PRIORITY}", -MAX_PRIORITY))
     }
 
-    fn write(value: &CheckChoice) -> Option<String> {
-        Some(quoted(value.as_str()))
+    fn write(value: &i32) -> Option<String> {
+        Some(value.to_string())
+    }
+}
+
+/// The name of an HTTP header.
+pub(crate) struct HeaderName;
+
+impl Codec for HeaderName {
+    type Value = String;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<String, String> {
+        text(value)
+            .filter(|name| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'))
+            .map(str::to_ascii_lowercase)
+            .ok_or_else(|| "the name of a header, such as \"x-tenant\"".to_owned())
+    }
+
+    fn write(value: &String) -> Option<String> {
+        Some(quoted(value))
+    }
+}
+
+/// A time in seconds that may be zero.
+pub(crate) struct SecondsOrNone;
+
+impl Codec for SecondsOrNone {
+    type Value = Duration;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<Duration, String> {
+        number(value)
+            .filter(|seconds| *seconds <= LONGEST_SECONDS)
+            .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+            .ok_or_else(|| format!("a number of seconds from 0 to {LONGEST_SECONDS}"))
+    }
+
+    fn write(value: &Duration) -> Option<String> {
+        Seconds::write(value)
     }
 }
 

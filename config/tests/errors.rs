@@ -278,3 +278,20 @@ fn a_file_is_named_as_the_user_named_it() {
     let found = ClusterConfig::read(&path).unwrap_err().to_string();
     assert!(found.starts_with(&format!("{}:4: coordinator.x: ", path.display())), "{found}");
 }
+
+#[test]
+fn choices_name_what_there_is() {
+    assert_errors(
+        "[coordinator]\nlisten = '127.0.0.1:8000'\nworkers_listen = '127.0.0.1:7000'\n[placement]\nmode \
+         = 'sometimes'\nlate = 'first'\non_no_prefill = 1\n[admission]\nearly_rejection_priority = \
+         11\ntenant_header = 'x tenant'\nwait_for_worker_seconds = -1\n",
+        r#"
+baton.toml:5: placement.mode: 'sometimes' is not "adaptive", "always" or "never"
+baton.toml:6: placement.late: 'first' is not "last" or "fifo"
+baton.toml:7: placement.on_no_prefill: 1 is not "reject" or "local"
+baton.toml:9: admission.early_rejection_priority: 11 is not a whole number from -10 to 10
+baton.toml:10: admission.tenant_header: 'x tenant' is not the name of a header, such as "x-tenant"
+baton.toml:11: admission.wait_for_worker_seconds: -1 is not a number of seconds from 0 to 31536000
+"#,
+    );
+}

@@ -5,9 +5,10 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-    LimitsConfig, SimConfig, SloConfig, TelemetryConfig, TransferConfig, VllmConfig, VllmSource,
-    WorkerConfig, sample,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
+    EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode,
+    SimConfig, SloConfig, TelemetryConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+    sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -40,6 +41,8 @@ fn default_cluster() -> ClusterConfig {
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        placement: PlacementConfig::default(),
+        admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: None,
         telemetry: TelemetryConfig::default(),
@@ -241,6 +244,15 @@ proptest! {
         cluster.workers[1].arena.import_bytes = bytes + 1;
         cluster.workers[1].transfer.stall_timeout = Duration::from_millis(milliseconds);
         cluster.coordinator.limits.max_body_bytes = bytes;
+        cluster.placement = PlacementConfig {
+            mode: PlacementMode::Never,
+            policy: Some("random".to_owned()),
+            on_no_prefill: OnNoPrefill::Reject,
+            late: LateRequests::Fifo,
+        };
+        cluster.admission.wait_for_worker = Duration::from_millis(milliseconds % 2);
+        cluster.admission.early_rejection_priority = Some(-3);
+        cluster.admission.tenant_header = Some("x-tenant".to_owned());
         let text = cluster.to_toml();
         match ClusterConfig::parse(&text, Path::new("/")) {
             Ok(read) => prop_assert_eq!(read, cluster, "{}", text),

@@ -1,6 +1,7 @@
 mod catalogue;
 
 use std::{
+    collections::BTreeMap,
     sync::{Mutex, atomic::AtomicU64},
     time::Duration,
 };
@@ -10,7 +11,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use baton_config::SloConfig;
-use baton_core::AggregatedReason;
+use baton_core::{AggregatedReason, ShedReason};
 use baton_proto as wire;
 use baton_types::{Fault, Leg};
 use prometheus_client::{
@@ -28,7 +29,8 @@ use crate::{
 
 /// In Prometheus' text format.
 pub(crate) fn page(shell: &Shell) -> Response {
-    let text = shell.metrics.render(shell.requests_open(), &shell.workers());
+    let text =
+        shell.metrics.render(shell.requests_open(), &shell.waiting_by_priority(), &shell.workers());
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, content_type)], text).into_response()
 }
@@ -101,6 +103,52 @@ struct RequestLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabels {
     reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DecisionLabels {
+    path: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PriorityLabels {
+    priority: i32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ShedLabels {
+    reason: &'static str,
+    priority: i32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DirectionLabels {
+    direction: &'static str,
+}
+
+/// What came later than predicted, and what came earlier: a histogram has no negative side.
+#[derive(Clone, Debug)]
+struct PredictionError {
+    late: Histogram,
+    early: Histogram,
+}
+
+impl PredictionError {
+    fn register(r: &mut Registry, name: &str, help: &str) -> Self {
+        let family = Family::<DirectionLabels, Histogram, _>::new_with_constructor(
+            (|| Histogram::new(PREDICTION_ERROR_BUCKETS)) as fn() -> Histogram,
+        );
+        r.register_with_unit(name, help, Unit::Seconds, family.clone());
+        let of = |direction| family.get_or_create(&DirectionLabels { direction }).clone();
+        Self { late: of("late"), early: of("early") }
+    }
+
+    fn observe(&self, predicted_seconds: f64, observed_seconds: f64) {
+        let error = observed_seconds - predicted_seconds;
+        let side = if error >= 0.0 { &self.late } else { &self.early };
+        side.observe(error.abs());
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -185,6 +233,12 @@ pub(crate) struct Metrics {
     prompt_tokens: Family<LegLabels, Counter>,
     prefix_hit_tokens: Family<LegLabels, Counter>,
     kv_events_gaps: Counter,
+    decisions: Family<DecisionLabels, Counter>,
+    prediction_error_ttft: PredictionError,
+    prediction_error_itl: PredictionError,
+    wait: Family<PriorityLabels, Histogram, fn() -> Histogram>,
+    waiting: Family<PriorityLabels, Gauge>,
+    shed: Family<ShedLabels, Counter>,
     pub(crate) balancer: BalancerMetrics,
     fleet: FleetMetrics,
 }
@@ -223,6 +277,8 @@ const ITL_BUCKETS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0];
 const E2E_BUCKETS: [f64; 14] =
     [0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0];
+const PREDICTION_ERROR_BUCKETS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const HANDOFF_BUCKETS: [f64; 12] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
@@ -338,6 +394,39 @@ impl Metrics {
             "Times that news of a worker's prefix cache were missed and asked for anew",
             kv_events_gaps.clone(),
         );
+        let decisions = Family::<DecisionLabels, Counter>::default();
+        r.register(
+            "placement_decisions",
+            "Attempts at requests, by the path that was chosen and why",
+            decisions.clone(),
+        );
+        let prediction_error_ttft = PredictionError::register(
+            r,
+            "prediction_error_ttft",
+            "How much later, or earlier, first tokens came than was predicted when they were placed",
+        );
+        let prediction_error_itl = PredictionError::register(
+            r,
+            "prediction_error_itl",
+            "How much longer, or shorter, a streamed answer's mean ITL was than predicted",
+        );
+        let wait = Family::<PriorityLabels, Histogram, _>::new_with_constructor(
+            (|| Histogram::new(TTFT_BUCKETS)) as fn() -> Histogram,
+        );
+        r.register_with_unit(
+            "wait",
+            "From a request's arrival until its first leg was given to a worker",
+            Unit::Seconds,
+            wait.clone(),
+        );
+        let waiting = Family::<PriorityLabels, Gauge>::default();
+        r.register(
+            "requests_waiting",
+            "Requests that wait here for their turn, or for a worker",
+            waiting.clone(),
+        );
+        let shed = Family::<ShedLabels, Counter>::default();
+        r.register("requests_shed", "Requests that were answered with 429", shed.clone());
         balancer.register(r);
         fleet.register(r);
         for (name, help, milliseconds) in [
@@ -372,6 +461,12 @@ impl Metrics {
             prompt_tokens,
             prefix_hit_tokens,
             kv_events_gaps,
+            decisions,
+            prediction_error_ttft,
+            prediction_error_itl,
+            wait,
+            waiting,
+            shed,
             balancer,
             fleet,
         }
@@ -437,6 +532,34 @@ impl Metrics {
         self.kv_events_gaps.inc();
     }
 
+    pub(crate) fn decided(&self, path: Path, reason: &'static str) {
+        let labels = DecisionLabels { path: path.as_str(), reason };
+        self.decisions.get_or_create(&labels).inc();
+    }
+
+    /// What was predicted, and what came of it: TTFT, and ITL in milliseconds.
+    pub(crate) fn prediction(
+        &self,
+        ttft: Option<(Duration, Duration)>,
+        itl_ms: Option<(f64, f64)>,
+    ) {
+        if let Some((predicted, observed)) = ttft {
+            let [predicted, observed] = [predicted, observed].map(|time| time.as_secs_f64());
+            self.prediction_error_ttft.observe(predicted, observed);
+        }
+        if let Some((predicted_ms, observed_ms)) = itl_ms {
+            self.prediction_error_itl.observe(predicted_ms / 1000.0, observed_ms / 1000.0);
+        }
+    }
+
+    pub(crate) fn waited(&self, priority: i32, wait: Duration) {
+        self.wait.get_or_create(&PriorityLabels { priority }).observe(wait.as_secs_f64());
+    }
+
+    pub(crate) fn shed(&self, reason: ShedReason, priority: i32) {
+        self.shed.get_or_create(&ShedLabels { reason: reason.as_str(), priority }).inc();
+    }
+
     pub(crate) fn output_tokens(&self) -> u64 {
         self.paths.iter().map(|path| path.output_tokens.get()).sum()
     }
@@ -452,8 +575,18 @@ impl Metrics {
     }
 
     /// In Prometheus' text format.
-    pub(crate) fn render(&self, requests_open: usize, workers: &[WorkerStatus]) -> String {
+    pub(crate) fn render(
+        &self,
+        requests_open: usize,
+        waiting: &BTreeMap<i32, usize>,
+        workers: &[WorkerStatus],
+    ) -> String {
         self.fleet.set(requests_open, workers);
+        self.waiting.clear();
+        for (&priority, &count) in waiting {
+            let gauge = self.waiting.get_or_create(&PriorityLabels { priority });
+            gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
         let mut text = String::new();
         let catalogue = self.catalogue.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Writing into a string does not fail.

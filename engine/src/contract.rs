@@ -69,6 +69,8 @@ pub trait Engine: Send + Sync + 'static {
 #[derive(Clone, Debug)]
 pub struct KvCache {
     pub block_size_tokens: u32,
+    /// Of the whole cache, where that is known.
+    pub capacity_tokens: Option<u64>,
     pub log: KvCacheLog,
 }
 

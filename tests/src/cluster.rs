@@ -28,6 +28,8 @@ pub struct ClusterBuilder {
     decode: usize,
     engine: Engine,
     coordinator_toml: String,
+    placement_toml: String,
+    admission_toml: String,
     slo_toml: String,
     arena_toml: String,
     /// By role; those of no role for all.
@@ -92,6 +94,9 @@ impl ClusterBuilder {
             decode: 1,
             engine,
             coordinator_toml: String::new(),
+            // What a scenario is about shall not depend on what splitting is predicted to bring.
+            placement_toml: "mode = \"always\"".to_owned(),
+            admission_toml: String::new(),
             slo_toml: String::new(),
             // Beside the configuration, so that a killed worker's goes with it; smaller than some
             // prompts, so that handoffs have to wait for room.
@@ -154,6 +159,18 @@ impl ClusterBuilder {
     /// Logs in JSON, what `filter` lets through.
     pub fn json_logs(mut self, filter: &str) -> Self {
         self.log = ["--log-format", "json", "--log", filter].map(str::to_owned).into();
+        self
+    }
+
+    /// Keys of `[placement]`. Without them all requests are split that can be.
+    pub fn placement(mut self, keys: &str) -> Self {
+        self.placement_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[admission]`.
+    pub fn admission(mut self, keys: &str) -> Self {
+        self.admission_toml = keys.to_owned();
         self
     }
 
@@ -245,9 +262,14 @@ impl ClusterBuilder {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[slo]\n{}\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\
-             token_file = \"admin.token\"\n\n[arena]\n{}\n\n{}\n",
-            self.coordinator_toml, self.slo_toml, self.arena_toml, self.tables_toml
+             [coordinator.limits]\n{}\n\n[slo]\n{}\n\n[placement]\n{}\n\n[admission]\n{}\n\n[admin]\n\
+             listen = \"127.0.0.1:{admin_port}\"\ntoken_file = \"admin.token\"\n\n[arena]\n{}\n\n{}\n",
+            self.coordinator_toml,
+            self.slo_toml,
+            self.placement_toml,
+            self.admission_toml,
+            self.arena_toml,
+            self.tables_toml
         );
         writeln!(toml, "[balancer]\n{}\n", self.balancer_toml)?;
         if let Some(tls) = &self.tls {
@@ -369,7 +391,7 @@ impl Cluster {
 
     pub async fn admin_get(&self, path: &str) -> Answer {
         let request = self.http.get(self.admin_url(path)).bearer_auth(ADMIN_TOKEN);
-        Answer::read(request.send().await.expect("an answer")).await.expect("a whole answer")
+        Answer::of(request.send().await.expect("an answer")).await.expect("a whole answer")
     }
 
     /// What `/admin/state` says.
@@ -379,7 +401,7 @@ impl Cluster {
 
     pub async fn admin_post(&self, path: &str, body: &Value) -> Answer {
         let request = self.http.post(self.admin_url(path)).bearer_auth(ADMIN_TOKEN).json(body);
-        Answer::read(request.send().await.expect("an answer")).await.expect("a whole answer")
+        Answer::of(request.send().await.expect("an answer")).await.expect("a whole answer")
     }
 
     pub fn directory(&self) -> &Path {
@@ -471,12 +493,12 @@ impl Cluster {
 
     pub async fn post(&self, path: &str, body: &Value) -> Answer {
         let response = self.http.post(self.url(path)).json(body).send().await;
-        Answer::read(response.expect("an answer")).await.expect("a whole answer")
+        Answer::of(response.expect("an answer")).await.expect("a whole answer")
     }
 
     pub async fn get(&self, path: &str) -> Answer {
         let response = self.http.get(self.url(path)).send().await.expect("an answer");
-        Answer::read(response).await.expect("a whole answer")
+        Answer::of(response).await.expect("a whole answer")
     }
 
     /// A greedy completion of token ids or text.

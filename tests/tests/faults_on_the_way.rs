@@ -46,6 +46,7 @@ impl Stack {
         let [http, workers] = [free_tcp_port(), free_tcp_port()];
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http}\"\nworkers_listen = \"127.0.0.1:{workers}\"\n\n\
+             [placement]\nmode = \"always\"\n\n\
              [arena]\ndirectory = \".\"\nexport_bytes = \"192 KiB\"\nimport_bytes = \"64 KiB\"\n\n\
              [engine]\nkind = \"sim\"\ntime_scale = 0.0\nmax_model_tokens = 512\nkv_blocks = 2048\n\
              block_size_tokens = {BLOCK_SIZE_TOKENS}\nkv_bytes_per_token = 64\n\n"

@@ -94,6 +94,7 @@ impl Life {
             kv_cache: self.engine.kv_cache().map(|cache| KvCache {
                 block_size_tokens: cache.block_size_tokens,
                 adapters: self.description.adapters.clone(),
+                capacity_tokens: cache.capacity_tokens.unwrap_or_default(),
             }),
             step_model: self
                 .engine

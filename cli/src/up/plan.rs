@@ -12,8 +12,9 @@ use std::{
 
 use anyhow::Context as _;
 use baton_config::{
-    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-    LimitsConfig, SimConfig, SloConfig, TelemetryConfig, TransferConfig, WorkerConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
+    EngineConfig, LimitsConfig, PlacementConfig, PlacementMode, SimConfig, SloConfig,
+    TelemetryConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -106,6 +107,9 @@ pub(super) fn plan(
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        // To show both pools at work, whatever a laptop's load would make of them.
+        placement: PlacementConfig { mode: PlacementMode::Always, ..PlacementConfig::default() },
+        admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: Some(admin.clone()),
         telemetry: TelemetryConfig::default(),

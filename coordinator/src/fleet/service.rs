@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, warn};
 
 use super::link::{Link, LinkStream};
-use crate::shell::Shell;
+use crate::shell::{Shell, usable_model};
 
 const REPORT_INTERVAL_MS: u32 = 500;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -123,8 +123,12 @@ fn introduce(hello: &wire::Hello) -> Result<(WorkerDescription, Option<PeerInfo>
         role: Role::try_from(hello.role())?,
         models: hello.models.clone(),
         handoff,
-        model: None,
-        kv_capacity_tokens: None,
+        model: hello.step_model.as_ref().and_then(usable_model),
+        kv_capacity_tokens: hello
+            .kv_cache
+            .as_ref()
+            .map(|cache| cache.capacity_tokens)
+            .filter(|capacity| *capacity > 0),
     };
     Ok((description, peer))
 }

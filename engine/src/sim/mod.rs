@@ -156,7 +156,13 @@ impl SimEngine {
             },
             gauges,
             kv_blocks: config.kv_blocks,
-            kv_cache: KvCache { block_size_tokens: config.block_size_tokens, log },
+            kv_cache: KvCache {
+                block_size_tokens: config.block_size_tokens,
+                capacity_tokens: Some(
+                    u64::from(config.kv_blocks) * u64::from(config.block_size_tokens),
+                ),
+                log,
+            },
             pacing,
             ports: Mutex::new(Some(ports_receiver)),
         })

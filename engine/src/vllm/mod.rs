@@ -112,8 +112,8 @@ impl VllmEngine {
         let (Some(sockets), Some(model)) = (&self.event_sockets, description.models.first()) else {
             return;
         };
-        let block_size_tokens = match probe::block_size_tokens(&self.http).await {
-            Ok(block_size_tokens) => block_size_tokens,
+        let cache = match probe::cache_config(&self.http).await {
+            Ok(cache) => cache,
             Err(error) => {
                 tracing::warn!(%error, "vLLM's prefix cache is not followed");
                 return;
@@ -121,13 +121,14 @@ impl VllmEngine {
         };
         self.kv_cache.get_or_init(|| {
             let log = KvCacheLog::default();
+            let probe::CacheConfig { block_size_tokens, capacity_tokens } = cache;
             let follower = KvEventsFollower::start(
                 sockets.clone(),
                 model.clone(),
                 block_size_tokens,
                 log.clone(),
             );
-            (KvCache { block_size_tokens, log }, follower)
+            (KvCache { block_size_tokens, capacity_tokens, log }, follower)
         });
     }
 

@@ -114,6 +114,9 @@ pub struct KvCache {
     /// Those of Hello.models that are LoRA adapters.
     #[prost(string, repeated, tag = "2")]
     pub adapters: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of the whole cache; 0 where nobody knows.
+    #[prost(uint64, tag = "3")]
+    pub capacity_tokens: u64,
 }
 /// How another worker reaches this one to take KV over.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
