@@ -40,6 +40,7 @@ transport = "quic"
 
 [engine]
 kind = "sim"
+time_scale = {time_scale}
 profile = "{profile}"
 max_model_tokens = {model_tokens}
 max_step_tokens = {step_tokens}
@@ -171,40 +172,53 @@ def median_ttft(network, path, arguments):
     return statistics.median(answer["ttft_s"] for answer in answers)
 
 
+def write_config(directory, time_scale, arguments, prompt_bytes):
+    toml = CONFIG.format(
+        http=HTTP_PORT, workers=WORKERS_PORT, transfer=TRANSFER_PORT, time_scale=time_scale,
+        profile=os.path.abspath(arguments.profile), arena=max(2 * prompt_bytes >> 20, 16),
+        model_tokens=2 * arguments.tokens, step_tokens=arguments.step_tokens,
+        kv_blocks=8 * arguments.tokens // BLOCK_TOKENS, block_tokens=BLOCK_TOKENS,
+        bytes_per_token=arguments.bytes_per_token,
+    )
+    with open(os.path.join(directory, "baton.toml"), "w", encoding="utf-8") as file:
+        file.write(toml)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("baton")
     parser.add_argument("--profile", default="engine/profiles/h100_llama31_70b_fp8_tp4.json")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--step-tokens", type=int, default=512)
-    # A real 70B model has 320 KiB: the ratio of the two times counts, not the bytes.
-    parser.add_argument("--bytes-per-token", type=int, default=8192)
+    # A real 70B model has 320 KiB: the ratio of the two times counts, not the bytes, as long as the machine has
+    # the time to move them.
+    parser.add_argument("--bytes-per-token", type=int, default=1024)
+    # No transport fills a link: so much faster it is than what the two times are to be equal.
+    parser.add_argument("--rate-factor", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     prompt_bytes = arguments.tokens * arguments.bytes_per_token
     network = Network()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        toml = CONFIG.format(
-            http=HTTP_PORT, workers=WORKERS_PORT, transfer=TRANSFER_PORT, profile=os.path.abspath(arguments.profile),
-            arena=max(2 * prompt_bytes >> 20, 16), model_tokens=2 * arguments.tokens,
-            step_tokens=arguments.step_tokens, kv_blocks=8 * arguments.tokens // BLOCK_TOKENS,
-            block_tokens=BLOCK_TOKENS, bytes_per_token=arguments.bytes_per_token,
-        )
-        with open(os.path.join(directory, "baton.toml"), "w", encoding="utf-8") as file:
-            file.write(toml)
+        write = lambda time_scale: write_config(directory, time_scale, arguments, prompt_bytes)
+        write(1.0)
         cluster = Cluster(os.path.abspath(arguments.baton), network, directory)
         try:
             cluster.start("coordinator", "decode-0")
             prefill_s = median_ttft(network, "aggregated", arguments)
             cluster.start("prefill-0")
             unlimited_s = median_ttft(network, "disaggregated", arguments)
-            rate = prompt_bytes / prefill_s
+            rate = arguments.rate_factor * prompt_bytes / prefill_s
             network.limit(rate)
             limited_s = median_ttft(network, "disaggregated", arguments)
+            # An engine that takes no time leaves what the link takes.
+            cluster.stop("prefill-0", "decode-0")
+            write(0.0)
+            cluster.start("prefill-0", "decode-0")
+            transfer_s = median_ttft(network, "disaggregated", arguments)
         finally:
             cluster.stop()
             network.remove()
-    transfer_s = prompt_bytes / rate
     print(json.dumps({
         "prompt_tokens": arguments.tokens,
         "step_tokens": arguments.step_tokens,
