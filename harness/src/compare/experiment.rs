@@ -12,7 +12,7 @@ use serde_spanned::Spanned;
 use toml::de::DeTable;
 
 use super::way::{Way, WayKind};
-use crate::{fleet::Late, outcome::Slo, trace::Trace};
+use crate::{fleet::Late, outcome::Slo, profile, trace::Trace};
 
 #[derive(Clone, Debug)]
 pub struct Experiment {
@@ -312,8 +312,8 @@ impl Reader<'_> {
 
     fn profile(&mut self, written: &Spanned<PathBuf>, base: &Path) -> Option<(PathBuf, Profile)> {
         let file = base.join(written.get_ref());
-        match Profile::read(&file) {
-            Ok(profile) => Some((file, profile)),
+        match profile::read(&file) {
+            Ok(given) => Some((file, given.profile)),
             Err(error) => {
                 self.add(written.span().start, "profile", error.to_string());
                 None
