@@ -31,6 +31,10 @@ fn observed() -> (Metrics, String) {
     metrics.aggregated(AggregatedReason::OneToken);
     metrics.leg_failed(Leg::Decode, &Fault::new(Origin::Engine, FaultKind::Failed, "x"));
     metrics.prompt(Leg::Prefill, 100, 50);
+    metrics.handoff(&wire::HandoffResult {
+        transport: "shm".to_owned(),
+        ..wire::HandoffResult::default()
+    });
     metrics.balancer.decided(&Decision {
         verdict: Verdict::Hold,
         reason: Reason::Balanced,
@@ -46,6 +50,7 @@ fn observed() -> (Metrics, String) {
         report: wire::Report {
             handoff_bytes_sent: 4096,
             handoff_errors: [("stalled".to_owned(), 3)].into(),
+            transports: vec!["shm".to_owned()],
             ..wire::Report::default()
         },
         prefix_blocks: 1,
