@@ -4,12 +4,19 @@
 mod consumer;
 mod producer;
 
-use std::{io::Write as _, path::Path, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, ensure};
 use baton_arena::{Arena, ArenaLayout, Slot};
 use baton_transfer::{
-    Channel, Exports, PeerAddress, QuicChannel, QuicConfig, UcxChannel, UcxConfig,
+    Channel, Check, Exports, PeerAddress, QuicChannel, QuicConfig, ShmChannel, ShmConfig,
+    UcxChannel, UcxConfig,
 };
 use baton_types::{Epoch, Generation, PromptDigest};
 use clap::{Args, ValueEnum};
@@ -31,6 +38,33 @@ const SMALL_HANDOFFS: u32 = 300;
 pub(crate) enum ChannelKind {
     Quic,
     Ucx,
+    Shm,
+}
+
+impl ChannelKind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Quic => "quic",
+            Self::Ucx => "ucx",
+            Self::Shm => "shm",
+        }
+    }
+}
+
+/// What every block is held against. There is no way to hold it against nothing: no channel has one.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum CheckKind {
+    Crc,
+    Blake3,
+}
+
+impl CheckKind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Crc => "crc",
+            Self::Blake3 => "blake3",
+        }
+    }
 }
 
 #[derive(Args, Clone, Debug)]
@@ -50,19 +84,27 @@ pub(crate) struct BenchOptions {
     /// Handoffs at a time.
     #[arg(long, default_value_t = 1)]
     streams: u32,
+    /// What every block is held against: a CRC, or a keyed hash too (not over shared memory).
+    #[arg(long, value_enum, default_value_t = CheckKind::Crc)]
+    check: CheckKind,
     /// Measured rounds, after one that warms up.
     #[arg(long, default_value_t = 5)]
     rounds: u32,
     /// One JSON object instead of lines to read.
     #[arg(long)]
     json: bool,
-    /// This process is the producing half.
+    /// This process is the producing half, whose sockets for this host lie here.
     #[arg(long, hide = true)]
-    produce: bool,
+    produce: Option<PathBuf>,
 }
 
 impl BenchOptions {
     fn blocks_of_each(&self) -> anyhow::Result<u32> {
+        let is_shm = matches!(self.channel, ChannelKind::Shm);
+        ensure!(
+            !(is_shm && matches!(self.check, CheckKind::Blake3)),
+            "--check blake3 is for networks: shared memory has none, and knows --check crc alone"
+        );
         ensure!(self.block > 0, "--block 0: a block has at least one byte");
         ensure!(self.streams > 0, "--streams 0: at least one handoff is needed");
         ensure!(self.rounds > 0, "--rounds 0: at least one round is needed");
@@ -88,16 +130,21 @@ impl BenchOptions {
             .context("--bytes is too large for this --block")
     }
 
-    /// An end of the channel, with who it is.
+    /// An end of the channel, with who it is. Sockets for this host are made in the directory.
     fn open(
         &self,
         name: &str,
+        directory: &Path,
         exports: Arc<dyn Exports>,
     ) -> anyhow::Result<(Arc<dyn Channel>, PeerAddress)> {
         let control = QuicConfig {
             listen: ([127, 0, 0, 1], 0).into(),
             max_mtu_bytes: self.mtu,
             stall_timeout: STALL,
+            check: match self.check {
+                CheckKind::Crc => Check::Crc,
+                CheckKind::Blake3 => Check::Blake3,
+            },
         };
         let of = |quic: &QuicChannel| PeerAddress {
             worker_name: name.to_owned(),
@@ -112,10 +159,19 @@ impl BenchOptions {
             }
             ChannelKind::Ucx => {
                 let ucx = Default::default();
-                let config = UcxConfig { control, ucx, require_rdma: false };
+                let config = UcxConfig { control, ucx, require_rdma: false, or_quic: false };
                 let channel = UcxChannel::bind(config, exports)?;
                 let address = of(channel.control());
                 (channel, address)
+            }
+            ChannelKind::Shm => {
+                let certificate_fingerprint = std::array::from_fn(|_| fastrand::u8(..));
+                let directory = directory.to_owned();
+                let config = ShmConfig { directory, certificate_fingerprint, stall_timeout: STALL };
+                let channel = ShmChannel::bind(config, exports)?;
+                let address = channel.path().display().to_string();
+                let worker_name = name.to_owned();
+                (channel, PeerAddress { worker_name, address, certificate_fingerprint })
             }
         })
     }
@@ -145,9 +201,10 @@ enum Answer {
         fingerprint: [u8; 32],
         epoch: u128,
     },
-    /// Seconds of CPU that the process has used so far.
+    /// Seconds of CPU that the process has used so far, and what it moved blocks by.
     Done {
         cpu_seconds: f64,
+        transports: Vec<String>,
     },
 }
 
@@ -157,25 +214,33 @@ pub(crate) fn run(options: &BenchOptions) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    if options.produce {
-        runtime.block_on(producer::run(options))?;
+    if let Some(directory) = &options.produce {
+        runtime.block_on(producer::run(options, directory))?;
         return Ok(ExitCode::SUCCESS);
     }
     let measured = runtime.block_on(consumer::run(options))?;
-    let consumer::Measured { seconds, memcpy_seconds, bytes, cpu, handoff_us, round_trip_us } =
-        measured;
+    let consumer::Measured {
+        seconds,
+        memcpy_seconds,
+        bytes,
+        cpu,
+        handoff_us,
+        round_trip_us,
+        transports,
+    } = measured;
     #[allow(clippy::cast_precision_loss)] // Bytes of a round are far below 2^52.
     let gigabytes = bytes as f64 / 1e9;
     let (rate, memcpy) = (gigabytes / median(&seconds), gigabytes / median(&memcpy_seconds));
     let all = gigabytes * f64::from(options.rounds);
     let (small, trip) = (quantile(&handoff_us, 0.5), quantile(&round_trip_us, 0.5));
     let report = json!({
-        "channel": format!("{:?}", options.channel).to_lowercase(),
+        "channel": options.channel.as_str(),
+        "transports": transports,
         "block_bytes": options.block,
         "round_bytes": bytes,
         "streams": options.streams,
         "mtu_bytes": options.mtu,
-        "check": "crc",
+        "check": options.check.as_str(),
         "rounds": options.rounds,
         "gb_per_s": rate,
         "memcpy_gb_per_s": memcpy,

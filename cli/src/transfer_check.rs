@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context as _;
 use baton_config::{ClusterConfig, TransferConfig};
 use baton_ucx::{Options, Resource, Ucx};
-use baton_worker::transport::{self, RDMA_DEVICES};
+use baton_worker::transport::{self, Chosen, RDMA_DEVICES};
 use clap::Args;
 
 use crate::terminal::{Terminal, bad, good};
@@ -45,8 +45,10 @@ pub(crate) fn run(options: &CheckOptions) -> anyhow::Result<ExitCode> {
     let wanted = |what: &str| format!("transport \"{}\": {what}", transfer.transport.as_str());
     let verdict = transport::choose(&transfer, has_rdma).map_err(|error| error.to_string());
     let verdict = verdict.and_then(|chosen| match (chosen, &ucx_is_there) {
-        (baton_config::TransportChoice::Ucx, Err(error)) => Err(error.clone()),
-        (baton_config::TransportChoice::Ucx, Ok(resources))
+        // Without it such a worker says so, and goes by QUIC.
+        (Chosen { ucx: true, quic: true, .. }, Err(_)) => Ok(Chosen { ucx: false, ..chosen }),
+        (Chosen { ucx: true, .. }, Err(error)) => Err(error.clone()),
+        (Chosen { ucx: true, .. }, Ok(resources))
             if transfer.require.contains(&baton_config::Requirement::Rdma)
                 && !resources.iter().any(Resource::is_rdma) =>
         {
@@ -56,7 +58,7 @@ pub(crate) fn run(options: &CheckOptions) -> anyhow::Result<ExitCode> {
     });
     match verdict {
         Ok(chosen) => {
-            terminal.say(&good(&wanted(&format!("blocks go by {}", chosen.as_str()))).to_string());
+            terminal.say(&good(&wanted(&format!("blocks go by {chosen}"))).to_string());
             Ok(ExitCode::SUCCESS)
         }
         Err(reason) => {

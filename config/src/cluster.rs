@@ -384,6 +384,8 @@ pub struct TransferConfig {
     pub transport: TransportChoice,
     /// A worker that cannot meet each of them does not start.
     pub require: Vec<Requirement>,
+    /// What blocks from other workers are held against.
+    pub check: CheckChoice,
     /// UCX's `libucp`; where not given, `BATON_UCX_LIBRARY` or the loader's path says where it is.
     pub ucx_library: Option<PathBuf>,
     /// A handoff that moves nothing for this long is given up.
@@ -395,7 +397,8 @@ pub struct TransferConfig {
 /// What carries KV blocks between workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TransportChoice {
-    /// UCX where it finds an RDMA device and nothing forbids it, else QUIC.
+    /// With each peer the best that both have: shared memory on one host, else UCX where it finds an RDMA
+    /// device, else QUIC; as far as nothing forbids it.
     Auto,
     Quic,
     Ucx,
@@ -414,6 +417,15 @@ impl TransportChoice {
             Self::Shm => "shm",
         }
     }
+}
+
+/// What shows that a block is the one that was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckChoice {
+    /// A CRC: no accident changed it.
+    Crc,
+    /// A keyed hash, too: nobody on the network did.
+    Blake3,
 }
 
 /// What must hold of the way that blocks go.
@@ -443,6 +455,7 @@ impl Default for TransferConfig {
             advertise: None,
             transport: TransportChoice::Auto,
             require: Vec::new(),
+            check: CheckChoice::Crc,
             ucx_library: None,
             stall_timeout: Duration::from_secs(10),
             max_mtu_bytes: 6500,

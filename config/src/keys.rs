@@ -13,7 +13,7 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, CheckChoice, ClusterConfig,
         CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig, OnNoPrefill,
         PlacementConfig, PlacementMode, SimConfig, SloConfig, TelemetryConfig, TenantConfig,
         TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
@@ -281,11 +281,14 @@ keys! {
         listen => listen: Address = ByDefault;
         /// HOST:PORT that other workers are told. Default: listen.
         advertise => advertise: Maybe<HostPort> = Optional("\"127.0.0.1:7100\"");
-        /// "auto" (ucx where it finds an RDMA device, else quic), "quic", "ucx" or "shm". The same for
-        /// all workers that hand over to each other.
+        /// "auto": shared memory on one host, else ucx where there is an RDMA device, else quic, whatever
+        /// both workers have. "quic", "ucx" or "shm": that alone.
         transport => transport: OneOf<TransportChoice> = ByDefault;
         /// "rdma", "encrypted": a worker that cannot meet each of them does not start.
         require => require: Requirements = Optional("[\"rdma\"]");
+        /// "crc" finds accidents. "blake3" finds blocks that somebody on the network wrote, too, at 7 GB/s
+        /// a core; for ucx in networks that are not trusted.
+        check => check: OneOf<CheckChoice> = ByDefault;
         /// UCX's libucp. Default: BATON_UCX_LIBRARY, else libucp.so.0 on the loader's path.
         ucx_library => ucx_library: Maybe<FilePath> = Optional("\"/opt/ucx/lib/libucp.so.0\"");
         /// A handoff that moves nothing for this long is given up.

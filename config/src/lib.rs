@@ -17,9 +17,9 @@ mod write;
 
 pub use choose::NoSuchWorker;
 pub use cluster::{
-    AdminConfig, AdmissionConfig, ArenaConfig, BalancerActuator, BalancerConfig, ClusterConfig,
-    CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig, MAX_PRIORITY,
-    OnNoPrefill, PlacementConfig, PlacementMode, Requirement, SimConfig, SloConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerActuator, BalancerConfig, CheckChoice,
+    ClusterConfig, CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig,
+    MAX_PRIORITY, OnNoPrefill, PlacementConfig, PlacementMode, Requirement, SimConfig, SloConfig,
     TelemetryConfig, TenantConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig,
     VllmSource, WorkerConfig,
 };

@@ -12,8 +12,8 @@ use baton_types::Role;
 use toml::de::DeValue;
 
 use crate::cluster::{
-    BalancerActuator, LateRequests, MAX_PRIORITY, OnNoPrefill, PlacementMode, Requirement,
-    TransportChoice,
+    BalancerActuator, CheckChoice, LateRequests, MAX_PRIORITY, OnNoPrefill, PlacementMode,
+    Requirement, TransportChoice,
 };
 
 /// One kind of value.
@@ -153,6 +153,10 @@ impl<T: Named> Codec for OneOf<T> {
 impl Named for TransportChoice {
     const NAMES: &'static [(&'static str, Self)] =
         &[("auto", Self::Auto), ("quic", Self::Quic), ("ucx", Self::Ucx), ("shm", Self::Shm)];
+}
+
+impl Named for CheckChoice {
+    const NAMES: &'static [(&'static str, Self)] = &[("crc", Self::Crc), ("blake3", Self::Blake3)];
 }
 
 impl Named for PlacementMode {

@@ -184,6 +184,20 @@ struct NameLabels {
     name: String,
 }
 
+/// By what KV passes between workers.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TransportLabels {
+    transport: &'static str,
+}
+
+/// By what a worker's KV may pass.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WorkerTransportLabels {
+    worker: String,
+    role: &'static str,
+    transport: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RoleLabels {
     role: &'static str,
@@ -217,6 +231,7 @@ pub(crate) struct Metrics {
     requests: Family<RequestLabels, Counter>,
     aggregated: Family<ReasonLabels, Counter>,
     leg_failures: Family<FaultLabels, Counter>,
+    handoffs: Family<TransportLabels, Counter>,
     handoff_seconds: Histogram,
     handoff_bytes: Counter,
     handoff_blocks: Counter,
@@ -253,11 +268,15 @@ struct FleetMetrics {
     handoffs_open: Family<WorkerLabels, Gauge>,
     handoff_errors: Family<NameLabels, Counter>,
     handoffs_ended: Family<NameLabels, Counter>,
+    transfer_info: Family<WorkerTransportLabels, Gauge>,
     arena_slots_used: Family<WorkerLabels, Gauge>,
     arena_slots: Family<WorkerLabels, Gauge>,
     kv_blocks_cached: Family<WorkerLabels, Gauge>,
     prefix_blocks: Family<WorkerLabels, Gauge>,
 }
+
+/// The names that workers give to what carried a handoff.
+const TRANSPORTS: [&str; 3] = ["shm", "ucx", "quic"];
 
 const TTFT_BUCKETS: [f64; 16] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
@@ -283,6 +302,7 @@ impl Metrics {
         let itl = by_path(&ITL_BUCKETS);
         let e2e = by_path(&E2E_BUCKETS);
         let output_tokens = Family::<PathLabels, Counter>::default();
+        let handoffs = Family::<TransportLabels, Counter>::default();
         let handoff_seconds = Histogram::new(HANDOFF_BUCKETS);
         let (handoff_bytes, handoff_blocks, handoff_blocks_reused) =
             (Counter::default(), Counter::default(), Counter::default());
@@ -340,6 +360,11 @@ impl Metrics {
             "leg_failures",
             "Legs that failed, by who is to blame",
             Family::clone(&leg_failures),
+        );
+        r.register(
+            "handoffs",
+            "Handoffs of requests answered here, by what carried their blocks: none where decode had them",
+            handoffs.clone(),
         );
         r.register_with_unit(
             "handoff",
@@ -442,6 +467,7 @@ impl Metrics {
             requests,
             aggregated,
             leg_failures,
+            handoffs,
             handoff_seconds,
             handoff_bytes,
             handoff_blocks,
@@ -506,6 +532,10 @@ impl Metrics {
     }
 
     pub(crate) fn handoff(&self, moved: &wire::HandoffResult) {
+        // A worker's word: what is not known must not make lines without end.
+        let known = TRANSPORTS.into_iter().find(|known| *known == moved.transport);
+        let transport = known.unwrap_or(if moved.transport.is_empty() { "none" } else { "other" });
+        self.handoffs.get_or_create(&TransportLabels { transport }).inc();
         self.handoff_seconds.observe(Duration::from_micros(moved.micros).as_secs_f64());
         self.handoff_bytes.inc_by(moved.bytes);
         self.handoff_blocks.inc_by(moved.blocks.into());
@@ -679,6 +709,11 @@ impl FleetMetrics {
             self.handoffs_ended.clone(),
         );
         r.register(
+            "transfer_info",
+            "What may carry a worker's KV blocks, and what UCX has picked underneath so far: always 1",
+            self.transfer_info.clone(),
+        );
+        r.register(
             "worker_handoffs_open",
             "Handoffs that a worker has not ended",
             self.handoffs_open.clone(),
@@ -738,6 +773,7 @@ impl FleetMetrics {
         self.kv_used.clear();
         let by_name = [&self.handoff_errors, &self.handoffs_ended];
         by_name.iter().for_each(|family| family.clear());
+        self.transfer_info.clear();
         for worker in workers {
             let labels = WorkerLabels { worker: worker.name.clone(), role: worker.role.as_str() };
             let report = &worker.report;
@@ -781,6 +817,11 @@ impl FleetMetrics {
                     let labels = NameLabels { worker, role, name: name.clone() };
                     family.get_or_create(&labels).inc_by(*count);
                 }
+            }
+            for transport in report.transports.iter().take(MAX_NAMES) {
+                let WorkerLabels { worker, role } = labels.clone();
+                let labels = WorkerTransportLabels { worker, role, transport: transport.clone() };
+                self.transfer_info.get_or_create(&labels).set(1);
             }
             self.kv_used.get_or_create(&labels).set(report.engine_kv_used_ratio.into());
         }

@@ -32,6 +32,8 @@ pub struct ClusterBuilder {
     admission_toml: String,
     slo_toml: String,
     arena_toml: String,
+    /// By role; those of no role for all.
+    transfer_toml: BTreeMap<String, String>,
     tables_toml: String,
     log: Vec<String>,
     balancer_toml: String,
@@ -100,6 +102,7 @@ impl ClusterBuilder {
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
+            transfer_toml: BTreeMap::new(),
             tables_toml: String::new(),
             log: Vec::new(),
             balancer_toml: String::new(),
@@ -137,6 +140,12 @@ impl ClusterBuilder {
     /// Keys of `[coordinator.limits]`.
     pub fn limits(mut self, keys: &str) -> Self {
         self.coordinator_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[worker.transfer]`, of the workers of this role, or of all where it is empty.
+    pub fn transfer(mut self, role: &str, keys: &str) -> Self {
+        self.transfer_toml.insert(role.to_owned(), keys.to_owned());
         self
     }
 
@@ -274,6 +283,9 @@ impl ClusterBuilder {
             writeln!(toml, "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"")?;
             writeln!(toml, "drain_timeout_seconds = {}", self.drain_timeout_seconds)?;
             writeln!(toml, "[worker.transfer]\nlisten = \"127.0.0.1:{transfer_port}\"")?;
+            for keys in ["", role].iter().filter_map(|role| self.transfer_toml.get(*role)) {
+                writeln!(toml, "{keys}")?;
+            }
             if let Engine::Vllm { installation, arguments } = &self.engine {
                 let socket = directory.join(format!("{name}.sock"));
                 let program = installation.environment.join("bin/vllm");

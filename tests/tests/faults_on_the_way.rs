@@ -2,7 +2,7 @@
 //! nothing is left behind.
 //!
 //! The whole stack runs in this process, so that faults can be put where they happen: below the
-//! verification of blocks, in the arena, and between the sockets. `BATON_FAULT_HANDOFFS` says how many,
+//! verification of blocks, in the arena, and, where there are any, between the sockets of a network. `BATON_FAULT_HANDOFFS` says how many,
 //! `BATON_FAULT_SEED` which.
 
 // A scenario says what must hold by panicking, and its seed on the terminal.
@@ -41,7 +41,7 @@ struct Stack {
 }
 
 impl Stack {
-    async fn start(faults: &Faults, seed: u64) -> Self {
+    async fn start(faults: &Faults, seed: u64, transport: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let [http, workers] = [free_tcp_port(), free_tcp_port()];
         let mut toml = format!(
@@ -59,7 +59,8 @@ impl Stack {
             let role = name.split('-').next().unwrap();
             toml += &format!(
                 "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"\n[worker.transfer]\n\
-                 listen = \"{listen}\"\nadvertise = \"{}\"\nstall_timeout_seconds = 1\n",
+                 listen = \"{listen}\"\nadvertise = \"{}\"\nstall_timeout_seconds = 1\n\
+                 transport = \"{transport}\"\n",
                 relay.address()
             );
             relays.push(relay);
@@ -205,16 +206,25 @@ fn from_environment(name: &str) -> Option<u64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_token_is_wrong_and_nothing_is_left() {
+    disturbed("quic").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_where_memory_is_shared() {
+    disturbed("shm").await;
+}
+
+async fn disturbed(transport: &str) {
     let seed = from_environment("BATON_FAULT_SEED").unwrap_or(1);
     let handoffs = from_environment("BATON_FAULT_HANDOFFS").unwrap_or(400);
     let handoffs = usize::try_from(handoffs).unwrap();
-    println!("BATON_FAULT_SEED={seed} BATON_FAULT_HANDOFFS={handoffs}");
+    println!("BATON_FAULT_SEED={seed} BATON_FAULT_HANDOFFS={handoffs} over {transport}");
     let plan =
         FaultPlan { seed, disturbed_ratio: DISTURBED_RATIO, block_size_tokens: BLOCK_SIZE_TOKENS };
     let faults = Faults::new(plan);
     let beside = tempfile::tempdir().unwrap();
     let reference = Arc::new(Reference::start(beside.path()));
-    let stack = Stack::start(&faults, seed).await;
+    let stack = Stack::start(&faults, seed, transport).await;
     let began = Instant::now();
 
     let client = reqwest::Client::builder().no_proxy().build().unwrap();

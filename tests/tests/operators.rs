@@ -120,7 +120,7 @@ async fn the_state_shows_workers_requests_and_handoffs() {
     let pair = &state["handoffs"]["busiest"][0];
     assert_eq!(state["handoffs"]["pairs"], 1);
     assert_eq!((&pair["prefill"], &pair["decode"]), (&json!("prefill-0"), &json!("decode-0")));
-    assert_eq!((&pair["handoffs"], &pair["transport"]), (&json!(4), &json!("quic")));
+    assert_eq!((&pair["handoffs"], &pair["transport"]), (&json!(4), &json!("shm")));
     assert!(pair["bytes"].as_u64() > Some(0) && pair["micros"].as_u64() > Some(0), "{pair}");
     let last = |buckets: &Value| buckets.as_array().unwrap().last().unwrap()["count"].clone();
     assert_eq!(last(&state["latency"]["ttft"]), 1, "only a streamed answer has a first token");
@@ -133,7 +133,8 @@ async fn the_state_shows_workers_requests_and_handoffs() {
         .collect();
     assert_eq!(kinds, ["attached", "attached"]);
     let transfer = cluster.admin_get("/debug/transfer").await.json();
-    assert_eq!(transfer[0]["received_over"], json!(["quic"]), "{transfer}");
+    assert_eq!(transfer[0]["received_over"], json!(["shm"]), "{transfer}");
+    assert_eq!(transfer[0]["transports"], json!(["shm", "quic"]), "{transfer}");
     assert_eq!(transfer[0]["address"], format!("127.0.0.1:{}", cluster.transfer_port("decode-0")));
     drop(stream);
     cluster.eventually_idle().await;

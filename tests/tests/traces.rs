@@ -180,7 +180,7 @@ async fn a_request_is_one_trace_over_both_legs() {
     assert_eq!(attribute(named(&spans, "prefill"), "baton.worker"), "prefill-0");
     assert_eq!(attribute(named(&spans, "decode leg"), "baton.worker"), "decode-0");
     let handoff = named(&spans, "handoff");
-    assert_eq!(attribute(handoff, "baton.handoff.transport"), "quic");
+    assert_eq!(attribute(handoff, "baton.handoff.transport"), "shm");
     let moved = cluster.metrics().await.sum("baton_handoff_bytes_total", &[]);
     assert_eq!(attribute(handoff, "baton.handoff.bytes").parse::<f64>().unwrap(), moved);
 

@@ -3,12 +3,15 @@
 use crate::{
     channel::{Pulled, Seal, Subscription, TransferError},
     frame::{BlockHead, BlocksDigest, SealedFrame},
+    mac::MacKey,
 };
 
 /// Takes a handoff's blocks one by one, each in its turn.
 #[derive(Debug)]
 pub(crate) struct Arrivals<'a> {
     subscription: &'a Subscription,
+    transport: &'static str,
+    key: Option<MacKey>,
     next_index: u32,
     blocks: u32,
     bytes: u64,
@@ -16,9 +19,16 @@ pub(crate) struct Arrivals<'a> {
 }
 
 impl<'a> Arrivals<'a> {
-    pub(crate) fn new(subscription: &'a Subscription) -> Self {
+    /// With a key, a block comes under its MAC or is not taken.
+    pub(crate) fn new(
+        subscription: &'a Subscription,
+        transport: &'static str,
+        key: Option<MacKey>,
+    ) -> Self {
         Self {
             subscription,
+            transport,
+            key,
             next_index: subscription.first_block,
             blocks: 0,
             bytes: 0,
@@ -34,7 +44,7 @@ impl<'a> Arrivals<'a> {
         ahead: u32,
         longest_bytes: u32,
     ) -> Result<(), TransferError> {
-        let BlockHead { handoff, index, len, crc: _ } = *head;
+        let BlockHead { handoff, index, len, crc: _, mac } = *head;
         if handoff != self.subscription.handoff {
             let due = self.subscription.handoff;
             return Err(TransferError::ForeignBlock { index, of: handoff, due });
@@ -46,6 +56,10 @@ impl<'a> Arrivals<'a> {
         if len > longest_bytes {
             let excess = format!("block {index} of {len} bytes, {longest_bytes} are the most");
             return Err(TransferError::Protocol(excess));
+        }
+        if mac.is_some() != self.key.is_some() {
+            let wrong = format!("block {index} comes under another check than was asked for");
+            return Err(TransferError::Protocol(wrong));
         }
         Ok(())
     }
@@ -62,6 +76,11 @@ impl<'a> Arrivals<'a> {
         let found = crc_fast::crc64_nvme(bytes);
         if found != crc {
             return Err(TransferError::Corrupt { index, expected: crc, found });
+        }
+        if let (Some(key), Some(mac)) = (&self.key, &head.mac)
+            && !mac.agrees_with(&key.of_block(&head.handoff, index, bytes))
+        {
+            return Err(TransferError::Forged { index });
         }
         self.next_index = self.next_index.saturating_add(1);
         self.blocks += 1;
@@ -82,7 +101,7 @@ impl<'a> Arrivals<'a> {
         agree("the prompt's blocks", &u64::from(*prompt_blocks), &end)?;
         let (blocks, bytes) = (self.blocks, self.bytes);
         agree("the blocks' digest", &hex(digest), &hex(&self.digest.finish()))?;
-        Ok(Pulled { seal: *seal, blocks, bytes })
+        Ok(Pulled { seal: *seal, blocks, bytes, transport: self.transport })
     }
 }
 

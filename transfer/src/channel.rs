@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use async_trait::async_trait;
 use baton_arena::{Arena, Landing};
@@ -23,8 +23,9 @@ pub trait Channel: Send + Sync + 'static {
     /// For channels that reach into memory.
     fn use_arena(&self, _arena: &Arena) {}
 
-    /// The name by which users choose it: `quic`.
-    fn transport(&self) -> &'static str;
+    /// What carries blocks, by the names by which users choose it, the best first: `shm`, `ucx`, `quic`.
+    /// What UCX has picked underneath stands behind a colon once it was used: `ucx:rc_mlx5/mlx5_0:1`.
+    fn transports(&self) -> Vec<String>;
 }
 
 /// Where a consumer finds a producer, and how it knows it.
@@ -88,6 +89,8 @@ pub struct Pulled {
     pub seal: Seal,
     pub blocks: u32,
     pub bytes: u64,
+    /// What carried them: `quic`, `ucx`, `shm`.
+    pub transport: &'static str,
 }
 
 /// The producing side's store of what may be pulled.
@@ -113,6 +116,10 @@ pub trait ExportStream: Send {
 
     /// Waits until the producer takes the handoff back: what is under way is to be broken off.
     async fn revoked(&mut self);
+
+    /// When the consumer should have all of it: of the handoffs that share a link the one that is due first
+    /// goes first.
+    fn due(&self) -> Instant;
 
     /// One block of `bytes` was given to the network whole.
     fn sent(&mut self, bytes: u64);
@@ -218,6 +225,8 @@ pub enum TransferError {
     Protocol(String),
     #[error("block {index} arrived with CRC {found:016x}, sent with {expected:016x}")]
     Corrupt { index: u32, expected: u64, found: u64 },
+    #[error("block {index} has a right CRC and a wrong MAC: somebody on the way made it so")]
+    Forged { index: u32 },
     #[error("block {index} changed in this worker's arena after it was verified")]
     Rotten { index: u32 },
     #[error("block {index} has {bytes} bytes, {expected} make a block")]
@@ -240,13 +249,14 @@ pub enum TransferError {
 
 impl TransferError {
     /// Every [`Self::name`].
-    pub const NAMES: [&str; 26] = [
+    pub const NAMES: [&str; 27] = [
         "unreachable",
         "wrong_certificate",
         "version",
         "broke_off",
         "protocol",
         "corrupt",
+        "forged",
         "rotten",
         "truncated",
         "duplicate",
@@ -279,6 +289,7 @@ impl TransferError {
             Self::BrokeOff(_) => "broke_off",
             Self::Protocol(_) => "protocol",
             Self::Corrupt { .. } => "corrupt",
+            Self::Forged { .. } => "forged",
             Self::Rotten { .. } => "rotten",
             Self::Truncated { .. } => "truncated",
             Self::UnexpectedBlock { index, expected } if index < expected => "duplicate",

@@ -7,7 +7,7 @@
 //! ```text
 //! consumer ─► subscription: magic "BTKV" · version u32 · epoch 16 · handoff 16 · generation u32
 //!                           · consumer epoch 16 · compatibility 32 · first block u32
-//!                           · prompt tokens u32 · prompt digest 32
+//!                           · prompt tokens u32 · prompt digest 32 · check u8 · key 32
 //!             1 ack · 2 progress · 3 taken
 //! producer ─► 1 block: epoch 16 · handoff 16 · generation u32 · index u32 · length u32 · crc u64,
 //!             then the bytes
@@ -15,6 +15,7 @@
 //!                       · cached tokens u32 · blocks sent u32 · digest 32
 //!             3 refused: reason u8 · 4 waiting · 5 wrong version: u32
 //!             6 mapped: as 1, then offset u64, and no bytes
+//!             8 block under a MAC: as 1, with a MAC 32 after the CRC
 //! ```
 //!
 //! The magic and the version keep their places in every version, and so does frame 5. Whoever gives a
@@ -24,15 +25,18 @@ use baton_types::{Epoch, Generation, HandoffId, HandoffKey, PromptDigest};
 use bytes::{BufMut, Bytes, BytesMut};
 use sha2::{Digest, Sha256};
 
-use crate::channel::{Refusal, Seal, Subscription, TransferError};
+use crate::{
+    channel::{Refusal, Seal, Subscription, TransferError},
+    mac::{Mac, MacKey},
+};
 
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 const MAGIC: [u8; 4] = *b"BTKV";
 
 /// Magic and version.
 pub(crate) const PRELUDE_BYTES: usize = 8;
 /// What follows them in a subscription.
-pub(crate) const SUBSCRIPTION_BYTES: usize = 16 + 16 + 4 + 16 + 32 + 4 + 4 + 32;
+pub(crate) const SUBSCRIPTION_BYTES: usize = 16 + 16 + 4 + 16 + 32 + 4 + 4 + 32 + 1 + 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum FrameError {
@@ -44,6 +48,8 @@ pub(crate) enum FrameError {
     Kind(u8),
     #[error("no refusal has code {0}")]
     RefusalCode(u8),
+    #[error("no check has code {0}")]
+    Check(u8),
     #[error("a frame of the wrong length")]
     Length,
 }
@@ -57,7 +63,14 @@ impl From<FrameError> for TransferError {
     }
 }
 
-pub(crate) fn encode_subscription(subscription: &Subscription) -> Bytes {
+/// What a consumer asks, and the key under which it wants every block's MAC, if it does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Asked {
+    pub(crate) subscription: Subscription,
+    pub(crate) key: Option<MacKey>,
+}
+
+pub(crate) fn encode_subscription(subscription: &Subscription, key: Option<&MacKey>) -> Bytes {
     let mut bytes = BytesMut::with_capacity(PRELUDE_BYTES + SUBSCRIPTION_BYTES);
     bytes.put_slice(&MAGIC);
     bytes.put_u32_le(VERSION);
@@ -67,6 +80,13 @@ pub(crate) fn encode_subscription(subscription: &Subscription) -> Bytes {
     bytes.put_u32_le(subscription.first_block);
     bytes.put_u32_le(subscription.prompt_tokens);
     bytes.put_slice(&subscription.prompt_digest.0);
+    match key {
+        None => bytes.put_bytes(0, 1 + 32),
+        Some(MacKey(key)) => {
+            bytes.put_u8(1);
+            bytes.put_slice(key);
+        }
+    }
     bytes.freeze()
 }
 
@@ -88,7 +108,7 @@ pub(crate) fn decode_prelude(prelude: &[u8]) -> Result<(), FrameError> {
     }
 }
 
-pub(crate) fn decode_subscription(body: &[u8]) -> Result<Subscription, FrameError> {
+pub(crate) fn decode_subscription(body: &[u8]) -> Result<Asked, FrameError> {
     let mut fields = Fields(body);
     let subscription = Subscription {
         handoff: fields.key()?,
@@ -98,7 +118,13 @@ pub(crate) fn decode_subscription(body: &[u8]) -> Result<Subscription, FrameErro
         prompt_tokens: fields.u32()?,
         prompt_digest: PromptDigest(fields.take()?),
     };
-    fields.end(subscription)
+    let ([check], key) = (fields.take()?, fields.take()?);
+    let key = match (check, key) {
+        (0, key) if key == [0; 32] => None,
+        (1, key) => Some(MacKey(key)),
+        (other, _) => return Err(FrameError::Check(other)),
+    };
+    fields.end(Asked { subscription, key })
 }
 
 /// What a consumer says after its subscription: one byte each.
@@ -159,6 +185,8 @@ pub(crate) struct BlockHead {
     pub(crate) index: u32,
     pub(crate) len: u32,
     pub(crate) crc: u64,
+    /// Where the consumer asked for it. Never of a block in memory that is shared.
+    pub(crate) mac: Option<Mac>,
 }
 
 impl BlockHead {
@@ -167,6 +195,9 @@ impl BlockHead {
         bytes.put_u32_le(self.index);
         bytes.put_u32_le(self.len);
         bytes.put_u64_le(self.crc);
+        if let Some(Mac(mac)) = &self.mac {
+            bytes.put_slice(mac);
+        }
     }
 }
 
@@ -188,6 +219,7 @@ impl ProducerFrame {
             4 => Ok(0),
             5 => Ok(4),
             6 => Ok(16 + 16 + 4 + 4 + 4 + 8 + 8),
+            8 => Ok(16 + 16 + 4 + 4 + 4 + 8 + 32),
             other => Err(FrameError::Kind(other)),
         }
     }
@@ -196,7 +228,7 @@ impl ProducerFrame {
         let mut bytes = BytesMut::with_capacity(96);
         match self {
             Self::Block(head) => {
-                bytes.put_u8(1);
+                bytes.put_u8(if head.mac.is_some() { 8 } else { 1 });
                 head.put(&mut bytes);
             }
             Self::Mapped { head, offset } => {
@@ -230,6 +262,10 @@ impl ProducerFrame {
         let mut fields = Fields(body);
         let frame = match kind {
             1 => Self::Block(fields.head()?),
+            8 => {
+                let head = fields.head()?;
+                Self::Block(BlockHead { mac: Some(Mac(fields.take()?)), ..head })
+            }
             6 => Self::Mapped { head: fields.head()?, offset: fields.u64()? },
             2 => Self::Sealed(SealedFrame {
                 seal: Seal {
@@ -324,6 +360,7 @@ impl Fields<'_> {
             index: self.u32()?,
             len: self.u32()?,
             crc: self.u64()?,
+            mac: None,
         })
     }
 
@@ -361,15 +398,19 @@ mod tests {
     }
 
     prop_compose! {
-        fn heads()(ids in any::<[u128; 2]>(), numbers in any::<[u32; 3]>(), crc in any::<u64>())
-            -> BlockHead
-        {
+        fn heads(with_mac: bool)(
+            ids in any::<[u128; 2]>(),
+            numbers in any::<[u32; 3]>(),
+            crc in any::<u64>(),
+            mac in any::<Option<[u8; 32]>>(),
+        ) -> BlockHead {
             let handoff = HandoffKey {
                 epoch: Epoch::from_u128(ids[0]),
                 id: HandoffId::from_u128(ids[1]),
                 generation: Generation(numbers[0]),
             };
-            BlockHead { handoff, index: numbers[1], len: numbers[2], crc }
+            let mac = mac.filter(|_| with_mac).map(Mac);
+            BlockHead { handoff, index: numbers[1], len: numbers[2], crc, mac }
         }
     }
 
@@ -382,8 +423,8 @@ mod tests {
             },
         );
         prop_oneof![
-            heads().prop_map(ProducerFrame::Block),
-            (heads(), any::<u64>())
+            heads(true).prop_map(ProducerFrame::Block),
+            (heads(false), any::<u64>())
                 .prop_map(|(head, offset)| ProducerFrame::Mapped { head, offset }),
             sealed,
             prop::sample::select(Refusal::ALL.to_vec()).prop_map(ProducerFrame::Refused),
@@ -394,12 +435,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_subscription_arrives_as_it_was_sent(subscription in subscriptions()) {
-            let bytes = encode_subscription(&subscription);
+        fn a_subscription_arrives_as_it_was_sent(
+            subscription in subscriptions(),
+            key in any::<Option<[u8; 32]>>(),
+        ) {
+            let key = key.map(MacKey);
+            let bytes = encode_subscription(&subscription, key.as_ref());
             let (prelude, body) = bytes.split_at(PRELUDE_BYTES);
             prop_assert_eq!(body.len(), SUBSCRIPTION_BYTES);
             prop_assert_eq!(decode_prelude(prelude), Ok(()));
-            prop_assert_eq!(decode_subscription(body), Ok(subscription));
+            prop_assert_eq!(decode_subscription(body), Ok(Asked { subscription, key }));
         }
 
         #[test]
@@ -422,8 +467,9 @@ mod tests {
                 let bytes = frame.encode();
                 prop_assert_eq!(bytes.split_first().unwrap(), (&kind, &body[..]));
             }
-            if let Ok(subscription) = decode_subscription(&body) {
-                prop_assert_eq!(&encode_subscription(&subscription)[PRELUDE_BYTES..], &body[..]);
+            if let Ok(Asked { subscription, key }) = decode_subscription(&body) {
+                let bytes = encode_subscription(&subscription, key.as_ref());
+                prop_assert_eq!(&bytes[PRELUDE_BYTES..], &body[..]);
             }
             prop_assert!(decode_prelude(&body).is_err());
         }

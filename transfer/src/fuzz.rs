@@ -5,10 +5,11 @@ use std::{fs, path::Path};
 
 use crate::{
     frame::{
-        ConsumerWord, FrameError, PRELUDE_BYTES, ProducerFrame, decode_prelude,
+        Asked, ConsumerWord, FrameError, PRELUDE_BYTES, ProducerFrame, decode_prelude,
         decode_subscription, encode_subscription,
     },
     shm::fuzz_hello,
+    ucx::fuzz_wire,
 };
 
 /// None of the decoders panics, or takes what its encoder does not give.
@@ -17,8 +18,8 @@ fn decode_everything(bytes: &[u8]) {
     if bytes.len() != PRELUDE_BYTES {
         assert!(prelude.is_err());
     }
-    if let Ok(subscription) = decode_subscription(bytes) {
-        assert_eq!(&encode_subscription(&subscription)[PRELUDE_BYTES..], bytes);
+    if let Ok(Asked { subscription, key }) = decode_subscription(bytes) {
+        assert_eq!(&encode_subscription(&subscription, key.as_ref())[PRELUDE_BYTES..], bytes);
     }
     if let Some((&kind, body)) = bytes.split_first() {
         if let Ok(word) = ConsumerWord::decode(kind) {
@@ -37,6 +38,7 @@ fn decode_everything(bytes: &[u8]) {
         }
     }
     fuzz_hello(bytes);
+    fuzz_wire(bytes);
 }
 
 fn mutated(random: &mut fastrand::Rng, corpus: &[Vec<u8>]) -> Vec<u8> {

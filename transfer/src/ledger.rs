@@ -23,6 +23,10 @@ use crate::{
 /// start at the same time on two machines, so that either may be the first.
 const EARLY_SUBSCRIPTION_WAIT: Duration = Duration::from_secs(2);
 
+/// When a handoff is due of which that is not said: long enough to let all others pass that are, and not for
+/// ever.
+const UNHURRIED: Duration = Duration::from_secs(10);
+
 /// Handoffs that ended are remembered, so that a late subscription hears why at once.
 const REMEMBERED_ENDINGS: usize = 1024;
 
@@ -54,6 +58,7 @@ struct Books {
 #[derive(Debug)]
 struct Entry {
     handoff: Handoff,
+    due: Instant,
     /// Tells this handoff from another of the same id.
     serial: u64,
     /// Something can be taken.
@@ -98,13 +103,24 @@ impl Ledger {
         self.shared.news.notify_waiters();
     }
 
+    /// As [`Self::expect_by`], for whom nobody waits in particular.
+    pub fn expect(
+        &self,
+        id: HandoffId,
+        generation: Generation,
+        consumer_fingerprint: [u8; 32],
+    ) -> Result<oneshot::Receiver<Ending>, HandoffError> {
+        self.expect_by(Instant::now() + UNHURRIED, id, generation, consumer_fingerprint)
+    }
+
     /// Announces a handoff at the start of its prefill job. An older generation that is still open
-    /// is void from here on.
+    /// is void from here on. Where many share a link, those that are `due` first go first.
     ///
     /// What it returns is told how the handoff ends; it may be dropped. A handoff that ends in
     /// anything but [`Ending::Acked`] before its prefill is through need not be computed any further.
-    pub fn expect(
+    pub fn expect_by(
         &self,
+        due: Instant,
         id: HandoffId,
         generation: Generation,
         consumer_fingerprint: [u8; 32],
@@ -122,7 +138,7 @@ impl Ledger {
         let key = HandoffKey { epoch: books.epoch, id, generation };
         let handoff = Handoff::new(key, consumer_fingerprint, self.shared.lease, Instant::now());
         let ready = Arc::new(Notify::new());
-        books.open.insert(id, Entry { handoff, serial, ready, ending, attached: None });
+        books.open.insert(id, Entry { handoff, due, serial, ready, ending, attached: None });
         drop(books);
         self.shared.tallies.expected();
         if let Some(entry) = superseded {
@@ -270,6 +286,7 @@ impl Ledger {
         Ok(LedgerStream {
             shared: Arc::clone(&self.shared),
             id: key.id,
+            due: entry.due,
             serial: entry.serial,
             ready: Arc::clone(&entry.ready),
             revoked,
@@ -389,6 +406,7 @@ impl Ended {
 struct LedgerStream {
     shared: Arc<Shared>,
     id: HandoffId,
+    due: Instant,
     serial: u64,
     ready: Arc<Notify>,
     revoked: oneshot::Receiver<Infallible>,
@@ -431,6 +449,10 @@ impl ExportStream for LedgerStream {
             let _ = (&mut self.revoked).await;
             self.is_revoked = true;
         }
+    }
+
+    fn due(&self) -> Instant {
+        self.due
     }
 
     fn sent(&mut self, bytes: u64) {

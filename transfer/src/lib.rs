@@ -2,7 +2,8 @@
 //!
 //! A producer's [`Ledger`] holds what its engine exported until the one consumer that the handoff is
 //! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network,
-//! [`UcxChannel`] has UCX write into the consumer's arena.
+//! [`UcxChannel`] has UCX write into the consumer's arena, [`ShmChannel`] copies from arena to arena on one
+//! host, and [`NearestChannel`] takes that where it can and a network where it cannot.
 
 mod arrivals;
 mod channel;
@@ -16,8 +17,11 @@ mod frame;
 mod fuzz;
 mod lease;
 mod ledger;
+mod mac;
+mod nearest;
 mod quic;
 mod shm;
+mod turns;
 mod ucx;
 
 pub use channel::{
@@ -27,6 +31,8 @@ pub use channel::{
 pub use counters::LedgerCounters;
 pub use lease::{Ending, HandoffError};
 pub use ledger::Ledger;
+pub use mac::Check;
+pub use nearest::NearestChannel;
 pub use quic::{BindError, QuicChannel, QuicConfig};
 pub use shm::{ShmBindError, ShmChannel, ShmConfig};
 pub use ucx::{UcxBindError, UcxChannel, UcxConfig};

@@ -5,7 +5,7 @@ pub(crate) mod code;
 pub(crate) mod consume;
 mod peers;
 pub(crate) mod produce;
-mod tls;
+pub(crate) mod tls;
 mod tuning;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -20,8 +20,13 @@ use self::{
 };
 use crate::{
     channel::{BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError},
+    mac::{Check, MacKey},
+    turns::Turns,
     ucx,
 };
+
+/// The name by which users choose it.
+const TRANSPORT: &str = "quic";
 
 /// Far more peers than one worker hands over to; what comes beyond is refused unread.
 const MAX_CONNECTIONS: usize = 4096;
@@ -36,6 +41,8 @@ pub struct QuicConfig {
     pub max_mtu_bytes: u16,
     /// A handoff that moves nothing for this long is given up.
     pub stall_timeout: Duration,
+    /// What this worker wants its blocks to be held against.
+    pub check: Check,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +63,7 @@ pub struct QuicChannel {
     fingerprint: [u8; 32],
     peers: Peers,
     stall_timeout: Duration,
+    check: Check,
 }
 
 impl QuicChannel {
@@ -64,19 +72,20 @@ impl QuicChannel {
         Self::bind_beside(config, exports, None)
     }
 
-    /// With UCX, its own pulls are of peers that have UCX, too; who has not is served all the same.
+    /// With UCX, peers that have it, too, are spoken to by it; others are, or are refused, as `ucx` says.
     pub(crate) fn bind_beside(
         config: QuicConfig,
         exports: Arc<dyn Exports>,
         ucx: Option<Arc<ucx::Data>>,
     ) -> Result<Arc<Self>, BindError> {
-        let QuicConfig { listen, max_mtu_bytes, stall_timeout } = config;
+        let QuicConfig { listen, max_mtu_bytes, stall_timeout, check } = config;
         let refused = |source| BindError::Socket { listen, source };
         let runtime = quinn::default_runtime().ok_or(BindError::NoRuntime)?;
         let identity = Identity::fresh()?;
-        let (spoken, asked_for): (&[_], _) = match ucx {
-            None => (&[Protocol::Blocks], Protocol::Blocks),
-            Some(_) => (&[Protocol::Ucx, Protocol::Blocks], Protocol::Ucx),
+        let spoken: &'static [Protocol] = match &ucx {
+            None => &[Protocol::Blocks],
+            Some(ucx) if ucx.is_alone() => &[Protocol::Ucx],
+            Some(_) => &[Protocol::Ucx, Protocol::Blocks],
         };
         let mut server = identity.server(spoken)?;
         server.transport_config(tuning::transport(max_mtu_bytes, false)).migration(false);
@@ -93,11 +102,12 @@ impl QuicChannel {
                 local,
                 identity,
                 tuning::transport(max_mtu_bytes, true),
-                asked_for,
+                spoken,
             ),
             endpoint,
             local,
             stall_timeout,
+            check,
         }))
     }
 
@@ -121,6 +131,17 @@ impl QuicChannel {
         self.peers.connection(peer).await
     }
 
+    /// Blocks on the handoff's own stream.
+    pub(crate) async fn pull_over(
+        &self,
+        connection: Connection,
+        subscription: &Subscription,
+        sink: &dyn BlockSink,
+    ) -> Result<Pulled, TransferError> {
+        let key = MacKey::for_check(self.check)?;
+        consume::pull(connection, subscription, sink, key, self.stall_timeout).await
+    }
+
     fn say_goodbye(&self) {
         self.endpoint.close(VarInt::from_u32(0), b"the worker ends");
     }
@@ -141,11 +162,11 @@ impl Channel for QuicChannel {
         sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
         let connection = self.peers.connection(peer).await?;
-        consume::pull(connection, &subscription, sink, self.stall_timeout).await
+        self.pull_over(connection, &subscription, sink).await
     }
 
-    fn transport(&self) -> &'static str {
-        "quic"
+    fn transports(&self) -> Vec<String> {
+        vec![TRANSPORT.to_owned()]
     }
 }
 
@@ -187,12 +208,16 @@ async fn meet(
         (Some(Protocol::Ucx), Some(ucx)) => Some(Arc::new(ucx::Lane::new(ucx))),
         _ => None,
     };
+    let turns = Arc::new(Turns::default());
     loop {
         match connection.accept_bi().await {
             Ok(stream) => {
                 let exports = Arc::clone(&exports);
                 match &lane {
-                    None => tokio::spawn(produce::serve(stream, peer, exports, stall)),
+                    None => {
+                        let turns = Arc::clone(&turns);
+                        tokio::spawn(produce::serve(stream, peer, exports, turns, stall))
+                    }
                     Some(lane) => {
                         let lane = Arc::clone(lane);
                         tokio::spawn(ucx::produce::serve(stream, peer, exports, lane, stall))

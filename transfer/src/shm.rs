@@ -31,12 +31,17 @@ use crate::channel::{
     BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError,
 };
 
+/// The name by which users choose it.
+const TRANSPORT: &str = "shm";
+
 /// How often each side tells the other that it lives.
 const BEAT: Duration = Duration::from_millis(250);
 /// A side of which nothing is heard for so long is gone.
 const SILENCE: Duration = Duration::from_millis(1500);
 /// Blocks that may wait in the producer's arena to be copied.
 const WINDOW: usize = 32;
+const SOCKET_PREFIX: &str = "baton-kv-";
+const SOCKET_SUFFIX: &str = ".sock";
 /// Handoffs at a time, of which each holds a socket; further ones wait.
 const CONCURRENT_HANDOFFS: usize = 1024;
 /// Of so many peers at the most arenas stay mapped.
@@ -96,10 +101,14 @@ impl ShmChannel {
         let path = Self::socket_of(&config.directory, &config.certificate_fingerprint);
         let refused = |source| ShmBindError { path: path.clone(), source };
         allow_many_files();
-        let listener = std::os::unix::net::UnixListener::bind(&path).map_err(refused)?;
+        remove_deserted(&config.directory);
+        // Has its name only once somebody listens.
+        let unready = path.with_extension("new");
+        let listener = std::os::unix::net::UnixListener::bind(&unready).map_err(refused)?;
         listener.set_nonblocking(true).map_err(refused)?;
         let owner_only = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-        std::fs::set_permissions(&path, owner_only).map_err(refused)?;
+        std::fs::set_permissions(&unready, owner_only).map_err(refused)?;
+        std::fs::rename(&unready, &path).map_err(refused)?;
         let listener = UnixListener::from_std(listener).map_err(refused)?;
         let shared = Arc::new(Shared { config, exports, arena: Mutex::default() });
         let mut serving = JoinSet::new();
@@ -117,7 +126,7 @@ impl ShmChannel {
     pub fn socket_of(directory: &Path, fingerprint: &[u8; 32]) -> PathBuf {
         // A socket's path has room for 107 bytes; half of the fingerprint is still unlike any other.
         let name: String = fingerprint.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-        directory.join(format!("baton-kv-{name}.sock"))
+        directory.join(format!("{SOCKET_PREFIX}{name}{SOCKET_SUFFIX}"))
     }
 
     /// Whether this peer seems to be on this host, with its socket in the same directory.
@@ -207,8 +216,26 @@ impl Channel for ShmChannel {
         *self.shared.arena.lock() = Some(arena.clone());
     }
 
-    fn transport(&self) -> &'static str {
-        "shm"
+    fn transports(&self) -> Vec<String> {
+        vec![TRANSPORT.to_owned()]
+    }
+}
+
+/// Removes the sockets of workers that were killed: nobody listens there, and nobody will again.
+fn remove_deserted(directory: &Path) {
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if !name.starts_with(SOCKET_PREFIX) || !name.ends_with(SOCKET_SUFFIX) {
+            continue;
+        }
+        let path = entry.path();
+        let tried = std::os::unix::net::UnixStream::connect(&path);
+        if tried.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            // Another worker may have been faster.
+            let _ = std::fs::remove_file(&path);
+        }
     }
 }
 

@@ -12,7 +12,11 @@ mod lane;
 pub(crate) mod produce;
 mod wire;
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use baton_arena::Arena;
@@ -20,10 +24,16 @@ use baton_ucx::{Options, Region, Resource, StartError, Ucx, UcxError};
 use parking_lot::Mutex;
 
 pub(crate) use self::lane::Lane;
+#[cfg(test)]
+pub(crate) use self::wire::fuzz as fuzz_wire;
 use crate::{
     channel::{BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError},
-    quic::{BindError, QuicChannel, QuicConfig},
+    mac::{Check, MacKey},
+    quic::{BindError, QuicChannel, QuicConfig, tls::Protocol},
 };
+
+/// The name by which users choose it.
+const TRANSPORT: &str = "ucx";
 
 /// How a worker takes part in handoffs over UCX.
 #[derive(Clone, Debug)]
@@ -33,6 +43,8 @@ pub struct UcxConfig {
     pub ucx: Options,
     /// Give handoffs up that UCX would not let a network card write.
     pub require_rdma: bool,
+    /// With peers that have no UCX, pass blocks by QUIC. Otherwise they are refused in the handshake.
+    pub or_quic: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +63,9 @@ pub struct UcxChannel {
     control: Arc<QuicChannel>,
     data: Arc<Data>,
     stall_timeout: Duration,
+    check: Check,
+    /// Connections to peers without UCX, of which a word was said.
+    by_quic: Mutex<HashSet<usize>>,
 }
 
 /// What the two sides share of UCX.
@@ -58,6 +73,7 @@ pub struct UcxChannel {
 pub(crate) struct Data {
     ucx: Ucx,
     require_rdma: bool,
+    or_quic: bool,
     arenas: Mutex<Vec<OpenArena>>,
     picked: Mutex<BTreeSet<Resource>>,
 }
@@ -68,13 +84,16 @@ struct OpenArena {
     region: Arc<Region>,
 }
 
+/// Connections of which it is remembered that a word was said.
+const MAX_TOLD: usize = 4096;
+
 /// This table's clone, and the one in the registration itself.
 const OWN_HOLDERS: usize = 2;
 
 impl UcxChannel {
     /// Loads UCX and starts to listen, in the runtime that it is called in.
     pub fn bind(config: UcxConfig, exports: Arc<dyn Exports>) -> Result<Arc<Self>, UcxBindError> {
-        let UcxConfig { control, ucx, require_rdma } = config;
+        let UcxConfig { control, ucx, require_rdma, or_quic } = config;
         let ucx = Ucx::start(&ucx)?;
         if require_rdma && !ucx.resources().iter().any(Resource::is_rdma) {
             return Err(UcxBindError::NoRdma {
@@ -90,10 +109,11 @@ impl UcxChannel {
             "UCX is loaded"
         );
         let arenas = Mutex::default();
-        let data = Arc::new(Data { ucx, require_rdma, arenas, picked: Mutex::default() });
-        let stall_timeout = control.stall_timeout;
+        let picked = Mutex::default();
+        let data = Arc::new(Data { ucx, require_rdma, or_quic, arenas, picked });
+        let (stall_timeout, check) = (control.stall_timeout, control.check);
         let control = QuicChannel::bind_beside(control, exports, Some(Arc::clone(&data)))?;
-        Ok(Arc::new(Self { control, data, stall_timeout }))
+        Ok(Arc::new(Self { control, data, stall_timeout, check, by_quic: Mutex::default() }))
     }
 
     /// The connections on which handoffs are agreed.
@@ -101,13 +121,16 @@ impl UcxChannel {
         &self.control
     }
 
-    pub fn ucx(&self) -> &Ucx {
-        &self.data.ucx
-    }
-
-    /// What UCX has picked so far to write to peers with.
-    pub fn picked(&self) -> Vec<Resource> {
-        self.data.picked.lock().iter().cloned().collect()
+    /// Says once of each connection that it goes without UCX.
+    fn warn(&self, peer: &PeerAddress, connection: usize) {
+        let mut known = self.by_quic.lock();
+        if known.len() >= MAX_TOLD {
+            known.clear();
+        }
+        if known.insert(connection) {
+            let worker = &peer.worker_name;
+            tracing::warn!(worker, "a peer has no UCX: its blocks come by QUIC");
+        }
     }
 }
 
@@ -120,7 +143,13 @@ impl Channel for UcxChannel {
         sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
         let connection = self.control.connection(peer).await?;
-        consume::pull(connection, &subscription, sink, &self.data, self.stall_timeout).await
+        if Protocol::of(&connection) != Some(Protocol::Ucx) {
+            self.warn(peer, connection.stable_id());
+            return self.control.pull_over(connection, &subscription, sink).await;
+        }
+        let (data, stall) = (&self.data, self.stall_timeout);
+        let key = MacKey::for_check(self.check)?;
+        consume::pull(connection, &subscription, sink, key, data, stall).await
     }
 
     /// Registers it now: its first handoff need not wait for that.
@@ -135,12 +164,26 @@ impl Channel for UcxChannel {
         }
     }
 
-    fn transport(&self) -> &'static str {
-        "ucx"
+    fn transports(&self) -> Vec<String> {
+        let picked = self.data.picked.lock();
+        let named = picked.iter().map(|resource| format!("{TRANSPORT}:{}", name(resource)));
+        let mut all: Vec<String> = named.collect();
+        if all.is_empty() {
+            all.push(TRANSPORT.to_owned());
+        }
+        if self.data.or_quic {
+            all.extend(self.control.transports());
+        }
+        all
     }
 }
 
 impl Data {
+    /// Whether peers without UCX are refused.
+    pub(crate) fn is_alone(&self) -> bool {
+        !self.or_quic
+    }
+
     /// The arena, opened to peers. Arenas that nobody uses any more are closed meanwhile.
     async fn region(&self, arena: &Arena) -> Result<Arc<Region>, UcxError> {
         if let Some(region) = self.known_region(arena) {
@@ -161,9 +204,11 @@ impl Data {
 }
 
 fn names(resources: &[Resource]) -> String {
-    let names =
-        resources.iter().map(|Resource { transport, device }| format!("{transport}/{device}"));
-    names.collect::<Vec<_>>().join(" ")
+    resources.iter().map(name).collect::<Vec<_>>().join(" ")
+}
+
+fn name(Resource { transport, device }: &Resource) -> String {
+    format!("{transport}/{device}")
 }
 
 fn failed(error: &UcxError) -> TransferError {

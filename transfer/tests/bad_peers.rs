@@ -6,8 +6,8 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use baton_arena::{Arena, ArenaLayout, Landing, Slot, SlotPool};
 use baton_transfer::{
-    BlockSink, Channel, Ending, Ledger, PeerAddress, Pulled, QuicChannel, QuicConfig, Subscription,
-    TransferError,
+    BlockSink, Channel, Check, Ending, Ledger, PeerAddress, Pulled, QuicChannel, QuicConfig,
+    Subscription, TransferError,
 };
 use baton_types::{Epoch, Generation, HandoffId, HandoffKey, PromptDigest};
 use quinn::{ReadError, ReadExactError, RecvStream, SendStream, VarInt};
@@ -26,8 +26,12 @@ const STALLED: VarInt = VarInt::from_u32(3);
 const PROTOCOL: VarInt = VarInt::from_u32(4);
 
 fn bind(ledger: &Ledger, stall_timeout: Duration) -> Arc<QuicChannel> {
+    bind_under(Check::Crc, ledger, stall_timeout)
+}
+
+fn bind_under(check: Check, ledger: &Ledger, stall_timeout: Duration) -> Arc<QuicChannel> {
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    let config = QuicConfig { listen, max_mtu_bytes: 6500, stall_timeout };
+    let config = QuicConfig { listen, max_mtu_bytes: 6500, stall_timeout, check };
     QuicChannel::bind(config, Arc::new(ledger.clone())).unwrap()
 }
 
@@ -48,7 +52,7 @@ fn subscription(id: HandoffId) -> Subscription {
 
 fn subscription_bytes(id: HandoffId) -> Vec<u8> {
     let subscription = subscription(id);
-    let mut bytes = b"BTKV\x02\0\0\0".to_vec();
+    let mut bytes = b"BTKV\x03\0\0\0".to_vec();
     bytes.extend(EPOCH.as_bytes());
     bytes.extend(id.as_bytes());
     bytes.extend(0_u32.to_le_bytes());
@@ -57,6 +61,8 @@ fn subscription_bytes(id: HandoffId) -> Vec<u8> {
     bytes.extend(0_u32.to_le_bytes());
     bytes.extend(5_u32.to_le_bytes());
     bytes.extend(PROMPT.0);
+    // No MAC, and no key for one.
+    bytes.extend([0; 33]);
     bytes
 }
 
@@ -175,9 +181,9 @@ async fn another_version_is_told_ours() {
     let client = Raw::new();
     let connection = client.connect(producer.local_address()).await.unwrap();
     let (mut send, mut recv) = connection.open_bi().await.unwrap();
-    send.write_all(b"BTKV\x03\0\0\0 whatever comes in version 3").await.unwrap();
+    send.write_all(b"BTKV\x04\0\0\0 whatever comes in version 4").await.unwrap();
     let answer = recv.read_to_end(100).await.unwrap();
-    assert_eq!(answer, [5, 2, 0, 0, 0]);
+    assert_eq!(answer, [5, 3, 0, 0, 0]);
 }
 
 #[tokio::test]
@@ -249,7 +255,7 @@ enum Then {
 }
 
 async fn answer((mut send, mut recv): (SendStream, RecvStream), bytes: Vec<u8>, then: Then) {
-    let mut asked = [0; 132];
+    let mut asked = [0; 165];
     recv.read_exact(&mut asked).await.unwrap();
     // The consumer may have heard enough.
     let _ = send.write_all(&bytes).await;
@@ -263,8 +269,12 @@ async fn answer((mut send, mut recv): (SendStream, RecvStream), bytes: Vec<u8>, 
 
 /// What a consumer makes of it.
 async fn pulled(bytes: Vec<u8>, then: Then) -> Result<Pulled, TransferError> {
+    pulled_under(Check::Crc, bytes, then).await
+}
+
+async fn pulled_under(check: Check, bytes: Vec<u8>, then: Then) -> Result<Pulled, TransferError> {
     let directory = tempfile::tempdir().unwrap();
-    let consumer = bind(&ledger(), Duration::from_secs(1));
+    let consumer = bind_under(check, &ledger(), Duration::from_secs(1));
     let producer = Raw::new();
     let (address, accepting) = producer.listen();
     tokio::spawn(async move { answer(accepting.await, bytes, then).await });
@@ -319,7 +329,23 @@ async fn what_the_protocol_does_not_allow_is_not_taken() {
         assert!(matches!(refused, Err(TransferError::Protocol(_))), "{bytes:?}: {refused:?}");
     }
     let theirs = pulled(vec![5, 9, 0, 0, 0], Then::Finish).await;
-    assert_eq!(theirs, Err(TransferError::Version { ours: 2, theirs: 9 }));
+    assert_eq!(theirs, Err(TransferError::Version { ours: 3, theirs: 9 }));
+}
+
+#[tokio::test]
+async fn who_does_not_know_the_key_sends_no_block_under_a_mac() {
+    // A right checksum is what everybody can make.
+    let mut forged = block_head(0, 2, crc_fast::crc64_nvme(b"kv"));
+    forged[0] = 8;
+    forged.extend([0; 32]);
+    forged.extend(b"kv");
+    let taken = pulled_under(Check::Blake3, forged.clone(), Then::Silence).await;
+    assert_eq!(taken, Err(TransferError::Forged { index: 0 }));
+    // None is no way around it, and one that was not asked for is not passed over.
+    let without = pulled_under(Check::Blake3, block(0, b"kv"), Then::Silence).await;
+    assert!(matches!(without, Err(TransferError::Protocol(_))), "{without:?}");
+    let unasked = pulled_under(Check::Crc, forged, Then::Silence).await;
+    assert!(matches!(unasked, Err(TransferError::Protocol(_))), "{unasked:?}");
 }
 
 #[tokio::test]

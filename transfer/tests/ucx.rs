@@ -7,7 +7,7 @@ use std::{env, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use baton_transfer::{
-    Exports, PeerAddress, QuicConfig, UcxChannel, UcxConfig, channel_conformance,
+    Check, Exports, PeerAddress, QuicConfig, UcxChannel, UcxConfig, channel_conformance,
     conformance::{Detour, Node, Transport},
 };
 use baton_ucx::{Options, StartError, Ucx};
@@ -31,8 +31,14 @@ fn over_ucx() -> Option<OverUcx> {
 #[async_trait]
 impl Transport for OverUcx {
     async fn start(&self, exports: Arc<dyn Exports>, stall_timeout: Duration) -> Node {
-        let control = QuicConfig { listen: relay::loopback(), max_mtu_bytes: 6500, stall_timeout };
-        let config = UcxConfig { control, ucx: Options::default(), require_rdma: false };
+        let control = QuicConfig {
+            listen: relay::loopback(),
+            max_mtu_bytes: 6500,
+            stall_timeout,
+            check: Check::Crc,
+        };
+        let config =
+            UcxConfig { control, ucx: Options::default(), require_rdma: false, or_quic: false };
         let channel = UcxChannel::bind(config, exports).unwrap();
         let control = channel.control();
         let address = PeerAddress {

@@ -1,4 +1,8 @@
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_engine::{Answer, EngineRequest};
 use baton_proto::{Event, HandoffMode, Header, StartJob, WireError};
@@ -246,7 +250,9 @@ fn produce(start: &StartJob, life: &Life) -> Result<(Producing, KvParameters), F
     let (name, peer) = handoff_of(start)?;
     let consumer = baton_proto::fingerprint("Peer", &peer.certificate_fingerprint)
         .map_err(|error| refused(&error))?;
-    let producing = life.handoffs()?.produce(name, consumer)?;
+    let due_in = Duration::from_millis(start.deadline_ms.into());
+    let due = (!due_in.is_zero()).then(|| Instant::now() + due_in);
+    let producing = life.handoffs()?.produce(name, consumer, due)?;
     let kv = KvParameters::Fenced { part: Part::Produce, id: name.0, generation: name.1 };
     Ok((producing, kv))
 }

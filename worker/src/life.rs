@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Instant};
 
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
 use baton_proto::{Hello, KvCache, Peer, Report, StepModel};
-use baton_transfer::Ledger;
+use baton_transfer::{Channel, Ledger};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin};
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -42,9 +42,10 @@ pub(crate) struct Fenced {
     pub(crate) handoffs: Handoffs,
     pub(crate) ledger: Ledger,
     pub(crate) compatibility: Compatibility,
-    /// Where other workers find this one: `host:port`.
+    /// Where other workers find this one: `host:port`, or a path.
     pub(crate) address: String,
     pub(crate) certificate_fingerprint: [u8; 32],
+    pub(crate) channel: Arc<dyn Channel>,
 }
 
 impl std::fmt::Debug for Life {
@@ -113,6 +114,7 @@ impl Life {
             KvSide::Fenced(fenced) => {
                 hello.set_handoff_mode(baton_proto::HandoffMode::Fenced);
                 hello.compatibility = Some((&fenced.compatibility).into());
+                hello.transports = fenced.channel.transports();
                 hello.peer = Some(Peer {
                     worker_name: self.name.clone(),
                     epoch: epoch_bytes(self.epoch),
@@ -155,7 +157,8 @@ impl Life {
             ..Report::default()
         };
         if let KvSide::Fenced(fenced) = &self.kv {
-            let Fenced { handoffs, ledger, .. } = &**fenced;
+            let Fenced { handoffs, ledger, channel, .. } = &**fenced;
+            report.transports = channel.transports();
             let sent = ledger.counters();
             report.handoff_blocks_sent = sent.blocks_sent;
             report.handoff_bytes_sent = sent.bytes_sent;

@@ -149,7 +149,7 @@ struct Worker {
 struct WorkerTransfer {
     transfer: Transfer,
     opened: OpenTransport,
-    /// `host:port` that other workers are told.
+    /// Where other workers are told that this one is.
     address: String,
     expiring: tokio::task::JoinHandle<()>,
 }
@@ -259,7 +259,8 @@ impl Worker {
                 ledger: transfer.transfer.ledger.clone(),
                 compatibility: compatibility.clone(),
                 address: transfer.address.clone(),
-                certificate_fingerprint: transfer.opened.control().certificate_fingerprint(),
+                certificate_fingerprint: transfer.opened.certificate_fingerprint,
+                channel: transfer.transfer.channel.clone(),
             })),
             _ if engine_hands_over(&self.config) => KvSide::Engine,
             _ => KvSide::None,
@@ -330,7 +331,7 @@ impl Worker {
 
     async fn close(&self) {
         if let Some(transfer) = &self.transfer {
-            transfer.opened.control().close().await;
+            transfer.opened.close().await;
         }
     }
 }
@@ -340,11 +341,9 @@ impl WorkerTransfer {
         let stall_timeout = config.transfer.stall_timeout;
         // The first port brings the first epoch; until then nothing is there to be pulled.
         let ledger = Ledger::new(Epoch::random(), [0; 32], LEASE_STALLS * stall_timeout);
-        let opened =
-            transport::open(&config.transfer, interpose.exports(Arc::new(ledger.clone())))?;
-        let control = opened.control();
-        let address =
-            config.transfer.advertise.clone().unwrap_or(control.local_address().to_string());
+        let exports = interpose.exports(Arc::new(ledger.clone()));
+        let opened = transport::open(&config.transfer, &config.arena.directory, &exports)?;
+        let address = config.transfer.advertise.clone().unwrap_or(opened.address.clone());
         let expiring = tokio::spawn(expire(ledger.clone()));
         let transfer =
             Transfer { ledger, channel: interpose.channel(opened.channel.clone()), stall_timeout };

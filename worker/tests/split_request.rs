@@ -78,7 +78,7 @@ async fn a_split_answer_equals_the_aggregated_one_and_its_kv_crossed() {
                 let blocks = tokens.div_ceil(BLOCK_TOKENS);
                 assert_eq!(moved.blocks + moved.blocks_reused, blocks, "{tokens} tokens");
                 assert_eq!(moved.bytes, u64::from(moved.blocks) * BLOCK_BYTES);
-                assert_eq!(moved.transport, "quic");
+                assert_eq!(moved.transport, "shm");
             }
             blocks_sent += u64::from(moved.blocks);
         }

@@ -1,6 +1,6 @@
 //! The consuming half, which measures.
 
-use std::{process::Stdio, sync::Arc, time::Instant};
+use std::{path::Path, process::Stdio, sync::Arc, time::Instant};
 
 use anyhow::{Context as _, bail};
 use async_trait::async_trait;
@@ -14,8 +14,8 @@ use tokio::{
 };
 
 use super::{
-    Answer, BenchOptions, COMPATIBILITY, ChannelKind, GENERATION, Order, PROMPT, PROMPT_TOKENS,
-    SMALL_BYTES, SMALL_HANDOFFS, STALL, cpu_seconds, epoch_of, scattered,
+    Answer, BenchOptions, COMPATIBILITY, GENERATION, Order, PROMPT, PROMPT_TOKENS, SMALL_BYTES,
+    SMALL_HANDOFFS, STALL, cpu_seconds, epoch_of, scattered,
 };
 
 pub(super) struct Measured {
@@ -30,6 +30,8 @@ pub(super) struct Measured {
     pub(super) handoff_us: Vec<f64>,
     /// Of handoffs of no block: what is asked, and its answer.
     pub(super) round_trip_us: Vec<f64>,
+    /// What carried the blocks, as the producing half knows it.
+    pub(super) transports: Vec<String>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -40,9 +42,9 @@ pub(super) struct Cpu {
 
 pub(super) async fn run(options: &BenchOptions) -> anyhow::Result<Measured> {
     let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())?;
-    let mut producer = Producer::start(options).await?;
+    let mut producer = Producer::start(options, directory.path()).await?;
     let nothing = Ledger::new(Epoch::random(), COMPATIBILITY, STALL);
-    let (channel, ourselves) = options.open("consumer", Arc::new(nothing))?;
+    let (channel, ourselves) = options.open("consumer", directory.path(), Arc::new(nothing))?;
     producer.order(&Order::For { fingerprint: ourselves.certificate_fingerprint }).await?;
     let arena = options.arena(directory.path())?;
     channel.use_arena(&arena);
@@ -76,15 +78,12 @@ pub(super) async fn run(options: &BenchOptions) -> anyhow::Result<Measured> {
         }
     }
     let bytes = u64::from(blocks) * u64::from(options.block) * u64::from(options.streams);
-    Ok(Measured { seconds, memcpy_seconds, bytes, cpu, handoff_us, round_trip_us })
+    let transports = producer.transports.clone();
+    Ok(Measured { seconds, memcpy_seconds, bytes, cpu, handoff_us, round_trip_us, transports })
 }
 
 /// Copies a round's blocks from one arena's slots to another's, in as scattered an order.
-fn memcpy(
-    options: &BenchOptions,
-    to: &Arena,
-    directory: &std::path::Path,
-) -> anyhow::Result<Vec<f64>> {
+fn memcpy(options: &BenchOptions, to: &Arena, directory: &Path) -> anyhow::Result<Vec<f64>> {
     let directory = tempfile::tempdir_in(directory)?;
     let from = options.arena(directory.path())?;
     let slots = scattered(options.slots()?);
@@ -116,17 +115,16 @@ struct Producer {
     address: PeerAddress,
     epoch: Epoch,
     waiting: Vec<HandoffId>,
+    transports: Vec<String>,
 }
 
 impl Producer {
-    async fn start(options: &BenchOptions) -> anyhow::Result<Self> {
+    async fn start(options: &BenchOptions, directory: &Path) -> anyhow::Result<Self> {
         let number = |n: u64| n.to_string();
-        let kind = match options.channel {
-            ChannelKind::Quic => "quic",
-            ChannelKind::Ucx => "ucx",
-        };
         let mut process = Command::new(std::env::current_exe()?)
-            .args(["bench-transfer", "--produce", "--channel", kind])
+            .args(["bench-transfer", "--channel", options.channel.as_str()])
+            .args(["--check", options.check.as_str(), "--produce"])
+            .arg(directory)
             .args(["--block", &number(options.block.into())])
             .args(["--bytes", &number(options.bytes)])
             .args(["--mtu", &number(options.mtu.into())])
@@ -148,7 +146,8 @@ impl Producer {
             certificate_fingerprint: fingerprint,
         };
         let epoch = epoch_of(epoch);
-        Ok(Self { stdin, answers, _process: process, address, epoch, waiting: Vec::new() })
+        let (waiting, transports) = (Vec::new(), Vec::new());
+        Ok(Self { stdin, answers, _process: process, address, epoch, waiting, transports })
     }
 
     /// Answers the CPU seconds that it has used when it is done.
@@ -157,7 +156,10 @@ impl Producer {
         line.push(b'\n');
         self.stdin.write_all(&line).await?;
         match answer(&mut self.answers).await? {
-            Answer::Done { cpu_seconds } => Ok(cpu_seconds),
+            Answer::Done { cpu_seconds, transports } => {
+                self.transports = transports;
+                Ok(cpu_seconds)
+            }
             other @ Answer::Here { .. } => bail!("the producing half answered {other:?}"),
         }
     }

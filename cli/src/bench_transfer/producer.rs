@@ -1,6 +1,6 @@
 //! The producing half: a process of its own, told what to export over its stdin.
 
-use std::{io::BufRead as _, sync::Arc, time::Duration};
+use std::{io::BufRead as _, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use baton_transfer::Ledger;
@@ -16,7 +16,7 @@ use crate::terminal::Terminal;
 /// Longer than any round.
 const LEASE: Duration = Duration::from_secs(600);
 
-pub(super) async fn run(options: &BenchOptions) -> anyhow::Result<()> {
+pub(super) async fn run(options: &BenchOptions, sockets: &Path) -> anyhow::Result<()> {
     let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())?;
     let arena = options.arena(directory.path())?;
     let mut filling = fastrand::Rng::with_seed(7);
@@ -28,7 +28,7 @@ pub(super) async fn run(options: &BenchOptions) -> anyhow::Result<()> {
     }
     let number = u128::from(fastrand::u64(1..));
     let ledger = Ledger::new(epoch_of(number), COMPATIBILITY, LEASE);
-    let (channel, address) = options.open("producer", Arc::new(ledger.clone()))?;
+    let (channel, address) = options.open("producer", sockets, Arc::new(ledger.clone()))?;
     channel.use_arena(&arena);
     say(&Answer::Here {
         address: address.address,
@@ -54,7 +54,7 @@ pub(super) async fn run(options: &BenchOptions) -> anyhow::Result<()> {
                 }
             }
         }
-        say(&Answer::Done { cpu_seconds: cpu_seconds()? })?;
+        say(&Answer::Done { cpu_seconds: cpu_seconds()?, transports: channel.transports() })?;
     }
     Ok(())
 }

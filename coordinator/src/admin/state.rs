@@ -277,6 +277,8 @@ pub struct TransferState {
     pub handoff: String,
     /// Where other workers dial it.
     pub address: String,
+    /// What may carry its blocks, the best first, and what UCX has picked underneath: `ucx:rc_mlx5/mlx5_0:1`.
+    pub transports: Vec<String>,
     /// What carried the handoffs that it received, as seen here.
     pub received_over: Vec<String>,
     pub handoffs: HandoffCounters,

@@ -35,6 +35,10 @@ fn observed() -> (Metrics, String) {
     metrics.waited(0, Duration::from_millis(1));
     metrics.shed(ShedReason::QueueFull, 0);
     metrics.tenant_request("somebody", "ok");
+    metrics.handoff(&wire::HandoffResult {
+        transport: "shm".to_owned(),
+        ..wire::HandoffResult::default()
+    });
     metrics.balancer.decided(&Decision {
         verdict: Verdict::Hold,
         reason: Reason::Balanced,
@@ -53,6 +57,7 @@ fn observed() -> (Metrics, String) {
         report: wire::Report {
             handoff_bytes_sent: 4096,
             handoff_errors: [("stalled".to_owned(), 3)].into(),
+            transports: vec!["shm".to_owned()],
             ..wire::Report::default()
         },
         prefix_blocks: 1,

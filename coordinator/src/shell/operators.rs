@@ -104,6 +104,7 @@ impl Shell {
                     }
                     .to_owned(),
                     address: peer.unwrap_or_default(),
+                    transports: attached.report.transports.clone(),
                     received_over: received_over(view.key),
                     handoffs: handoff_counters(&attached.report),
                 })

@@ -193,6 +193,25 @@ fn exporting_waits_for_slots_and_the_engine_does_not() {
 }
 
 #[test]
+fn the_blocks_of_a_chunk_leave_before_the_next_chunk_is_computed() {
+    let mut rig = Rig::new(2);
+    // Three steps of eight tokens. There are slots for the blocks of one.
+    let mut events = rig.submit(&numbers(24), 1, Some(Part::Produce));
+    for chunk in 0..3 {
+        assert!(rig.step());
+        let Some(FromEngine::Exported { blocks, .. }) = rig.core.outbox.pop_front() else {
+            panic!("nothing left after chunk {chunk}")
+        };
+        let indices: Vec<u32> = blocks.iter().map(|block| block.index).collect();
+        assert_eq!(indices, [2 * chunk, 2 * chunk + 1]);
+        assert_eq!(tokens(&mut events).len(), usize::from(chunk == 2), "computed at the last");
+        let slots = blocks.iter().map(|block| block.slot).collect();
+        rig.core.handle(ToEngine::Release { slots });
+    }
+    assert!(matches!(rig.core.outbox.pop_front(), Some(FromEngine::Sealed { .. })));
+}
+
+#[test]
 fn the_last_block_is_exported_with_a_zeroed_tail() {
     let mut rig = Rig::new(4);
     rig.core.store.block_mut(crate::sim::BlockId(0)).fill(0xff);

@@ -72,6 +72,10 @@ pub struct Hello {
     /// Present where this worker tells of its prefix cache.
     #[prost(message, optional, tag = "11")]
     pub kv_cache: ::core::option::Option<KvCache>,
+    /// What can carry this worker's blocks, the best first: "shm", "ucx", "quic". With each peer the first
+    /// is taken that both have.
+    #[prost(string, repeated, tag = "13")]
+    pub transports: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// How long its engine's steps take, as a profile says: to begin with. Absent where nobody knows.
     #[prost(message, optional, tag = "12")]
     pub step_model: ::core::option::Option<StepModel>,
@@ -121,7 +125,7 @@ pub struct Peer {
     pub worker_name: ::prost::alloc::string::String,
     #[prost(bytes = "bytes", tag = "2")]
     pub epoch: ::prost::bytes::Bytes,
-    /// "host:port" of the transfer channel.
+    /// Of the transfer channel: "host:port", or a socket's path where it has shared memory alone.
     #[prost(string, tag = "3")]
     pub address: ::prost::alloc::string::String,
     /// SHA-256 of the certificate that the channel presents (32 bytes).
@@ -205,7 +209,8 @@ pub struct StartJob {
     #[prost(bytes = "bytes", tag = "7")]
     pub engine_handoff_params: ::prost::bytes::Bytes,
     /// The request's first token is due in so long, counted from when this is sent: 1 where that is past,
-    /// 0 where nobody says. An engine with a queue serves first what is due first.
+    /// 0 where nobody says. An engine with a queue serves first what is due first, and a link passes first
+    /// the handoff of what is due first.
     #[prost(uint32, tag = "8")]
     pub deadline_ms: u32,
 }
@@ -282,7 +287,7 @@ pub struct HandoffResult {
     /// Blocks of the prompt that decode already held.
     #[prost(uint32, tag = "4")]
     pub blocks_reused: u32,
-    /// Channel that carried it: "quic".
+    /// Channel that carried it: "shm", "ucx", "quic".
     #[prost(string, tag = "5")]
     pub transport: ::prost::alloc::string::String,
 }
@@ -340,6 +345,9 @@ pub struct Report {
     /// Handoffs from this worker that have ended, by how: "acked", "aborted", "expired", "broken".
     #[prost(map = "string, uint64", tag = "15")]
     pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// As in Hello, and what UCX has picked underneath so far, behind a colon: "ucx:rc_mlx5/mlx5_0:1".
+    #[prost(string, repeated, tag = "17")]
+    pub transports: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     /// Present while this worker is on its way to another role.
     #[prost(message, optional, tag = "20")]
     pub role_change: ::core::option::Option<RoleChange>,

@@ -1,17 +1,28 @@
 //! What was exported arrives.
 
-use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
 
-use baton_types::HandoffId;
+use async_trait::async_trait;
+use baton_types::{Epoch, HandoffId};
 use futures::future::join_all;
 
 use super::{
     Transport,
-    world::{Consumer, NEVER, PROMPT, PROMPT_TOKENS, Producer, Staging, eventually, soon},
+    world::{
+        COMPATIBILITY, Consumer, FIRST, NEVER, PROMPT, PROMPT_TOKENS, Producer, Staging, content,
+        eventually, soon,
+    },
 };
 use crate::{
-    channel::{Pulled, Seal},
+    channel::{ExportStream, Exports, Pulled, Refusal, Seal, Subscription},
     lease::Ending,
+    ledger::Ledger,
 };
 
 fn seal(prompt_blocks: u32) -> Seal {
@@ -31,7 +42,10 @@ pub async fn blocks_of_any_size_arrive_as_they_were(transport: &dyn Transport) {
     let pulled = consumer.pull(&producer, id, 0).await.unwrap();
 
     let bytes: usize = lens.iter().sum();
-    assert_eq!(pulled, Pulled { seal: seal(12), blocks: 12, bytes: bytes as u64 });
+    let transport = pulled.transport;
+    assert_eq!(pulled, Pulled { seal: seal(12), blocks: 12, bytes: bytes as u64, transport });
+    let named = consumer.node.channel.transports();
+    assert!(named.iter().any(|name| name.split(':').next() == Some(transport)), "{named:?}");
     assert_eq!(soon("the acknowledgement", ending).await.unwrap(), Ending::Acked);
     let counters = producer.ledger.counters();
     assert_eq!((counters.blocks_sent, counters.bytes_sent), (12, bytes as u64));
@@ -72,12 +86,13 @@ pub async fn blocks_that_the_consumer_has_are_not_sent(transport: &dyn Transport
     producer.expect(before, &consumer);
     producer.export(before, &[4096; 5]).await;
     let pulled = consumer.pull(&producer, before, 3).await.unwrap();
-    assert_eq!(pulled, Pulled { seal: seal(5), blocks: 2, bytes: 2 * 4096 });
+    assert_eq!((pulled.seal, pulled.blocks, pulled.bytes), (seal(5), 2, 2 * 4096));
 
     producer.expect(after, &consumer);
     let (pulled, ()) =
         tokio::join!(consumer.pull(&producer, after, 5), producer.export(after, &[4096; 5]));
-    assert_eq!(pulled.unwrap(), Pulled { seal: seal(5), blocks: 0, bytes: 0 });
+    let pulled = pulled.unwrap();
+    assert_eq!((pulled.seal, pulled.blocks, pulled.bytes), (seal(5), 0, 0));
     assert_eq!(producer.ledger.counters().blocks_sent, 2);
     producer.holds_nothing().await;
 }
@@ -168,6 +183,65 @@ pub async fn workers_that_send_to_each_other_do_not_wait_for_ever(transport: &dy
         producer.holds_nothing().await;
         assert_eq!(consumer.staging.slots.used(), 0);
     }
+}
+
+/// A ledger that counts who has come.
+struct Counting(Ledger, Arc<AtomicUsize>);
+
+#[async_trait]
+impl Exports for Counting {
+    async fn attach(
+        &self,
+        subscription: &Subscription,
+        peer: [u8; 32],
+    ) -> Result<Box<dyn ExportStream>, Refusal> {
+        let attached = self.0.attach(subscription, peer).await;
+        self.1.fetch_add(1, Relaxed);
+        attached
+    }
+}
+
+/// Not of every channel: of those whose handoffs share a link. To be run on one thread.
+pub async fn the_first_due_is_the_first_there(transport: &dyn Transport) {
+    const BLOCKS: u32 = 16;
+    const BLOCK_BYTES: usize = 1 << 20;
+    // As they subscribe; which is due first has nothing to do with that.
+    let due_in: [u64; 5] = [30, 50, 10, 40, 20];
+    let (epoch, attached) = (Epoch::random(), Arc::new(AtomicUsize::new(0)));
+    let ledger = Ledger::new(epoch, COMPATIBILITY, NEVER);
+    let exports = Counting(ledger.clone(), attached.clone());
+    let node = transport.start(Arc::new(exports), NEVER).await;
+    let staging = Staging::new(1, BLOCK_BYTES as u64);
+    let producer = Producer { ledger, epoch, node, staging };
+    let consumer = Consumer::start(transport, Staging::new(4, BLOCK_BYTES as u64)).await;
+
+    let now = Instant::now();
+    let handoffs: Vec<_> = due_in.iter().map(|due| (HandoffId::random(), *due)).collect();
+    for (id, due) in &handoffs {
+        let due = now + Duration::from_secs(*due);
+        drop(producer.ledger.expect_by(due, *id, FIRST, consumer.fingerprint()).unwrap());
+    }
+    let arrived = parking_lot::Mutex::new(Vec::new());
+    let pulls = handoffs.iter().map(|(id, due)| {
+        let (arrived, producer, consumer) = (&arrived, &producer, &consumer);
+        async move {
+            consumer.pull(producer, *id, 0).await.unwrap();
+            arrived.lock().push(*due);
+        }
+    });
+    let fill = async {
+        eventually("all have subscribed", || attached.load(Relaxed) == due_in.len()).await;
+        for (id, _) in &handoffs {
+            for index in 0..BLOCKS {
+                let bytes = content(*id, index, BLOCK_BYTES).into();
+                producer.ledger.push(*id, FIRST, index, bytes).unwrap();
+            }
+            producer.seal(*id);
+        }
+    };
+    tokio::join!(join_all(pulls), fill);
+    assert_eq!(*arrived.lock(), [10, 20, 30, 40, 50]);
+    consumer.holds_nothing().await;
 }
 
 pub async fn a_slow_consumer_bounds_what_is_under_way(transport: &dyn Transport) {

@@ -1,6 +1,9 @@
 //! Memory that changes, peers that lie, peers that die.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use baton_types::{Epoch, HandoffId, HandoffKey};
@@ -79,6 +82,10 @@ impl ExportStream for ScriptStream {
 
     async fn revoked(&mut self) {
         std::future::pending::<()>().await;
+    }
+
+    fn due(&self) -> Instant {
+        Instant::now()
     }
 
     fn sent(&mut self, _bytes: u64) {}

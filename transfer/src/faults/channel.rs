@@ -30,8 +30,8 @@ impl Channel for FaultyChannel {
         self.channel.use_arena(arena);
     }
 
-    fn transport(&self) -> &'static str {
-        self.channel.transport()
+    fn transports(&self) -> Vec<String> {
+        self.channel.transports()
     }
 }
 

@@ -1,6 +1,10 @@
 //! Between a producer's ledger and its channel.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use tokio::time::sleep;
@@ -75,6 +79,10 @@ impl ExportStream for FaultyStream {
 
     async fn revoked(&mut self) {
         self.stream.revoked().await;
+    }
+
+    fn due(&self) -> Instant {
+        self.stream.due()
     }
 
     fn sent(&mut self, bytes: u64) {

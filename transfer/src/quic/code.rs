@@ -48,7 +48,9 @@ impl Code {
             | TransferError::UnexpectedBlock { .. }
             | TransferError::ForeignBlock { .. }
             | TransferError::SealMismatch { .. } => Self::Protocol,
-            TransferError::Corrupt { .. } | TransferError::Rotten { .. } => Self::Corrupt,
+            TransferError::Corrupt { .. }
+            | TransferError::Forged { .. }
+            | TransferError::Rotten { .. } => Self::Corrupt,
             TransferError::Stalled { .. } => Self::Stalled,
             TransferError::NoRoom(_) => Self::NoRoom,
             TransferError::Refused(Refusal::Aborted) => Self::Aborted,

@@ -17,6 +17,7 @@ use crate::{
     arrivals::Arrivals,
     channel::{BlockSink, Pulled, Subscription, TransferError},
     frame::{BlockHead, ConsumerWord, ProducerFrame, VERSION, encode_subscription},
+    mac::MacKey,
 };
 
 /// How often the producer is told that blocks are being placed.
@@ -27,12 +28,13 @@ pub(super) async fn pull(
     connection: Connection,
     subscription: &Subscription,
     sink: &dyn BlockSink,
+    key: Option<MacKey>,
     stall: Duration,
 ) -> Result<Pulled, TransferError> {
     let opened = timeout(stall, connection.open_bi()).await.map_err(|_| stalled(stall))?;
     let (send, recv) = opened.map_err(|error| lost(&error))?;
     let mut producer = Producer { connection, send, recv, stall, is_over: false };
-    let pulled = producer.take_over(subscription, sink).await;
+    let pulled = producer.take_over(subscription, sink, key).await;
     match &pulled {
         Ok(_) => producer.is_over = true,
         Err(error) => producer.break_off(Code::of(error)),
@@ -54,9 +56,10 @@ impl Producer {
         &mut self,
         subscription: &Subscription,
         sink: &dyn BlockSink,
+        key: Option<MacKey>,
     ) -> Result<Pulled, TransferError> {
-        self.say(encode_subscription(subscription)).await?;
-        let mut arrivals = Arrivals::new(subscription);
+        self.say(encode_subscription(subscription, key.as_ref())).await?;
+        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, key);
         let mut last_word = Instant::now();
         loop {
             match self.frame().await? {

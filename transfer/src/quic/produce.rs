@@ -16,26 +16,33 @@ use super::{
     stalled,
 };
 use crate::{
-    channel::{ExportStream, Exported, Exports, Refusal, Seal, Subscription, TransferError},
+    channel::{ExportStream, Exported, Exports, Refusal, Seal, TransferError},
     frame::{
-        BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame, SUBSCRIPTION_BYTES,
-        SealedFrame, VERSION, decode_prelude, decode_subscription,
+        Asked, BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame,
+        SUBSCRIPTION_BYTES, SealedFrame, VERSION, decode_prelude, decode_subscription,
     },
+    mac::MacKey,
+    turns::{Turn, Turns},
 };
 
 /// How often a consumer is told that this side lives, while there is nothing else to tell.
 pub(crate) const WAITING_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Who has the turn on a connection and gets rid of nothing for so long has a consumer that takes nothing; others
+/// of the same peer need not wait for that.
+const TURN_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Answers one subscription.
 pub(super) async fn serve(
     (send, recv): (SendStream, RecvStream),
     peer: [u8; 32],
     exports: Arc<dyn Exports>,
+    turns: Arc<Turns>,
     stall: Duration,
 ) {
     let mut consumer = Consumer { send, recv, stall };
-    let subscription = match consumer.subscription().await {
-        Ok(subscription) => subscription,
+    let Asked { subscription, key } = match consumer.subscription().await {
+        Ok(asked) => asked,
         Err(error) => {
             tracing::debug!(%error, "no subscription came over a handoff's stream");
             if matches!(error, TransferError::Version { .. }) {
@@ -60,11 +67,16 @@ pub(super) async fn serve(
             return;
         }
     };
-    hand_over(consumer, stream).await;
+    hand_over(consumer, stream, key, &turns).await;
 }
 
-async fn hand_over(mut consumer: Consumer, mut stream: Box<dyn ExportStream>) {
-    let outcome = consumer.send_all(&mut *stream).await;
+async fn hand_over(
+    mut consumer: Consumer,
+    mut stream: Box<dyn ExportStream>,
+    key: Option<MacKey>,
+    turns: &Turns,
+) {
+    let outcome = consumer.send_all(&mut *stream, key, turns).await;
     match &outcome {
         // It was told so, and reads it in its place among the blocks.
         Ok(()) | Err(TransferError::Refused(Refusal::WrongPrompt)) => {}
@@ -83,7 +95,7 @@ struct Consumer {
 }
 
 impl Consumer {
-    async fn subscription(&mut self) -> Result<Subscription, TransferError> {
+    async fn subscription(&mut self) -> Result<Asked, TransferError> {
         let mut prelude = [0; PRELUDE_BYTES];
         self.read(&mut prelude).await?;
         decode_prelude(&prelude)?;
@@ -102,7 +114,13 @@ impl Consumer {
         })
     }
 
-    async fn send_all(&mut self, stream: &mut dyn ExportStream) -> Result<(), TransferError> {
+    async fn send_all(
+        &mut self,
+        stream: &mut dyn ExportStream,
+        key: Option<MacKey>,
+        turns: &Turns,
+    ) -> Result<(), TransferError> {
+        let due = stream.due();
         let mut digest = BlocksDigest::default();
         let mut blocks_sent = 0;
         loop {
@@ -112,9 +130,11 @@ impl Consumer {
                     let len = u32::try_from(whole).map_err(|_| {
                         TransferError::Protocol(format!("block {index} has {whole} bytes"))
                     })?;
-                    let head =
-                        ProducerFrame::Block(BlockHead { handoff, index, len, crc }).encode();
-                    self.write(&mut [head, bytes], stream.revoked()).await?;
+                    let mac = key.map(|key| key.of_block(&handoff, index, &bytes));
+                    let head = BlockHead { handoff, index, len, crc, mac };
+                    let head = ProducerFrame::Block(head).encode();
+                    let turn = self.wait_for_turn(turns, due, stream).await?;
+                    self.write(&mut [head, bytes], stream.revoked(), Some(turn)).await?;
                     stream.sent(whole);
                     digest.add(index, crc);
                     blocks_sent += 1;
@@ -139,7 +159,7 @@ impl Consumer {
         stream: &mut dyn ExportStream,
     ) -> Result<(), TransferError> {
         let sealed = ProducerFrame::Sealed(SealedFrame { seal, blocks_sent, digest });
-        self.write(&mut [sealed.encode()], stream.revoked()).await?;
+        self.write(&mut [sealed.encode()], stream.revoked(), None).await?;
         // Fails only where the stream was finished or reset here, which it was not.
         let _ = self.send.finish();
         let mut revoked = pin!(stream.revoked());
@@ -166,17 +186,35 @@ impl Consumer {
                 done = &mut work => return Ok(done),
                 word = word(&mut self.recv) => no_ack_yet(word?)?,
                 () = sleep(WAITING_INTERVAL) => {
-                    self.write(&mut [ProducerFrame::Waiting.encode()], pending()).await?;
+                    self.write(&mut [ProducerFrame::Waiting.encode()], pending(), None).await?;
                 }
             }
         }
     }
 
-    /// Gives the bytes to the connection, as fast as the consumer makes room for them.
+    async fn wait_for_turn<'a>(
+        &mut self,
+        turns: &'a Turns,
+        due: std::time::Instant,
+        stream: &mut dyn ExportStream,
+    ) -> Result<Turn<'a>, TransferError> {
+        let turn = async {
+            tokio::select! {
+                biased;
+                turn = turns.turn(due) => Ok(turn),
+                () = stream.revoked() => Err(TransferError::Refused(Refusal::Aborted)),
+            }
+        };
+        self.keep_waiting(turn).await?
+    }
+
+    /// Gives the bytes to the connection, as fast as the consumer makes room for them. A turn that nothing is
+    /// made of is passed on.
     async fn write(
         &mut self,
         mut bytes: &mut [Bytes],
         revoked: impl Future<Output = ()>,
+        mut turn: Option<Turn<'_>>,
     ) -> Result<(), TransferError> {
         let mut revoked = pin!(revoked);
         let mut deadline = Instant::now() + self.stall;
@@ -189,6 +227,10 @@ impl Consumer {
                 }
                 word = word(&mut self.recv) => no_ack_yet(word?)?,
                 () = &mut revoked => return Err(TransferError::Refused(Refusal::Aborted)),
+                () = sleep(TURN_PATIENCE), if turn.is_some() => {
+                    turn = None;
+                    continue;
+                }
                 () = sleep_until(deadline) => return Err(stalled(self.stall)),
             }
             deadline = Instant::now() + self.stall;
@@ -198,7 +240,7 @@ impl Consumer {
 
     /// Says why nothing (more) will come.
     async fn last_frame(&mut self, frame: ProducerFrame) {
-        if self.write(&mut [frame.encode()], pending()).await.is_ok() {
+        if self.write(&mut [frame.encode()], pending(), None).await.is_ok() {
             // Fails only where the consumer is gone.
             let _ = self.send.finish();
         }

@@ -21,7 +21,8 @@ use sha2::{Digest, Sha256};
 
 use super::BindError;
 
-/// What passes over a connection. Peers that speak nothing in common do not get past the handshake.
+/// What passes over a connection. Of what both speak the dialled side takes what it likes best; peers that
+/// speak nothing in common do not get past the handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Protocol {
     /// Blocks on the handoff's own stream.
@@ -39,7 +40,7 @@ impl Protocol {
     }
 
     /// What was agreed on.
-    pub(super) fn of(connection: &quinn::Connection) -> Option<Self> {
+    pub(crate) fn of(connection: &quinn::Connection) -> Option<Self> {
         let data = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
         let agreed = data.protocol?;
         [Self::Blocks, Self::Ucx].into_iter().find(|protocol| protocol.alpn() == agreed)
@@ -99,7 +100,7 @@ impl Identity {
     pub(super) fn client(
         &self,
         fingerprint: [u8; 32],
-        spoken: Protocol,
+        spoken: &[Protocol],
     ) -> Result<(quinn::ClientConfig, Arc<AtomicBool>), Error> {
         let mismatch = Arc::new(AtomicBool::new(false));
         let verifier = PinnedServer {
@@ -112,7 +113,7 @@ impl Identity {
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_auth_cert(vec![self.certificate.clone()], self.key.clone_key())?;
-        tls.alpn_protocols = vec![spoken.alpn()];
+        tls.alpn_protocols = spoken.iter().map(|protocol| protocol.alpn()).collect();
         tls.resumption = Resumption::disabled();
         let crypto =
             QuicClientConfig::try_from(tls).map_err(|error| Error::General(error.to_string()))?;

@@ -34,7 +34,7 @@ pub(super) async fn pull(
 ) -> Result<Pulled, TransferError> {
     let config = &channel.shared.config;
     let mut producer = Producer::new(stream, config.stall_timeout, sink.max_block_bytes());
-    producer.write(&encode_subscription(subscription)).await?;
+    producer.write(&encode_subscription(subscription, None)).await?;
     producer.write(&config.certificate_fingerprint).await?;
     producer.write(&peer.certificate_fingerprint).await?;
     let hello = producer.hello().await?;
@@ -89,7 +89,7 @@ impl Producer {
         subscription: &Subscription,
         sink: &dyn BlockSink,
     ) -> Result<Pulled, TransferError> {
-        let mut arrivals = Arrivals::new(subscription);
+        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, None);
         loop {
             let Came(frame, bytes) = self.next().await?;
             match frame {

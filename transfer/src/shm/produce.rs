@@ -110,7 +110,13 @@ impl Consumer {
         let (mut peer, mut of) = ([0; 32], [0; 32]);
         self.read(&mut peer).await?;
         self.read(&mut of).await?;
-        Ok(Asked { subscription: decode_subscription(&body)?, peer, of })
+        let asked = decode_subscription(&body)?;
+        if asked.key.is_some() {
+            return Err(TransferError::Protocol(
+                "it wants a MAC of memory that it can read".into(),
+            ));
+        }
+        Ok(Asked { subscription: asked.subscription, peer, of })
     }
 
     async fn read(&mut self, bytes: &mut [u8]) -> Result<(), TransferError> {
@@ -162,7 +168,7 @@ impl Consumer {
                     let len = u32::try_from(bytes.len()).map_err(|_| {
                         TransferError::Protocol(format!("block {index} has {} bytes", bytes.len()))
                     })?;
-                    let head = BlockHead { handoff, index, len, crc };
+                    let head = BlockHead { handoff, index, len, crc, mac: None };
                     self.announce(head, bytes, arena, exports).await?;
                     digest.add(index, crc);
                     blocks_sent += 1;

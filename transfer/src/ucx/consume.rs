@@ -23,6 +23,7 @@ use crate::{
     arrivals::Arrivals,
     channel::{BlockSink, Pulled, Subscription, TransferError},
     frame::{BlockHead, ConsumerWord, ProducerFrame, VERSION, encode_subscription},
+    mac::MacKey,
     quic::{
         code::{Code, lost, was_reset, write_failed},
         consume::{PROGRESS_INTERVAL, ended_early},
@@ -42,6 +43,7 @@ pub(super) async fn pull(
     connection: Connection,
     subscription: &Subscription,
     sink: &dyn BlockSink,
+    key: Option<MacKey>,
     data: &Data,
     stall: Duration,
 ) -> Result<Pulled, TransferError> {
@@ -55,7 +57,7 @@ pub(super) async fn pull(
         stall,
         is_over: false,
     };
-    let pulled = producer.take_over(subscription, sink, data).await;
+    let pulled = producer.take_over(subscription, sink, key, data).await;
     match &pulled {
         Ok(_) => producer.is_over = true,
         Err(error) => producer.break_off(Code::of(error)),
@@ -83,11 +85,12 @@ impl Producer {
         &mut self,
         subscription: &Subscription,
         sink: &dyn BlockSink,
+        key: Option<MacKey>,
         data: &Data,
     ) -> Result<Pulled, TransferError> {
-        let mut saying = BytesMut::from(&encode_subscription(subscription)[..]);
+        let mut saying = BytesMut::from(&encode_subscription(subscription, key.as_ref())[..]);
         put_address(&mut saying, &data.ucx.address());
-        let mut arrivals = Arrivals::new(subscription);
+        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, key);
         let mut offered: VecDeque<BlockHead> = VecDeque::new();
         let mut told_regions: Vec<u64> = Vec::new();
         let mut reserving: Option<Reserving<'_>> = None;

@@ -22,11 +22,12 @@ use super::{
     wire::{Frame, Inbox, Word, take_address},
 };
 use crate::{
-    channel::{ExportStream, Exported, Exports, Refusal, Seal, Subscription, TransferError},
+    channel::{ExportStream, Exported, Exports, Refusal, Seal, TransferError},
     frame::{
-        BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame, SUBSCRIPTION_BYTES,
-        SealedFrame, VERSION, decode_prelude, decode_subscription,
+        Asked, BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame,
+        SUBSCRIPTION_BYTES, SealedFrame, VERSION, decode_prelude, decode_subscription,
     },
+    mac::MacKey,
     quic::{
         code::{Code, write_failed},
         produce::WAITING_INTERVAL,
@@ -56,6 +57,7 @@ pub(crate) async fn serve(
         lane,
         stall,
         address: Bytes::new(),
+        key: None,
         regions: HashMap::new(),
         offered: VecDeque::new(),
         writing: VecDeque::new(),
@@ -63,7 +65,10 @@ pub(crate) async fn serve(
         deadline: Instant::now() + stall,
     };
     let subscription = match consumer.subscription().await {
-        Ok(subscription) => subscription,
+        Ok(Asked { subscription, key }) => {
+            consumer.key = key;
+            subscription
+        }
         Err(error) => {
             tracing::debug!(%error, "no subscription came over a handoff's stream");
             if matches!(error, TransferError::Version { .. }) {
@@ -125,6 +130,8 @@ struct Consumer {
     lane: Arc<Lane>,
     stall: Duration,
     address: Bytes,
+    /// For the MAC that the consumer asked for.
+    key: Option<MacKey>,
     regions: HashMap<u32, RemoteRegion>,
     offered: VecDeque<Offered>,
     writing: VecDeque<Batch>,
@@ -140,7 +147,7 @@ enum Next {
 }
 
 impl Consumer {
-    async fn subscription(&mut self) -> Result<Subscription, TransferError> {
+    async fn subscription(&mut self) -> Result<Asked, TransferError> {
         let come = async {
             loop {
                 if self.inbox.unread.len() >= PRELUDE_BYTES {
@@ -151,12 +158,12 @@ impl Consumer {
                 }
                 self.listen().await?;
             }
-            let subscription = self.inbox.unread.split_to(PRELUDE_BYTES + SUBSCRIPTION_BYTES);
-            let subscription = decode_subscription(&subscription[PRELUDE_BYTES..])?;
+            let asked = self.inbox.unread.split_to(PRELUDE_BYTES + SUBSCRIPTION_BYTES);
+            let asked = decode_subscription(&asked[PRELUDE_BYTES..])?;
             loop {
                 if let Some(address) = take_address(&mut self.inbox.unread)? {
                     self.address = address;
-                    return Ok(subscription);
+                    return Ok(asked);
                 }
                 self.listen().await?;
             }
@@ -285,7 +292,8 @@ impl Consumer {
         let whole = bytes.len() as u64;
         let len = u32::try_from(whole)
             .map_err(|_| TransferError::Protocol(format!("block {index} has {whole} bytes")))?;
-        self.add(ProducerFrame::Block(BlockHead { handoff, index, len, crc }));
+        let mac = self.key.map(|key| key.of_block(&handoff, index, &bytes));
+        self.add(ProducerFrame::Block(BlockHead { handoff, index, len, crc, mac }));
         self.window_bytes += whole;
         self.offered.push_back(Offered { index, crc, bytes });
         Ok(())

@@ -171,6 +171,25 @@ impl Inbox {
     }
 }
 
+/// Takes what comes, to its end or to its first fault.
+#[cfg(test)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let (mut words, mut frames) = (BytesMut::from(bytes), BytesMut::from(bytes));
+    while let Ok(Some(word)) = Word::take(&mut words) {
+        let mut encoded = BytesMut::new();
+        word.encode(&mut encoded);
+        assert_eq!(Word::take(&mut encoded), Ok(Some(word)));
+    }
+    while let Ok(Some(frame)) = Frame::take(&mut frames) {
+        let mut encoded = BytesMut::new();
+        frame.encode(&mut encoded);
+        assert_eq!(Frame::take(&mut encoded), Ok(Some(frame)));
+    }
+    if let Ok(Some(address)) = take_address(&mut BytesMut::from(bytes)) {
+        assert!(address.len() <= MAX_BLOB_BYTES);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -178,7 +197,7 @@ mod tests {
     use super::*;
     use baton_types::{Epoch, Generation, HandoffId, HandoffKey};
 
-    use crate::{channel::Refusal, frame::BlockHead};
+    use crate::{channel::Refusal, frame::BlockHead, mac::Mac};
 
     fn words() -> impl Strategy<Value = Word> {
         let key = prop::collection::vec(any::<u8>(), 1..300).prop_map(Bytes::from);
@@ -195,14 +214,18 @@ mod tests {
     fn frames() -> impl Strategy<Value = Frame> {
         prop_oneof![
             any::<u32>().prop_map(|blocks| Frame::Landed { blocks }),
-            any::<([u128; 2], u32, u32, u32, u64)>().prop_map(
+            any::<([u128; 2], u32, u32, u32, Option<u64>)>().prop_map(
                 |(ids, generation, index, len, crc)| {
                     let handoff = HandoffKey {
                         epoch: Epoch::from_u128(ids[0]),
                         id: HandoffId::from_u128(ids[1]),
                         generation: Generation(generation),
                     };
-                    Frame::Said(ProducerFrame::Block(BlockHead { handoff, index, len, crc }))
+                    let (crc, mac) = (
+                        crc.unwrap_or(1),
+                        crc.is_none().then_some(Mac([index.to_le_bytes()[0]; 32])),
+                    );
+                    Frame::Said(ProducerFrame::Block(BlockHead { handoff, index, len, crc, mac }))
                 }
             ),
             Just(Frame::Said(ProducerFrame::Waiting)),

@@ -1,4 +1,4 @@
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Instant};
 
 use baton_arena::{Arena, Slot, SlotView};
 use baton_engine::{BlockInSlot, ToEngine};
@@ -32,11 +32,19 @@ impl Exports {
         Self { arena, block_bytes, transfer, lent }
     }
 
-    pub(super) fn expect(&self, name: Name, consumer: [u8; 32]) -> Result<Producing, Fault> {
-        let ending =
-            self.transfer.ledger.expect(name.0, name.1, consumer).map_err(|error| {
-                Fault::new(Origin::Handoff, FaultKind::Failed, error.to_string())
-            })?;
+    pub(super) fn expect(
+        &self,
+        name: Name,
+        consumer: [u8; 32],
+        due: Option<Instant>,
+    ) -> Result<Producing, Fault> {
+        let ledger = &self.transfer.ledger;
+        let expected = match due {
+            Some(due) => ledger.expect_by(due, name.0, name.1, consumer),
+            None => ledger.expect(name.0, name.1, consumer),
+        };
+        let ending = expected
+            .map_err(|error| Fault::new(Origin::Handoff, FaultKind::Failed, error.to_string()))?;
         Ok(Producing {
             name,
             ledger: self.transfer.ledger.clone(),

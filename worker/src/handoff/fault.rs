@@ -14,6 +14,7 @@ pub(super) fn of_transfer(error: &TransferError) -> Fault {
         TransferError::Refused(_) | TransferError::Cancelled => FaultKind::Failed,
         TransferError::Protocol(_)
         | TransferError::Corrupt { .. }
+        | TransferError::Forged { .. }
         | TransferError::Rotten { .. }
         | TransferError::Truncated { .. }
         | TransferError::UnexpectedBlock { .. }

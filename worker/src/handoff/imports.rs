@@ -236,7 +236,7 @@ impl Imports {
             bytes: pulled.bytes,
             duration,
             blocks_reused: first_block,
-            transport: self.transfer.channel.transport(),
+            transport: pulled.transport,
             cached_tokens: pulled.seal.cached_tokens,
         }));
         self.counters.handoff_blocks_reused.add(u64::from(first_block));

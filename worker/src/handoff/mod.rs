@@ -6,7 +6,10 @@ mod fault;
 mod imports;
 mod to_engine;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_arena::{ArenaError, Slot};
 use baton_engine::{FromEngine, KvPort, ToEngine};
@@ -39,7 +42,7 @@ pub(crate) struct Transfer {
 impl std::fmt::Debug for Transfer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Transfer")
-            .field("transport", &self.channel.transport())
+            .field("transports", &self.channel.transports())
             .field("stall_timeout", &self.stall_timeout)
             .finish_non_exhaustive()
     }
@@ -109,9 +112,14 @@ impl Handoffs {
     }
 
     /// Opens a handoff that this worker's engine shall produce for the worker that presents this
-    /// certificate.
-    pub(crate) fn produce(&self, name: Name, consumer: [u8; 32]) -> Result<Producing, Fault> {
-        self.exports.expect(name, consumer)
+    /// certificate, by when the request's first token is due.
+    pub(crate) fn produce(
+        &self,
+        name: Name,
+        consumer: [u8; 32],
+        due: Option<Instant>,
+    ) -> Result<Producing, Fault> {
+        self.exports.expect(name, consumer, due)
     }
 
     /// Expects this worker's engine to subscribe.

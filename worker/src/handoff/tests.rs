@@ -62,7 +62,12 @@ impl Channel for ScriptedChannel {
                     prompt_digest: subscription.prompt_digest,
                     cached_tokens: 11,
                 };
-                Ok(Pulled { seal, blocks: count, bytes: u64::from(count) * BLOCK_BYTES })
+                Ok(Pulled {
+                    seal,
+                    blocks: count,
+                    bytes: u64::from(count) * BLOCK_BYTES,
+                    transport: "scripted",
+                })
             }
             Pull::Never(given_up) => {
                 struct Tell(Arc<Notify>);
@@ -77,8 +82,8 @@ impl Channel for ScriptedChannel {
         }
     }
 
-    fn transport(&self) -> &'static str {
-        "scripted"
+    fn transports(&self) -> Vec<String> {
+        vec!["scripted".to_owned()]
     }
 }
 
@@ -431,7 +436,7 @@ async fn a_prompt_that_the_engine_holds_needs_no_pull() {
 async fn exported_blocks_reach_their_consumer_and_their_slots_come_back() {
     let mut fixture = Fixture::new([]);
     let name = name();
-    let mut producing = fixture.handoffs.produce(name, CONSUMER).unwrap();
+    let mut producing = fixture.handoffs.produce(name, CONSUMER, None).unwrap();
     fixture.export(name, &[(0, 2), (1, 0)]).await;
     fixture.export(name, &[(2, 3)]).await;
     let (handoff, generation) = name;
@@ -474,8 +479,8 @@ async fn exported_blocks_reach_their_consumer_and_their_slots_come_back() {
 async fn a_producer_that_is_dropped_frees_its_blocks_and_stops_the_engine() {
     let mut fixture = Fixture::new([]);
     let name = name();
-    let producing = fixture.handoffs.produce(name, CONSUMER).unwrap();
-    assert!(fixture.handoffs.produce(name, CONSUMER).is_err(), "it is under way");
+    let producing = fixture.handoffs.produce(name, CONSUMER, None).unwrap();
+    assert!(fixture.handoffs.produce(name, CONSUMER, None).is_err(), "it is under way");
     fixture.export(name, &[(0, 0), (1, 1)]).await;
     while fixture.handoffs.slots().0 < 2 {
         tokio::task::yield_now().await;
@@ -508,8 +513,8 @@ async fn an_engine_that_breaks_the_protocol_loses_that_handoff_alone() {
     ] {
         let fixture = Fixture::new([]);
         let (broken, fine) = (name(), name());
-        let mut producing = fixture.handoffs.produce(broken, CONSUMER).unwrap();
-        let other = fixture.handoffs.produce(fine, CONSUMER).unwrap();
+        let mut producing = fixture.handoffs.produce(broken, CONSUMER, None).unwrap();
+        let other = fixture.handoffs.produce(fine, CONSUMER, None).unwrap();
         if let Some(block) = first {
             fixture.export(broken, &[block]).await;
         }
