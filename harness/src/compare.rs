@@ -8,6 +8,6 @@ mod experiment;
 mod run;
 mod way;
 
-pub use experiment::{Experiment, TraceFile, What};
+pub use experiment::{Asked, Conditions, Experiment, TraceFile, What};
 pub use run::{CompareError, Progress, Single, run};
 pub use way::{ParseWayError, Way, WayKind};

@@ -6,6 +6,7 @@ mod fault;
 mod handoff;
 mod role;
 mod step_model;
+mod step_tail;
 
 pub use block_hash::{BlockHash, BlockHasher, BlockScope, BlockUnit};
 pub use compatibility::{Compatibility, CompatibilityMismatch};
@@ -13,3 +14,4 @@ pub use fault::{Fault, FaultKind, Origin};
 pub use handoff::{Epoch, Generation, HandoffId, HandoffKey, ParseIdError, PromptDigest};
 pub use role::{Leg, ParseRoleError, Role};
 pub use step_model::{StepLoad, StepModel};
+pub use step_tail::StepTail;

@@ -2,7 +2,7 @@ use baton_types::{Fault, Generation, HandoffId, Leg};
 
 use crate::{
     fleet::{WorkerKey, WorkerReport},
-    placement::Route,
+    placement::{PrefixPull, Route},
     request::{JobId, RequestKey},
 };
 
@@ -60,6 +60,8 @@ pub enum Action {
         request: RequestKey,
         leg: Leg,
         handoff: Option<HandoffPlan>,
+        /// What to copy from a peer's cache first. Only workers that can are asked to.
+        pull: Option<PrefixPull>,
     },
     /// Tell a worker to drop a job. Nothing that it still says of that job counts.
     Cancel { worker: WorkerKey, job: JobId },

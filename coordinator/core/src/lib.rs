@@ -12,6 +12,7 @@ mod core;
 mod event;
 mod fleet;
 mod keyed;
+mod late_shares;
 mod placement;
 pub mod policy;
 mod prefix_index;
@@ -23,7 +24,7 @@ pub use crate::{
     core::{Core, Settings},
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
-    placement::{AggregatedReason, Route, Split},
+    placement::{AggregatedReason, PrefixPull, Route, Split},
     prefix_index::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits},
     queue::Order,
     request::{JobId, RequestKey, RequestShape, RequestView},

@@ -40,6 +40,8 @@ pub(crate) struct Request {
     pub(crate) first_token_deadline: Duration,
     /// When the first token is due, by the SLO.
     pub(crate) due: Duration,
+    /// Its place in a queue: the smallest is served first.
+    pub(crate) turn: Duration,
     /// Workers that failed it.
     pub(crate) avoid: Vec<WorkerKey>,
     pub(crate) plan: Plan,

@@ -121,6 +121,7 @@ fn introduce(hello: &wire::Hello) -> Result<(WorkerDescription, Option<PeerInfo>
         handoff,
         model: None,
         kv_capacity_tokens: None,
+        pulls_prefixes: false,
     };
     Ok((description, peer))
 }

@@ -7,6 +7,7 @@
 mod flight;
 mod link;
 mod mode;
+mod pacer;
 mod setup;
 mod worker;
 mod world;
