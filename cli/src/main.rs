@@ -5,18 +5,22 @@ mod bench_transfer;
 mod check;
 mod compare;
 mod goodput;
+mod http;
+mod operators;
 mod policies;
 mod processes;
 mod profile;
+mod quantity;
+mod reading;
 mod simulate;
 mod terminal;
 mod transfer_check;
 mod up;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
 use baton_types::Role;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::processes::StopWith;
 
@@ -40,6 +44,16 @@ enum Command {
         /// The cluster's baton.toml.
         file: PathBuf,
     },
+    /// Shows a running cluster's workers, as its coordinator sees them.
+    Status(operators::StatusOptions),
+    /// Draws what a running cluster does, once a second.
+    Top(operators::Access),
+    /// Gives a worker nothing new: it ends what it has.
+    Drain(operators::DrainOptions),
+    /// Switches how a running cluster splits requests.
+    Mode(operators::ModeOptions),
+    /// Writes the completions of a shell to stdout.
+    Completions { shell: clap_complete::Shell },
     /// Loads a live endpoint by a trace, or at a rate, and measures what comes.
     Bench(bench::BenchArguments),
     /// Fits the step times of an engine: of a live one, or from tables of points.
@@ -86,6 +100,11 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Up(options) => up::run(&options),
         Command::Check { file } => Ok(check::run(&file)),
+        Command::Status(options) => operators::status(&options),
+        Command::Top(access) => operators::top(&access),
+        Command::Drain(options) => operators::drain(&options),
+        Command::Mode(options) => operators::mode(&options),
+        Command::Completions { shell } => completions(shell),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Profile(arguments) => profile::run(&arguments),
         Command::BenchTransfer(options) => bench_transfer::run(&options),
@@ -106,4 +125,11 @@ fn main() -> ExitCode {
         terminal::complain(&format!("{error:#}"));
         ExitCode::FAILURE
     })
+}
+
+fn completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "baton", &mut script);
+    std::io::stdout().write_all(&script)?;
+    Ok(ExitCode::SUCCESS)
 }

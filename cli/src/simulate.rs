@@ -33,7 +33,8 @@ pub(crate) struct FleetOptions {
     /// How many workers the fleet has.
     #[arg(long, value_name = "N")]
     workers: u32,
-    /// aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, or adaptive.
+    /// aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, flip:xPyD as in
+    /// flip:4P4D, or adaptive.
     #[arg(long)]
     mode: Way,
     /// Milliseconds from a request's arrival to its first token.

@@ -5,8 +5,6 @@
 
 mod children;
 mod connector;
-mod http;
-mod metrics;
 mod options;
 mod plan;
 mod ports;
@@ -22,13 +20,15 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 pub(crate) use self::options::UpOptions;
 use self::{
     children::{COORDINATOR, Children},
-    metrics::Reading,
     options::EngineName,
     plan::Plan,
     stop_signal::StopSignal,
     view::View,
 };
-use crate::terminal::{faint, strong};
+use crate::{
+    http::Question,
+    terminal::{faint, strong},
+};
 
 const START_POLL_INTERVAL: Duration = Duration::from_millis(100);
 const VIEW_INTERVAL: Duration = Duration::from_secs(1);
@@ -98,7 +98,7 @@ async fn serve(
     }
     greet(plan, clients, view);
     tokio::select! {
-        failed = watch(clients, children, view) => failed.map(|()| ExitCode::SUCCESS),
+        failed = watch(plan, children, view) => failed.map(|()| ExitCode::SUCCESS),
         () = signal.received() => Ok(ExitCode::SUCCESS),
     }
 }
@@ -111,6 +111,7 @@ async fn start(
     view: &mut View,
 ) -> anyhow::Result<()> {
     let deadline = Instant::now() + plan.start_timeout;
+    let base = format!("http://{clients}");
     let mut polls = interval(START_POLL_INTERVAL);
     polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -119,11 +120,12 @@ async fn start(
             anyhow::bail!("{}", ended.last_words());
         }
         // Until it listens, there is nothing to read.
-        if let Ok((_, text)) = http::get(clients, "/metrics").await {
-            view.update(Reading::parse(&text), children, Instant::now());
+        if let Ok(state) = plan.admin.state().await {
+            view.update(state, children, Instant::now());
         }
+        let ready = Question { base: &base, path: "/ready", token: None, body: None };
         if view.all_ready()
-            && let Ok((status, _)) = http::get(clients, "/ready").await
+            && let Ok((status, _)) = ready.ask().await
             && status.is_success()
         {
             return Ok(());
@@ -155,16 +157,24 @@ fn greet(plan: &Plan, clients: SocketAddr, view: &mut View) {
             "  curl -N http://{clients}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
         ),
         String::new(),
+        format!(
+            "See what it does at {}, with the token in",
+            strong(&format!("{}/ui", plan.admin.url))
+        ),
+        format!("{}; or by", plan.token_file.display()),
+        String::new(),
+        format!(
+            "  baton top --admin {} --token-file {}",
+            plan.admin.url,
+            plan.token_file.display()
+        ),
+        String::new(),
     ];
     view.terminal.say(&lines.join("\n"));
 }
 
 /// Shows the cluster. Fails when the coordinator is gone; without a worker, the others go on.
-async fn watch(
-    clients: SocketAddr,
-    children: &mut Children,
-    view: &mut View,
-) -> anyhow::Result<()> {
+async fn watch(plan: &Plan, children: &mut Children, view: &mut View) -> anyhow::Result<()> {
     let mut refreshes = interval(VIEW_INTERVAL);
     refreshes.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -173,8 +183,8 @@ async fn watch(
             anyhow::ensure!(ended.name != COORDINATOR, "{}", ended.last_words());
             view.terminal.say(&ended.last_words());
         }
-        if let Ok((_, text)) = http::get(clients, "/metrics").await {
-            view.update(Reading::parse(&text), children, Instant::now());
+        if let Ok(state) = plan.admin.state().await {
+            view.update(state, children, Instant::now());
         }
     }
 }

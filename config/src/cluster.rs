@@ -7,6 +7,7 @@ use baton_types::Role;
 pub struct ClusterConfig {
     pub coordinator: CoordinatorConfig,
     pub slo: SloConfig,
+    pub balancer: BalancerConfig,
     /// Absent: nobody can look in or intervene.
     pub admin: Option<AdminConfig>,
     /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
@@ -68,6 +69,54 @@ pub struct SloConfig {
 impl Default for SloConfig {
     fn default() -> Self {
         Self { ttft_ms: 2000.0, itl_ms: 50.0 }
+    }
+}
+
+/// Pools that follow the load.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BalancerConfig {
+    pub actuator: BalancerActuator,
+    /// No flip leaves fewer workers in a pool.
+    pub min_prefill: u32,
+    pub min_decode: u32,
+    /// How long a worker stays where a flip brought it, and how long no flip takes back another's.
+    pub dwell: Duration,
+    /// A worker that was told to change its role and still has requests after this time stays.
+    pub drain_timeout: Duration,
+}
+
+impl Default for BalancerConfig {
+    fn default() -> Self {
+        Self {
+            actuator: BalancerActuator::Flip,
+            min_prefill: 1,
+            min_decode: 1,
+            dwell: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(120),
+        }
+    }
+}
+
+/// What becomes of the balancer's advice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BalancerActuator {
+    /// Workers change their role, and replicas are asked for where somebody can give them.
+    Flip,
+    /// It is told in the log and in the metrics.
+    Advise,
+    /// There is none.
+    Off,
+}
+
+impl BalancerActuator {
+    pub const ALL: [Self; 3] = [Self::Flip, Self::Advise, Self::Off];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Flip => "flip",
+            Self::Advise => "advise",
+            Self::Off => "off",
+        }
     }
 }
 

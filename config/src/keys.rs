@@ -13,13 +13,15 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-        SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+        LimitsConfig, SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource,
+        WorkerConfig,
     },
     value::{
-        Address, AnyBytes, Codec, Count, Environment, ExistingDirectory, ExistingFile, FilePath,
-        FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name, NotNegative, Port,
-        Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes, TransportName, Url,
+        ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
+        ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name,
+        NotNegative, Port, Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes,
+        TransportName, Url,
     },
 };
 
@@ -114,6 +116,24 @@ keys! {
         ttft_ms => ttft_ms: Positive = ByDefault;
         /// Time between two tokens, in milliseconds.
         itl_ms => itl_ms: Positive = ByDefault;
+    }
+}
+
+keys! {
+    /// `[balancer]`
+    BALANCER: BalancerConfig {
+        /// "flip": workers go over to the pool that needs them. "advise": it is only said, in log and
+        /// metrics, which should. "off".
+        actuator => actuator: ActuatorName = ByDefault;
+        /// No flip leaves fewer prefill workers.
+        min_prefill => min_prefill: Count = ByDefault;
+        /// No flip leaves fewer decode workers.
+        min_decode => min_decode: Count = ByDefault;
+        /// A worker that changed its pool stays there for so long, and so long no other goes the way
+        /// back.
+        dwell_seconds => dwell: Seconds = ByDefault;
+        /// A worker that was told to change its pool, and still has requests after this time, stays.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
     }
 }
 
@@ -376,6 +396,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
     ClusterConfig {
         coordinator: blank_coordinator(),
         slo: SloConfig::default(),
+        balancer: BalancerConfig::default(),
         admin: None,
         tls: None,
         insecure_plaintext: false,

@@ -16,9 +16,9 @@ mod write;
 
 pub use choose::NoSuchWorker;
 pub use cluster::{
-    AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-    Requirement, SimConfig, SloConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig,
-    VllmSource, WorkerConfig,
+    AdminConfig, ArenaConfig, BalancerActuator, BalancerConfig, ClusterConfig, CoordinatorConfig,
+    EngineConfig, LimitsConfig, Requirement, SimConfig, SloConfig, TlsConfig, TransferConfig,
+    TransportChoice, VllmConfig, VllmSource, WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};

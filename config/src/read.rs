@@ -13,8 +13,8 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 8] =
-    ["coordinator", "slo", "admin", "tls", "engine", "arena", "transfer", "worker"];
+const TABLES: [&str; 9] =
+    ["coordinator", "slo", "balancer", "admin", "tls", "engine", "arena", "transfer", "worker"];
 
 impl ClusterConfig {
     /// Reads a file. Relative paths in it are taken from the file's own directory.
@@ -76,6 +76,9 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
     read_coordinator(reader, root, &mut cluster);
     if let Some(place) = reader.table(root, "slo") {
         reader.read_keys(&place, keys::SLO, &[], &[], &mut cluster.slo);
+    }
+    if let Some(place) = reader.table(root, "balancer") {
+        reader.read_keys(&place, keys::BALANCER, &[], &[], &mut cluster.balancer);
     }
     if let Some(place) = reader.table(root, "tls") {
         let tls = cluster.tls.insert(keys::blank_tls());

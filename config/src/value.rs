@@ -11,7 +11,7 @@ use std::{
 use baton_types::Role;
 use toml::de::DeValue;
 
-use crate::cluster::{Requirement, TransportChoice};
+use crate::cluster::{BalancerActuator, Requirement, TransportChoice};
 
 /// One kind of value.
 pub(crate) trait Codec {
@@ -117,6 +117,22 @@ impl Codec for TransportName {
     }
 
     fn write(value: &TransportChoice) -> Option<String> {
+        Some(quoted(value.as_str()))
+    }
+}
+
+pub(crate) struct ActuatorName;
+
+impl Codec for ActuatorName {
+    type Value = BalancerActuator;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<BalancerActuator, String> {
+        let named = |name: &str| BalancerActuator::ALL.into_iter().find(|one| one.as_str() == name);
+        let wanted = || one_of(&BalancerActuator::ALL.map(BalancerActuator::as_str));
+        text(value).and_then(named).ok_or_else(wanted)
+    }
+
+    fn write(value: &BalancerActuator) -> Option<String> {
         Some(quoted(value.as_str()))
     }
 }

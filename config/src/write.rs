@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, ClusterConfig, EngineConfig, LimitsConfig, SimConfig, SloConfig,
-        TransferConfig,
+        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig, LimitsConfig,
+        SimConfig, SloConfig, TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
 };
@@ -19,6 +19,7 @@ impl ClusterConfig {
         write_table(&mut text, "[coordinator]", keys::COORDINATOR, &self.coordinator);
         write_table(&mut text, "[coordinator.limits]", keys::LIMITS, &self.coordinator.limits);
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
+        write_table(&mut text, "[balancer]", keys::BALANCER, &self.balancer);
         if let Some(admin) = &self.admin {
             write_table(&mut text, "[admin]", keys::ADMIN, admin);
         }
@@ -82,6 +83,8 @@ pub fn sample() -> String {
 
     push(&mut text, SLO);
     describe_keys(&mut text, keys::SLO, &SloConfig::default(), Shown::AsNeeded);
+    push(&mut text, BALANCER);
+    describe_keys(&mut text, keys::BALANCER, &BalancerConfig::default(), Shown::AsNeeded);
     push(&mut text, ADMIN);
     describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
     push(&mut text, TLS);
@@ -153,6 +156,11 @@ const INTRODUCTION: &str = "\
 const SLO: &str = "
 # What you promise your users; shown beside what is observed.
 [slo]";
+
+const BALANCER: &str = "
+# Pools that follow the load: a worker goes over to the pool whose workers are all pressed, if the
+# others of its own can do without it. It finishes what it has first; its engine runs on.
+[balancer]";
 
 const ADMIN: &str = "
 # A listener of its own for operators: `baton status`, `baton drain`, `baton mode`, and the page /ui.

@@ -5,8 +5,9 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig,
-    SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig, sample,
+    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+    LimitsConfig, SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+    sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -36,6 +37,7 @@ fn default_cluster() -> ClusterConfig {
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        balancer: BalancerConfig::default(),
         admin: None,
         tls: None,
         insecure_plaintext: false,

@@ -7,12 +7,18 @@
 //!
 //! Made for a current-thread runtime: a work-stealing one costs half as much again for each token.
 
+pub mod admin;
+mod balancing;
 mod client;
 mod fleet;
+mod handoffs;
+mod journal;
+mod listener;
 mod metrics;
 mod prefixes;
 mod prompt;
 mod shell;
+mod timeline;
 
 use std::{
     fs,
@@ -20,21 +26,25 @@ use std::{
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
-use baton_config::{ClusterConfig, TlsConfig};
-use baton_core::Settings;
+use baton_config::{BalancerActuator, ClusterConfig, TlsConfig};
+use baton_core::{Settings, policy::Targets};
 use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
 use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming};
 use tracing::info;
 
-use crate::{fleet::FleetService, shell::Shell};
+pub use crate::balancing::{Replicas, ScaleError};
+use crate::{admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell};
 
 /// How long open answers may go on after the order to stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// What operators, their pages and their scripts hold open; further ones wait.
+const ADMIN_CONNECTIONS: usize = 64;
 /// A stranger who connects and says nothing holds no socket for longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -46,6 +56,8 @@ pub enum CoordinatorError {
     Tls { path: PathBuf, source: io::Error },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
+    #[error(transparent)]
+    AdminToken(#[from] admin::TokenError),
     #[error("the worker listener ended: {0}")]
     Fleet(#[from] tonic::transport::Error),
 }
@@ -55,14 +67,38 @@ pub async fn run(
     config: ClusterConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), CoordinatorError> {
+    run_with(config, None, shutdown).await
+}
+
+/// The same, with somebody who can give the pools more or fewer workers.
+pub async fn run_with(
+    config: ClusterConfig,
+    replicas: Option<Arc<dyn Replicas>>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), CoordinatorError> {
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
     let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
+    let operators = match &config.admin {
+        Some(admin) => {
+            Some((listen("admin.listen", admin.listen).await?, AdminToken::find(admin)?))
+        }
+        None => None,
+    };
     let limits = coordinator.limits;
-    let settings =
-        Settings { first_token_timeout: limits.first_token_timeout, ..Settings::default() };
+    let defaults = Settings::default();
+    let settings = Settings {
+        first_token_timeout: limits.first_token_timeout,
+        ttft: Duration::from_secs_f64(config.slo.ttft_ms / 1000.0),
+        targets: Targets { step_ms: config.slo.itl_ms, ..defaults.targets },
+        role_change_timeout: config.balancer.drain_timeout,
+        ..defaults
+    };
+    let balancer = config.balancer;
+    let balances = balancer.actuator != BalancerActuator::Off;
+    let balancing = balances.then(|| balancing::settings(&balancer));
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
-    let shell = Shell::new(settings, config.slo, limits.max_unread_bytes);
+    let shell = Shell::new(settings, balancing, config.slo, limits.max_unread_bytes);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let mut server = Server::builder()
@@ -83,7 +119,13 @@ pub async fn run(
     let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
     let fleet = server.add_service(service).serve_with_incoming(incoming);
 
+    let admin_limits =
+        ConnectionLimits { connections: ADMIN_CONNECTIONS, header_timeout: limits.header_timeout };
     let front = tokio::spawn(client::serve(shell.clone(), limits, tokenizer, clients));
+    let admin = operators.map(|(listener, token)| {
+        let router = admin::router(shell.clone(), token);
+        tokio::spawn(listener::serve(router, listener, admin_limits))
+    });
     let ticks = tokio::spawn({
         let shell = shell.clone();
         async move {
@@ -95,11 +137,14 @@ pub async fn run(
         }
     });
 
+    let balancing = tokio::spawn(balancing::keep_balanced(shell.clone(), balancer, replicas));
+
     tokio::pin!(fleet);
     tokio::select! {
         ended = &mut fleet => ended?,
         () = shutdown => {
             front.abort();
+            balancing.abort();
             info!(open_requests = shell.requests_open(), "coordinator stops");
             let drained = async {
                 while shell.requests_open() > 0 {
@@ -116,6 +161,7 @@ pub async fn run(
         }
     }
     ticks.abort();
+    admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
 }
 

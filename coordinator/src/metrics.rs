@@ -3,6 +3,10 @@ use std::{
     time::Duration,
 };
 
+use axum::{
+    http::header,
+    response::{IntoResponse, Response},
+};
 use baton_config::SloConfig;
 use baton_core::AggregatedReason;
 use baton_proto as wire;
@@ -13,7 +17,18 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use crate::shell::WorkerStatus;
+use crate::{
+    admin::{BucketCount, Latency},
+    balancing::BalancerMetrics,
+    shell::{Shell, WorkerStatus},
+};
+
+/// In Prometheus' text format.
+pub(crate) fn page(shell: &Shell) -> Response {
+    let text = shell.metrics.render(shell.requests_open(), &shell.workers());
+    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, content_type)], text).into_response()
+}
 
 /// The way that a request took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +68,7 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::ClientError => "client_error",
@@ -139,6 +154,7 @@ pub(crate) struct Metrics {
     prompt_tokens: Family<LegLabels, Counter>,
     prefix_hit_tokens: Family<LegLabels, Counter>,
     kv_events_gaps: Counter,
+    pub(crate) balancer: BalancerMetrics,
     fleet: FleetMetrics,
 }
 
@@ -196,6 +212,7 @@ impl Metrics {
         let (prompt_tokens, prefix_hit_tokens) =
             (Family::<LegLabels, Counter>::default(), Family::<LegLabels, Counter>::default());
         let kv_events_gaps = Counter::default();
+        let balancer = BalancerMetrics::default();
         let fleet = FleetMetrics::default();
 
         let r = &mut registry;
@@ -265,6 +282,7 @@ impl Metrics {
             "Times that news of a worker's prefix cache were missed and asked for anew",
             kv_events_gaps.clone(),
         );
+        balancer.register(r);
         fleet.register(r);
         for (name, help, milliseconds) in [
             ("slo_ttft", "Target for TTFT, as configured", slo.ttft_ms),
@@ -297,6 +315,7 @@ impl Metrics {
             prompt_tokens,
             prefix_hit_tokens,
             kv_events_gaps,
+            balancer,
             fleet,
         }
     }
@@ -357,6 +376,20 @@ impl Metrics {
         self.kv_events_gaps.inc();
     }
 
+    pub(crate) fn output_tokens(&self) -> u64 {
+        self.paths.iter().map(|path| path.output_tokens.get()).sum()
+    }
+
+    pub(crate) fn handoff_bytes(&self) -> u64 {
+        self.handoff_bytes.get()
+    }
+
+    /// Over all ways that requests took.
+    pub(crate) fn latency(&self) -> Latency {
+        let over_all = |of: fn(&PathMetrics) -> &Histogram| cumulative(self.paths.iter().map(of));
+        Latency { ttft: over_all(|path| &path.ttft), itl: over_all(|path| &path.itl) }
+    }
+
     /// In Prometheus' text format.
     pub(crate) fn render(&self, requests_open: usize, workers: &[WorkerStatus]) -> String {
         self.fleet.set(requests_open, workers);
@@ -366,6 +399,32 @@ impl Metrics {
         let _ = encode(&mut text, &registry);
         text
     }
+}
+
+/// A histogram tells its counts in no other way than by being encoded.
+fn cumulative<'a>(histograms: impl Iterator<Item = &'a Histogram>) -> Vec<BucketCount> {
+    let mut registry = Registry::default();
+    for histogram in histograms {
+        registry.register("x", "x", histogram.clone());
+    }
+    let mut text = String::new();
+    // Writing into a string does not fail.
+    let _ = encode(&mut text, &registry);
+    let mut counts: Vec<BucketCount> = Vec::new();
+    for line in text.lines() {
+        let Some((le, count)) =
+            line.strip_prefix("x_bucket{le=\"").and_then(|rest| rest.split_once("\"} "))
+        else {
+            continue;
+        };
+        let le_seconds = le.parse().ok().filter(|le: &f64| le.is_finite());
+        let count: u64 = count.parse().unwrap_or_default();
+        match counts.iter_mut().find(|known| known.le_seconds == le_seconds) {
+            Some(known) => known.count += count,
+            None => counts.push(BucketCount { le_seconds, count }),
+        }
+    }
+    counts
 }
 
 impl FleetMetrics {
@@ -515,5 +574,28 @@ impl FleetMetrics {
             }
             self.kv_used.get_or_create(&labels).set(report.engine_kv_used_ratio.into());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latency_counts_all_ways_together() {
+        let metrics = Metrics::new(SloConfig::default());
+        metrics.first_token(Path::Disaggregated, Duration::from_millis(3));
+        metrics.first_token(Path::Aggregated, Duration::from_millis(60));
+        metrics.first_token(Path::Aggregated, Duration::from_secs(600));
+        metrics.gaps(Path::Disaggregated, Duration::from_millis(20), 2);
+        let Latency { ttft, itl } = metrics.latency();
+        let at = |counts: &[BucketCount], le| {
+            counts.iter().find(|count| count.le_seconds == le).unwrap().count
+        };
+        assert_eq!(at(&ttft, Some(0.0025)), 0);
+        assert_eq!(at(&ttft, Some(0.005)), 1);
+        assert_eq!(at(&ttft, Some(0.1)), 2);
+        assert_eq!(at(&ttft, None), 3);
+        assert_eq!((at(&itl, Some(0.005)), at(&itl, Some(0.01)), at(&itl, None)), (0, 2, 2));
     }
 }

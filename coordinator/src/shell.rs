@@ -1,27 +1,38 @@
 //! Carries the core's decisions out: between clients' answers on one side and workers' links on the
 //! other. One lock holds it all, since all of it runs on one thread; it is never held over an await.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+mod operators;
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_config::SloConfig;
 use baton_core::{
-    Action, Core, Event, HandoffPlan, JobId, RequestKey, RequestShape, Route, Settings,
-    WorkerDescription, WorkerKey,
+    Action, AnnouncedChange, BalancerSettings, Core, Event, HandoffPlan, JobId, RequestKey,
+    RequestShape, Route, Settings, WorkerDescription, WorkerKey,
 };
 use baton_proto as wire;
 use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tracing::{debug, info, warn};
 
 use crate::{
     client::{Answer, ClientError, Head, broken_stream_event},
     fleet::{Link, PeerInfo},
+    handoffs::HandoffMatrix,
+    journal::{Journal, unix_ms},
     metrics::{Metrics, Outcome, Path},
     prefixes::{CachedPrefix, Prefixes},
     prompt::Prompt,
+    timeline::Timeline,
 };
+
+pub(crate) use operators::UnknownWorker;
 
 /// Shared by every connection of this coordinator.
 #[derive(Clone, Debug)]
@@ -29,17 +40,20 @@ pub(crate) struct Shell {
     state: Arc<Mutex<State>>,
     pub(crate) metrics: Arc<Metrics>,
     started: Instant,
+    slo: SloConfig,
     max_unread_bytes: usize,
 }
 
 #[derive(Debug)]
-struct State {
-    core: Core,
+pub(crate) struct State {
+    pub(crate) core: Core,
     prefixes: Prefixes,
     clients: HashMap<RequestKey, Client>,
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
+    handoffs: HandoffMatrix,
+    pub(crate) journal: Journal,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -50,6 +64,8 @@ struct Attached {
     peer: Option<PeerInfo>,
     models: Vec<String>,
     max_model_tokens: u32,
+    engine: String,
+    since_unix_ms: u64,
     report: wire::Report,
 }
 
@@ -62,7 +78,7 @@ struct Client {
     prompt: Option<KnownPrompt>,
     request_id: HeaderValue,
     streams: bool,
-    arrived: Instant,
+    timeline: Timeline,
     relaying: Option<Relaying>,
 }
 
@@ -70,6 +86,7 @@ struct Client {
 struct Relaying {
     job: JobId,
     path: Path,
+    route: Route,
     status: StatusCode,
     event_stream: bool,
     last_tokens: Option<Instant>,
@@ -117,20 +134,42 @@ impl Drop for InFlight {
 }
 
 impl Shell {
-    pub(crate) fn new(settings: Settings, slo: SloConfig, max_unread_bytes: u64) -> Self {
+    pub(crate) fn new(
+        settings: Settings,
+        balancing: Option<BalancerSettings>,
+        slo: SloConfig,
+        max_unread_bytes: u64,
+    ) -> Self {
+        let core = Core::new(settings);
+        let core = match balancing {
+            Some(balancing) => core.balanced(balancing),
+            None => core,
+        };
         Self {
             state: Arc::new(Mutex::new(State {
-                core: Core::new(settings),
+                core,
                 prefixes: Prefixes::default(),
                 clients: HashMap::new(),
                 links: HashMap::new(),
                 engine_handoffs: HashMap::new(),
+                handoffs: HandoffMatrix::default(),
+                journal: Journal::default(),
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
             started: Instant::now(),
+            slo,
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// The core's time.
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Takes a request in and sets its legs going.
@@ -153,7 +192,7 @@ impl Shell {
                 prompt,
                 request_id: incoming.request_id,
                 streams: incoming.streams,
-                arrived: incoming.arrived,
+                timeline: Timeline::new(incoming.arrived),
                 relaying: None,
             },
         );
@@ -164,7 +203,7 @@ impl Shell {
     fn client_gone(&self, request: RequestKey) {
         let mut state = self.state.lock();
         if let Some(client) = state.clients.remove(&request) {
-            self.metrics.request_ended(client.path(), Outcome::Cancelled, client.arrived.elapsed());
+            self.request_ended(&mut state, &client, Outcome::Cancelled);
             self.tell_core(&mut state, Event::ClientGone { request }, None);
         }
     }
@@ -185,12 +224,18 @@ impl Shell {
             peer,
             models: description.models.clone(),
             max_model_tokens: hello.max_model_tokens,
+            engine: hello.engine.chars().take(128).collect(),
+            since_unix_ms: unix_ms(),
             report: wire::Report::default(),
         };
+        state.journal.role(&description.name, description.role);
+        let kept = format!("as {}, epoch {}", description.role, description.epoch);
+        state.journal.decided("attached", &description.name, kept, "worker");
         let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
         self.carry_out(&mut state, actions, None);
         state.links.insert(worker, attached);
         state.prefixes.worker_attached(worker, hello);
+        self.role_change(&mut state, worker, hello.role_change.as_ref());
         worker
     }
 
@@ -198,21 +243,34 @@ impl Shell {
         let mut state = self.state.lock();
         if let Some(view) = state.core.worker(worker) {
             warn!(worker = view.description.name, role = %view.description.role, "worker lost");
+            let name = view.description.name.clone();
+            state.journal.decided("lost", name, "its stream ended", "coordinator");
         }
         self.tell_core(&mut state, Event::WorkerLost { worker }, None);
         state.links.remove(&worker);
         state.prefixes.worker_gone(worker);
+        state.handoffs.worker_gone(worker);
     }
 
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);
+        self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
+        self.role_change(&mut state, worker, report.role_change.as_ref());
         if let Some(attached) = state.links.get_mut(&worker) {
             attached.report = report;
             if is_unheard {
                 attached.link.restart_kv_events();
             }
         }
+    }
+
+    /// What a worker says of its role.
+    fn role_change(&self, state: &mut State, worker: WorkerKey, change: Option<&wire::RoleChange>) {
+        let change = change.and_then(|change| {
+            Some(AnnouncedChange { to: change.to().try_into().ok()?, number: change.number })
+        });
+        self.tell_core(state, Event::RoleChange { worker, change }, None);
     }
 
     /// What a worker says of its prefix cache.
@@ -320,6 +378,9 @@ impl Shell {
                 if !event.engine_handoff_params.is_empty() {
                     state.engine_handoffs.insert(job, event.engine_handoff_params);
                 }
+                if let Some(client) = state.clients.get_mut(&request) {
+                    client.timeline.prefilled = Some(now);
+                }
                 self.tell_core(state, Event::PrefillDone { job }, None);
                 state.engine_handoffs.remove(&job);
             }
@@ -328,6 +389,10 @@ impl Shell {
         if event.status != 0 {
             if let Some(moved) = event.handoff.take() {
                 self.metrics.handoff(&moved);
+                let route = state.core.request(request).and_then(|view| view.route);
+                if let Some(Route::Disaggregated { prefill, decode, .. }) = route {
+                    state.handoffs.add(prefill, decode, &moved);
+                }
             }
             self.tell_core(state, Event::Answered { job }, Some(&event));
         }
@@ -335,13 +400,12 @@ impl Shell {
         if client.relaying.as_ref().is_none_or(|relaying| relaying.job != job) {
             return;
         }
-        client.tokens(event.tokens, now, &self.metrics);
+        let gap = client.tokens(event.tokens, now, &self.metrics);
+        state.core.tokens(job, event.tokens, gap);
         if client.answer.push(&event.payload).is_err() {
             info!(request_id = ?client.request_id, "client reads too slowly: cancelled");
-            let client = state.clients.remove(&request);
-            if let Some(client) = client {
-                let seconds = client.arrived.elapsed();
-                self.metrics.request_ended(client.path(), Outcome::TooSlow, seconds);
+            if let Some(client) = state.clients.remove(&request) {
+                self.request_ended(state, &client, Outcome::TooSlow);
             }
             return self.tell_core(state, Event::ClientGone { request }, None);
         }
@@ -350,7 +414,7 @@ impl Shell {
         }
     }
 
-    fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
+    pub(crate) fn tell_core(&self, state: &mut State, event: Event, answer: Option<&wire::Event>) {
         let mut actions = std::mem::take(&mut state.actions);
         state.core.handle(event, self.started.elapsed(), &mut actions);
         self.carry_out(state, actions, answer);
@@ -362,6 +426,11 @@ impl Shell {
                 // No worker says yet that it could pull a prefix.
                 Action::Start { worker, job, request, leg, handoff, pull: _ } => {
                     self.prompt_goes_to(state, worker, request, leg);
+                    if leg != Leg::Decode
+                        && let Some(client) = state.clients.get_mut(&request)
+                    {
+                        client.timeline.attempted(Instant::now());
+                    }
                     if let Some(start) = state.start_job(job, request, leg, handoff)
                         && let Some(attached) = state.links.get(&worker)
                     {
@@ -386,25 +455,37 @@ impl Shell {
                     } else {
                         Outcome::ClientError
                     };
-                    self.metrics.request_ended(client.path(), outcome, client.arrived.elapsed());
+                    self.request_ended(state, &client, outcome);
                     client.break_off(&error);
                 }
                 Action::BreakOff { request, .. } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
-                    let seconds = client.arrived.elapsed();
-                    self.metrics.request_ended(client.path(), Outcome::BrokenOff, seconds);
+                    self.request_ended(state, &client, Outcome::BrokenOff);
                     client.break_off(&ClientError::NoWorker);
                 }
                 Action::Finish { request } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
                     let outcome = client.outcome();
-                    self.metrics.request_ended(client.path(), outcome, client.arrived.elapsed());
+                    self.request_ended(state, &client, outcome);
                     client.answer.complete();
                 }
                 Action::Blame { leg, fault } => {
                     warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message,
                         "leg failed");
                     self.metrics.leg_failed(leg, &fault);
+                }
+                Action::SetRole { worker, role } => {
+                    if let Some(view) = state.core.worker(worker) {
+                        info!(worker = view.description.name, %role, "worker is told its role");
+                    }
+                    if let Some(attached) = state.links.get(&worker) {
+                        attached.link.set_role(role);
+                    }
+                }
+                Action::Release { worker, change } => {
+                    if let Some(attached) = state.links.get(&worker) {
+                        attached.link.release(change);
+                    }
                 }
                 Action::Disconnect { worker } => {
                     if let Some(attached) = state.links.remove(&worker) {
@@ -474,9 +555,11 @@ impl Shell {
             .unwrap_or(StatusCode::BAD_GATEWAY);
         client.request = None;
         client.prompt = None;
+        client.timeline.answered = Some(Instant::now());
         client.relaying = Some(Relaying {
             job,
             path,
+            route,
             status,
             event_stream: client.streams && status.is_success(),
             last_tokens: None,
@@ -534,18 +617,25 @@ impl Client {
         }
     }
 
-    fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) {
-        let Some(relaying) = self.relaying.as_mut().filter(|_| tokens > 0) else { return };
+    /// Answers how long after those before them they came, where somebody could see that.
+    fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) -> Option<Duration> {
+        let relaying = self.relaying.as_mut().filter(|_| tokens > 0)?;
         metrics.tokens(relaying.path, tokens);
         // An answer that comes whole has no first token that anybody could see.
         match relaying.last_tokens.filter(|_| relaying.event_stream) {
-            Some(last) => metrics.gaps(relaying.path, now.duration_since(last), tokens),
+            Some(last) => {
+                let gap = now.duration_since(last);
+                metrics.gaps(relaying.path, gap, tokens);
+                relaying.last_tokens = Some(now);
+                return Some(gap);
+            }
             None if relaying.event_stream => {
-                metrics.first_token(relaying.path, now.duration_since(self.arrived));
+                metrics.first_token(relaying.path, now.duration_since(self.timeline.arrived));
             }
             None => {}
         }
         relaying.last_tokens = Some(now);
+        None
     }
 
     /// Says `error` in whatever way the answer still allows.

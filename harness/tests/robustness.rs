@@ -79,10 +79,8 @@ fn giving_up_those_who_lose_finds_the_same_winner() {
     let aggregated = setup(Mode::Aggregated, 2);
     let setups = CHUNK_TOKENS.map(|chunk_tokens| Setup { chunk_tokens, ..aggregated.clone() });
     let tuned = best_of(&trace, &setups, goal, 2).unwrap();
-    let scales: Vec<f64> = setups
-        .iter()
-        .map(|setup| highest_scale(&trace, setup, goal, 1.0).unwrap().0)
-        .collect();
+    let scales: Vec<f64> =
+        setups.iter().map(|setup| highest_scale(&trace, setup, goal, 1.0).unwrap().0).collect();
     let best = scales.iter().copied().fold(0.0, f64::max);
     assert!(scales[tuned.best] > 0.97 * best, "{:?} of {scales:?}", tuned.best);
     for (held, scale) in tuned.held.iter().zip(&scales) {

@@ -18,6 +18,9 @@ use crate::{
     vllm::VllmInstallation,
 };
 
+/// What operators show to a cluster of these scenarios.
+pub const ADMIN_TOKEN: &str = "0123456789abcdef0123456789abcdef";
+
 /// What a cluster shall be.
 #[derive(Clone, Debug)]
 pub struct ClusterBuilder {
@@ -26,6 +29,7 @@ pub struct ClusterBuilder {
     engine: Engine,
     coordinator_toml: String,
     arena_toml: String,
+    balancer_toml: String,
     tls: Option<TlsPem>,
     ready: bool,
 }
@@ -86,6 +90,7 @@ impl ClusterBuilder {
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
+            balancer_toml: String::new(),
             tls: None,
             ready: true,
         }
@@ -122,6 +127,12 @@ impl ClusterBuilder {
         self
     }
 
+    /// Keys of `[balancer]`.
+    pub fn balancer(mut self, keys: &str) -> Self {
+        self.balancer_toml = keys.to_owned();
+        self
+    }
+
     /// Mutual TLS between coordinator and workers, who all show this one certificate.
     pub fn tls(mut self, pem: TlsPem) -> Self {
         self.tls = Some(pem);
@@ -136,7 +147,8 @@ impl ClusterBuilder {
 
     pub async fn start(self) -> Result<Cluster> {
         let directory = tempfile::tempdir()?;
-        let (http_port, workers_port) = (free_port()?, free_port()?);
+        let (http_port, workers_port, admin_port) = (free_port()?, free_port()?, free_port()?);
+        fs::write(directory.path().join("admin.token"), format!("{ADMIN_TOKEN}\n"))?;
         let mut workers = BTreeMap::new();
         for (role, count) in [("prefill", self.prefill), ("decode", self.decode)] {
             for index in 0..count {
@@ -148,7 +160,8 @@ impl ClusterBuilder {
             ports.insert(name.clone(), [free_port()?, free_port()?]);
         }
         let config = directory.path().join("baton.toml");
-        let toml = self.toml(directory.path(), [http_port, workers_port], &workers, &ports)?;
+        let listeners = [http_port, workers_port, admin_port];
+        let toml = self.toml(directory.path(), listeners, &workers, &ports)?;
         fs::write(&config, toml)?;
 
         let mut cluster = Cluster {
@@ -157,6 +170,7 @@ impl ClusterBuilder {
             http: reqwest::Client::builder().no_proxy().build()?,
             base: format!("http://127.0.0.1:{http_port}"),
             workers_port,
+            admin_port,
             ports,
             workers: workers
                 .iter()
@@ -181,16 +195,18 @@ impl ClusterBuilder {
     fn toml(
         &self,
         directory: &Path,
-        [http_port, workers_port]: [u16; 2],
+        [http_port, workers_port, admin_port]: [u16; 3],
         workers: &BTreeMap<String, &str>,
         ports: &BTreeMap<String, [u16; 2]>,
     ) -> Result<String> {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[arena]\n{}\n\n",
+             [coordinator.limits]\n{}\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\
+             token_file = \"admin.token\"\n\n[arena]\n{}\n\n",
             self.coordinator_toml, self.arena_toml
         );
+        writeln!(toml, "[balancer]\n{}\n", self.balancer_toml)?;
         if let Some(tls) = &self.tls {
             writeln!(toml, "{}", tls.write_to(&directory.join("tls"))?)?;
         }
@@ -263,6 +279,7 @@ pub struct Cluster {
     pub http: reqwest::Client,
     base: String,
     workers_port: u16,
+    admin_port: u16,
     /// Of each worker: its transfer channel's, and its engine's.
     ports: BTreeMap<String, [u16; 2]>,
     config: PathBuf,
@@ -295,6 +312,26 @@ impl Cluster {
     /// Where workers connect.
     pub fn workers_port(&self) -> u16 {
         self.workers_port
+    }
+
+    /// Where operators look in, with [`ADMIN_TOKEN`].
+    pub fn admin_url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.admin_port)
+    }
+
+    pub async fn admin_get(&self, path: &str) -> Answer {
+        let request = self.http.get(self.admin_url(path)).bearer_auth(ADMIN_TOKEN);
+        Answer::read(request.send().await.expect("an answer")).await.expect("a whole answer")
+    }
+
+    /// What `/admin/state` says.
+    pub async fn state(&self) -> Value {
+        self.admin_get("/admin/state").await.json()
+    }
+
+    pub async fn admin_post(&self, path: &str, body: &Value) -> Answer {
+        let request = self.http.post(self.admin_url(path)).bearer_auth(ADMIN_TOKEN).json(body);
+        Answer::read(request.send().await.expect("an answer")).await.expect("a whole answer")
     }
 
     pub fn directory(&self) -> &Path {

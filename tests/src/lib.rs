@@ -3,13 +3,15 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::print_stdout)]
 
 mod answers;
+mod browser;
 mod cluster;
 mod metrics;
 mod process;
 mod vllm;
 
 pub use answers::{Answer, StreamEvent, read_events, streamed_text};
-pub use cluster::{Cluster, ClusterBuilder, TlsPem};
+pub use browser::{Browser, chromium_or_skip};
+pub use cluster::{ADMIN_TOKEN, Cluster, ClusterBuilder, TlsPem};
 pub use metrics::Metrics;
 pub use process::baton;
 pub use vllm::{VllmInstallation, vllm_or_skip};

@@ -2,8 +2,8 @@ use std::{sync::Arc, time::Duration};
 
 use baton_config::TlsConfig;
 use baton_proto::{
-    Commands, CoordinatorFrame, MAX_FRAME_BYTES, WINDOW_BYTES, Welcome, coordinator_frame::Frame,
-    fleet_client::FleetClient,
+    Commands, CoordinatorFrame, MAX_FRAME_BYTES, Report, WINDOW_BYTES, Welcome,
+    coordinator_frame::Frame, fleet_client::FleetClient,
 };
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tonic::{
@@ -11,7 +11,7 @@ use tonic::{
     transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
 };
 
-use crate::{jobs::Jobs, kv_telling::KvTelling, life::Life, outbox::Outbox};
+use crate::{jobs::Jobs, kv_telling::KvTelling, life::Life, outbox::Outbox, role::Served};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
@@ -78,6 +78,7 @@ async fn attach(
         .connect()
         .await
         .map_err(|error| AttachError::Unreachable(chain(&error)))?;
+    let served = life.role.serves(coordinator);
     let (outbox, frames) = Outbox::open(life.hello());
     // Whichever way this ends, the stream ends with it.
     let _close = CloseOnDrop(outbox.clone());
@@ -95,7 +96,7 @@ async fn attach(
     .map_err(|_| AttachError::NoAnswer)??;
     tracing::info!(coordinator, epoch = %life.epoch, "attached");
     backoff.reset();
-    serve(life, &mut stream, welcome, outbox).await
+    serve(life, &mut stream, welcome, outbox, served).await
 }
 
 async fn serve(
@@ -103,6 +104,7 @@ async fn serve(
     stream: &mut Streaming<CoordinatorFrame>,
     welcome: Welcome,
     outbox: Outbox,
+    mut served: Served,
 ) -> Result<std::convert::Infallible, AttachError> {
     let jobs = Jobs::new(life.clone(), outbox.clone());
     let every = Duration::from_millis(u64::from(welcome.report_interval_ms.max(10)));
@@ -112,7 +114,14 @@ async fn serve(
     loop {
         tokio::select! {
             frame = next(stream, |status| AttachError::BrokeOff(told(&status))) => match frame? {
-                Frame::Commands(Commands { cancel, start, restart_kv_events }) => {
+                Frame::Commands(commands) => {
+                    if let Ok(role) = commands.set_role().try_into() {
+                        life.role.order(role);
+                    }
+                    let Commands { cancel, start, restart_kv_events, release, .. } = commands;
+                    if release != 0 {
+                        served.released(release);
+                    }
                     if restart_kv_events {
                         kv_events.restart();
                     }
@@ -122,10 +131,15 @@ async fn serve(
                 Frame::Refusal(refusal) => return Err(AttachError::Displaced(refusal.reason)),
                 Frame::Welcome(_) => {}
             },
-            _ = reports.tick() => outbox.report(life.report()),
+            _ = reports.tick() => outbox.report(report(life, &served)),
+            () = served.changed() => outbox.report(report(life, &served)),
             message = kv_events.next(&outbox) => outbox.kv_events(message),
         }
     }
+}
+
+fn report(life: &Life, served: &Served) -> Report {
+    Report { leads: served.leads(), ..life.report() }
 }
 
 async fn next(

@@ -12,6 +12,7 @@ mod legs;
 mod life;
 mod outbox;
 mod relay;
+mod role;
 mod run;
 pub mod transport;
 

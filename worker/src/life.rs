@@ -3,18 +3,19 @@ use std::sync::Arc;
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
 use baton_proto::{Hello, KvCache, Peer, Report};
 use baton_transfer::Ledger;
-use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin, Role};
+use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use crate::{counters::Counters, handoff::Handoffs};
+use crate::{counters::Counters, handoff::Handoffs, role::RoleKeeper};
 
 /// One life of the engine: what every job of it needs, and what coordinators are told of it.
 pub(crate) struct Life {
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) epoch: Epoch,
     pub(crate) kv: KvSide,
-    pub(crate) identity: Identity,
+    pub(crate) name: String,
+    pub(crate) role: RoleKeeper,
     pub(crate) description: EngineDescription,
     pub(crate) counters: Arc<Counters>,
     pub(crate) load: Mutex<EngineLoad>,
@@ -36,13 +37,6 @@ pub(crate) struct Fenced {
     /// Where other workers find this one: `host:port`.
     pub(crate) address: String,
     pub(crate) certificate_fingerprint: [u8; 32],
-}
-
-/// Who this worker is.
-#[derive(Clone, Debug)]
-pub(crate) struct Identity {
-    pub(crate) name: String,
-    pub(crate) role: Role,
 }
 
 impl std::fmt::Debug for Life {
@@ -67,12 +61,22 @@ impl Life {
         }
     }
 
+    /// Nothing is left of any job: none runs, and no block of one is on its way.
+    pub(crate) fn is_idle(&self) -> bool {
+        let handoffs_open = match &self.kv {
+            KvSide::Fenced(fenced) => fenced.handoffs.open(),
+            KvSide::None | KvSide::Engine => 0,
+        };
+        self.counters.jobs_running.get() == 0 && handoffs_open == 0
+    }
+
     pub(crate) fn hello(&self) -> Hello {
         let mut hello = Hello {
             protocol_version: baton_proto::PROTOCOL_VERSION,
-            worker_name: self.identity.name.clone(),
+            worker_name: self.name.clone(),
             epoch: epoch_bytes(self.epoch),
-            role: baton_proto::Role::from(self.identity.role).into(),
+            role: baton_proto::Role::from(self.role.role()).into(),
+            role_change: self.role.change(),
             models: self.description.models.clone(),
             max_model_tokens: self.description.max_model_tokens,
             engine: self.description.engine.clone(),
@@ -89,7 +93,7 @@ impl Life {
                 hello.set_handoff_mode(baton_proto::HandoffMode::Fenced);
                 hello.compatibility = Some((&fenced.compatibility).into());
                 hello.peer = Some(Peer {
-                    worker_name: self.identity.name.clone(),
+                    worker_name: self.name.clone(),
                     epoch: epoch_bytes(self.epoch),
                     address: fenced.address.clone(),
                     certificate_fingerprint: Bytes::copy_from_slice(
@@ -109,6 +113,7 @@ impl Life {
             handoff_bytes_received: self.counters.handoff_bytes_received.get(),
             handoff_blocks_reused: self.counters.handoff_blocks_reused.get(),
             handoff_errors: self.counters.handoff_errors.get(),
+            role_change: self.role.change(),
             engine_requests_running: load.requests_running,
             engine_requests_waiting: load.requests_waiting,
             engine_kv_used_ratio: load.kv_used_ratio,

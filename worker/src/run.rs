@@ -3,7 +3,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use baton_config::{EngineConfig, WorkerConfig};
 use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
 use baton_transfer::{Interpose, Ledger};
-use baton_types::Epoch;
+use baton_types::{Compatibility, Epoch};
 use futures::future::join_all;
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 
@@ -11,7 +11,8 @@ use crate::{
     attach::{self, TlsPem},
     counters::Counters,
     handoff::{Handoffs, PortLoop, Transfer},
-    life::{Fenced, Identity, KvSide, Life},
+    life::{Fenced, KvSide, Life},
+    role::RoleKeeper,
     transport::{self, OpenTransport, TransportError},
 };
 
@@ -23,6 +24,8 @@ const EXPIRE_INTERVAL: Duration = Duration::from_millis(500);
 const LOAD_INTERVAL: Duration = Duration::from_secs(1);
 /// An engine whose connector has not come by then is worth a word in the log.
 const CONNECTOR_PATIENCE: Duration = Duration::from_secs(10);
+/// A worker that was let go looks this often whether its last handoffs have ended.
+const IDLE_INTERVAL: Duration = Duration::from_millis(10);
 const FIRST_RESTART_DELAY: Duration = Duration::from_millis(500);
 const LAST_RESTART_DELAY: Duration = Duration::from_secs(30);
 
@@ -123,6 +126,7 @@ fn start_engine(config: &WorkerConfig) -> Result<Arc<dyn Engine>, EngineError> {
 struct Worker {
     config: WorkerConfig,
     tls: Option<TlsPem>,
+    role: RoleKeeper,
     counters: Arc<Counters>,
     /// Absent where Baton does no handoffs.
     transfer: Option<WorkerTransfer>,
@@ -142,6 +146,13 @@ impl Drop for WorkerTransfer {
     }
 }
 
+/// What of one life of the engine's KV side goes on when the worker changes its role.
+struct KvSideParts {
+    /// The first.
+    epoch: Epoch,
+    fenced: Option<(Handoffs, Compatibility)>,
+}
+
 struct Ended {
     error: EngineError,
     was_ready: bool,
@@ -153,7 +164,8 @@ impl Worker {
         let tls = tls.map_err(|(path, source)| WorkerError::Tls { path, source })?;
         let transfer =
             is_fenced(&config).then(|| WorkerTransfer::bind(&config, interpose)).transpose()?;
-        Ok(Self { config, tls, counters: Arc::default(), transfer })
+        let role = RoleKeeper::new(config.role);
+        Ok(Self { config, tls, role, counters: Arc::default(), transfer })
     }
 
     /// Serves with one engine until it ends.
@@ -171,8 +183,28 @@ impl Worker {
         let mut ports = engine.kv_ports();
         let lives = async {
             loop {
-                let (life, port_loop) = self.next_life(engine, &description, &mut ports).await;
-                self.live(Arc::new(life), port_loop).await;
+                let (side, port_loop) = self.next_kv_side(&mut ports).await;
+                let carrying = async {
+                    match port_loop {
+                        Some(port_loop) => port_loop.run().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                let roles = async {
+                    let mut epoch = side.epoch;
+                    loop {
+                        self.live(Arc::new(self.life(engine, &description, &side, epoch))).await;
+                        epoch = Epoch::random();
+                        if let Some((handoffs, _)) = &side.fenced {
+                            handoffs.begin_epoch(epoch);
+                        }
+                    }
+                };
+                tokio::select! {
+                    // For ever.
+                    () = roles => {}
+                    () = carrying => tracing::warn!("the engine's KV side is gone"),
+                }
             }
         };
         tokio::select! {
@@ -185,57 +217,63 @@ impl Worker {
     }
 
     /// Waits for the engine's KV side where it has one.
-    async fn next_life(
+    async fn next_kv_side(
+        &self,
+        ports: &mut Option<mpsc::Receiver<KvPort>>,
+    ) -> (KvSideParts, Option<PortLoop>) {
+        let epoch = Epoch::random();
+        let (Some(transfer), Some(ports)) = (&self.transfer, ports) else {
+            return (KvSideParts { epoch, fenced: None }, None);
+        };
+        let port = next_port(ports).await;
+        let compatibility = port.compatibility.clone();
+        let (handoffs, carrying) =
+            Handoffs::of_port(port, epoch, transfer.transfer.clone(), self.counters.clone());
+        (KvSideParts { epoch, fenced: Some((handoffs, compatibility)) }, Some(carrying))
+    }
+
+    fn life(
         &self,
         engine: &Arc<dyn Engine>,
         description: &EngineDescription,
-        ports: &mut Option<mpsc::Receiver<KvPort>>,
-    ) -> (Life, Option<PortLoop>) {
-        let epoch = Epoch::random();
-        let mut kv = if engine_hands_over(&self.config) { KvSide::Engine } else { KvSide::None };
-        let mut port_loop = None;
-        if let (Some(transfer), Some(ports)) = (&self.transfer, ports) {
-            let port = next_port(ports).await;
-            let compatibility = port.compatibility.clone();
-            let (handoffs, carrying) =
-                Handoffs::of_port(port, epoch, transfer.transfer.clone(), self.counters.clone());
-            port_loop = Some(carrying);
-            kv = KvSide::Fenced(Box::new(Fenced {
-                handoffs,
+        side: &KvSideParts,
+        epoch: Epoch,
+    ) -> Life {
+        let kv = match (&self.transfer, &side.fenced) {
+            (Some(transfer), Some((handoffs, compatibility))) => KvSide::Fenced(Box::new(Fenced {
+                handoffs: handoffs.clone(),
                 ledger: transfer.transfer.ledger.clone(),
-                compatibility,
+                compatibility: compatibility.clone(),
                 address: transfer.address.clone(),
                 certificate_fingerprint: transfer.opened.control().certificate_fingerprint(),
-            }));
-        }
-        let life = Life {
+            })),
+            _ if engine_hands_over(&self.config) => KvSide::Engine,
+            _ => KvSide::None,
+        };
+        Life {
             engine: engine.clone(),
             epoch,
             kv,
-            identity: Identity { name: self.config.name.clone(), role: self.config.role },
+            name: self.config.name.clone(),
+            role: self.role.clone(),
             description: description.clone(),
             counters: self.counters.clone(),
             load: parking_lot::Mutex::default(),
-        };
-        (life, port_loop)
+        }
     }
 
-    /// Attached to every coordinator until the engine's KV side goes.
-    async fn live(&self, life: Arc<Life>, port_loop: Option<PortLoop>) {
+    /// Attached to every coordinator until the worker takes another role.
+    async fn live(&self, life: Arc<Life>) {
         let attached = join_all(self.config.coordinators.iter().map(|coordinator| {
             attach::keep_attached(life.clone(), coordinator, self.tls.as_ref())
         }));
-        let port_gone = async {
-            match port_loop {
-                Some(port_loop) => port_loop.run().await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             // Both for ever.
             _ = attached => {}
             () = watch_load(&life) => {}
-            () = port_gone => tracing::warn!(epoch = %life.epoch, "the engine's KV side is gone"),
+            () = takes_another_role(&life) => {
+                tracing::info!(role = %life.role.role(), "has another role");
+            }
         }
     }
 
@@ -272,6 +310,18 @@ fn is_fenced(config: &WorkerConfig) -> bool {
 
 fn engine_hands_over(config: &WorkerConfig) -> bool {
     matches!(&config.engine, EngineConfig::Vllm(vllm) if vllm.engine_handoff)
+}
+
+/// Waits until the worker was told to change its role and nothing is left to do in the old one.
+async fn takes_another_role(life: &Life) {
+    loop {
+        life.role.released().await;
+        if life.is_idle() && life.role.take() {
+            return;
+        }
+        // What the coordinators know to be over ends here within moments.
+        tokio::time::sleep(IDLE_INTERVAL).await;
+    }
 }
 
 /// The engine's next KV side. Never returns where none will come: then the engine has ended, which is

@@ -1,11 +1,19 @@
 //! From `baton up`'s options to the `baton.toml` that its processes read.
 
-use std::{io, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    fmt::Write as _,
+    fs, io,
+    io::Write as _,
+    net::SocketAddr,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use baton_config::{
-    ArenaConfig, ClusterConfig, CoordinatorConfig, EngineConfig, LimitsConfig, SimConfig,
-    SloConfig, TransferConfig, WorkerConfig,
+    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
+    LimitsConfig, SimConfig, SloConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -15,12 +23,16 @@ use super::{
     ports,
     vllm::VllmPlan,
 };
+use crate::operators::AdminClient;
 
 /// A cluster to start.
 pub(super) struct Plan {
     pub(super) cluster: ClusterConfig,
     /// Name that requests give for the model.
     pub(super) model: String,
+    /// Where operators look in.
+    pub(super) admin: AdminClient,
+    pub(super) token_file: PathBuf,
     /// A cluster that has not come up by then will not.
     pub(super) start_timeout: Duration,
     /// Holds the arenas, those of workers that were killed too, and goes with the plan.
@@ -40,6 +52,12 @@ pub(super) fn plan(
     let names = worker_names(options);
     let mut ports = ports::free(1 + names.len())?.into_iter();
     let mut next_port = || ports.next().context("ran out of ports");
+    let token_file = directory.join("admin.token");
+    let listen = ports::for_operators(options.port)?;
+    let admin = AdminConfig { listen, token_file: Some(token_file.clone()) };
+    let token = random_token()?;
+    write_token(&token_file, &token)
+        .with_context(|| format!("cannot write {}", token_file.display()))?;
     let workers_listen = SocketAddr::from(([127, 0, 0, 1], next_port()?));
 
     let vllm = match options.engine {
@@ -83,7 +101,8 @@ pub(super) fn plan(
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
-        admin: None,
+        balancer: BalancerConfig::default(),
+        admin: Some(admin.clone()),
         tls: None,
         insecure_plaintext: false,
         workers,
@@ -92,7 +111,26 @@ pub(super) fn plan(
         Some(vllm) => (vllm.model_name().to_owned(), vllm.start_timeout()),
         None => (SimConfig::default().model, SIM_START_TIMEOUT),
     };
-    Ok(Plan { cluster, model, start_timeout, _arenas: arenas })
+    let admin = AdminClient { url: format!("http://{}", admin.listen), token };
+    Ok(Plan { cluster, model, admin, token_file, start_timeout, _arenas: arenas })
+}
+
+/// 256 bits that nobody guesses.
+fn random_token() -> io::Result<String> {
+    let mut bytes = [0_u8; 32];
+    let filled = rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty())?;
+    debug_assert_eq!(filled, bytes.len(), "so few bytes come whole");
+    Ok(bytes.iter().fold(String::new(), |mut hex, byte| {
+        // Writing into a string does not fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    }))
+}
+
+/// For nobody else to read.
+fn write_token(path: &Path, token: &str) -> io::Result<()> {
+    let mut file = fs::File::options().create_new(true).write(true).mode(0o600).open(path)?;
+    writeln!(file, "{token}")
 }
 
 fn worker_names(options: &UpOptions) -> Vec<(String, Role)> {
@@ -146,6 +184,10 @@ mod tests {
         let text = plan.cluster.to_toml();
         let read = ClusterConfig::parse(&text, directory.path()).unwrap();
         assert_eq!(read, plan.cluster);
+        let token = fs::read_to_string(&plan.token_file).unwrap();
+        assert_eq!((token.trim().len(), token.trim()), (64, plan.admin.token.as_str()));
+        let mode = fs::metadata(&plan.token_file).unwrap().permissions();
+        assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o600);
         let names: Vec<&str> = read.workers.iter().map(|worker| worker.name.as_str()).collect();
         assert_eq!(names, ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]);
         let EngineConfig::Sim(sim) = &read.workers[4].engine else { panic!("{text}") };

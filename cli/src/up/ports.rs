@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use baton_config::AdminConfig;
 
 /// The address for clients, if nobody listens there.
 pub(super) fn for_clients(port: u16) -> anyhow::Result<SocketAddr> {
@@ -21,6 +22,17 @@ pub(super) fn for_clients(port: u16) -> anyhow::Result<SocketAddr> {
         }
         Err(error) => Err(error).with_context(|| format!("cannot listen on {address}")),
     }
+}
+
+/// The address for operators: the usual one if nobody listens there. Whoever asks for any port for
+/// clients is not the only one here, and gets any for operators too.
+pub(super) fn for_operators(clients_port: u16) -> anyhow::Result<SocketAddr> {
+    let usual = AdminConfig::default().listen;
+    if clients_port != 0 && TcpListener::bind(usual).is_ok() {
+        return Ok(usual);
+    }
+    let port = free(1)?.first().copied().unwrap_or_default();
+    Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
 }
 
 /// Ports that nobody listens on. All are held until the last is found, so that they differ; another

@@ -1,16 +1,18 @@
 //! What `up` shows while the cluster runs: a table that is drawn anew each second on a terminal,
 //! lines about what changed elsewhere.
 
-use std::{collections::VecDeque, time::Duration};
+use std::time::Duration;
 
 use baton_config::ClusterConfig;
+use baton_coordinator::admin::{ClusterState, WorkerState};
 use tokio::time::Instant;
 
-use super::{
-    children::Children,
-    metrics::{Histogram, Reading},
+use super::children::Children;
+use crate::{
+    quantity::{bytes, speed},
+    reading::Readings,
+    terminal::{Terminal, bad, faint, good, pending},
 };
-use crate::terminal::{Terminal, bad, faint, good, pending};
 
 /// Medians are taken over this much of the past.
 const WINDOW: Duration = Duration::from_secs(60);
@@ -21,6 +23,7 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(30);
 enum State {
     Starting,
     Ready,
+    Draining,
     Ended,
 }
 
@@ -28,17 +31,16 @@ struct Worker {
     name: String,
     role: String,
     state: State,
-    running: f64,
-    handoff_bytes: f64,
+    running: u32,
     bytes_per_second: f64,
 }
 
 pub(super) struct View {
     pub(super) terminal: Terminal,
     workers: Vec<Worker>,
-    readings: VecDeque<(Instant, Reading)>,
+    readings: Readings,
     /// When the totals were told, and the requests that had ended by then.
-    told: (Instant, f64),
+    told: (Instant, u64),
 }
 
 impl View {
@@ -47,15 +49,14 @@ impl View {
             name: worker.name.clone(),
             role: worker.role.to_string(),
             state: State::Starting,
-            running: 0.0,
-            handoff_bytes: 0.0,
+            running: 0,
             bytes_per_second: 0.0,
         });
         Self {
             terminal: Terminal::stdout(),
             workers: workers.collect(),
-            readings: VecDeque::new(),
-            told: (Instant::now(), 0.0),
+            readings: Readings::over(WINDOW),
+            told: (Instant::now(), 0),
         }
     }
 
@@ -65,23 +66,20 @@ impl View {
     }
 
     /// Takes a new reading in and shows it.
-    pub(super) fn update(&mut self, reading: Reading, children: &Children, now: Instant) {
-        let since = self.readings.back().map_or(0.0, |(at, _)| (now - *at).as_secs_f64());
+    pub(super) fn update(&mut self, state: ClusterState, children: &Children, now: Instant) {
+        self.readings.add(state);
         for worker in &mut self.workers {
             let before = worker.state;
-            worker.take(&reading, children, since);
+            worker.take(&self.readings, children);
             if !self.terminal.is_live() && worker.state != before {
                 let text = match worker.state {
                     State::Ready => "is ready",
+                    State::Draining => "is draining",
                     State::Starting => "has lost its coordinator",
                     State::Ended => "has ended",
                 };
                 self.terminal.say(&format!("{} {text}", worker.name));
             }
-        }
-        self.readings.push_back((now, reading));
-        while self.readings.front().is_some_and(|(at, _)| now - *at > WINDOW) {
-            self.readings.pop_front();
         }
         if self.terminal.is_live() {
             let table = self.table();
@@ -98,7 +96,7 @@ impl View {
 
     fn tell_totals(&mut self, now: Instant) {
         let (at, ended) = self.told;
-        let new = self.readings.back().map_or(0.0, |(_, reading)| reading.requests_ended());
+        let new = self.readings.last().map_or(0, requests_ended);
         if now - at >= PLAIN_INTERVAL && new != ended {
             self.told = (now, new);
             let totals = self.totals();
@@ -117,6 +115,7 @@ impl View {
             let state = match worker.state {
                 State::Starting => pending("starting"),
                 State::Ready => good("ready   "),
+                State::Draining => pending("draining"),
                 State::Ended => bad("ended   "),
             };
             lines.push(format!(
@@ -134,87 +133,50 @@ impl View {
     }
 
     fn totals(&self) -> String {
-        let Some((_, last)) = self.readings.back() else { return "no requests yet".to_owned() };
-        let failed = match last.requests_failed() {
-            0.0 => String::new(),
+        let Some(last) = self.readings.last() else { return "no requests yet".to_owned() };
+        let ended = requests_ended(last);
+        let failed = match ended - last.requests_ended.get("ok").copied().unwrap_or_default() {
+            0 => String::new(),
             failed => format!(", {failed} not ok"),
         };
+        #[allow(clippy::cast_precision_loss, reason = "shown in three digits")]
+        let handed_over = bytes(last.handoffs.bytes as f64);
         format!(
-            "{} requests ({} split{failed}), {} open · TTFT p50 {} · ITL p50 {} · {} handed over",
-            last.requests_ended(),
-            last.requests_split(),
-            last.requests_open(),
-            self.median(Reading::ttft),
-            self.median(Reading::itl),
-            bytes(last.handoff_bytes()),
+            "{ended} requests ({} split{failed}), {} open · TTFT p50 {} · ITL p50 {} · {handed_over} \
+             handed over",
+            last.requests_split,
+            last.requests_open,
+            self.readings.ttft_p50(),
+            self.readings.itl_p50(),
         )
     }
+}
 
-    /// Over the last minute; of all time while that minute has none.
-    fn median(&self, histogram: fn(&Reading) -> Histogram) -> String {
-        let (Some((_, first)), Some((_, last))) = (self.readings.front(), self.readings.back())
-        else {
-            return "–".to_owned();
-        };
-        let last = histogram(last);
-        let median = last.since(&histogram(first)).median().or_else(|| last.median());
-        median.map_or_else(|| "–".to_owned(), milliseconds)
-    }
+fn requests_ended(state: &ClusterState) -> u64 {
+    state.requests_ended.values().sum()
 }
 
 impl Worker {
-    fn take(&mut self, reading: &Reading, children: &Children, seconds: f64) {
-        let seen = reading.worker(&self.name);
+    fn take(&mut self, readings: &Readings, children: &Children) {
+        let named = |state: &ClusterState| -> Option<WorkerState> {
+            state.workers.iter().find(|worker| worker.name == self.name).cloned()
+        };
+        let seen = readings.last().and_then(named);
+        let handed_over = |state: &ClusterState| {
+            named(state).map_or(0, |seen| seen.handoffs.bytes_sent + seen.handoffs.bytes_received)
+        };
+        let bytes_per_second = readings.rate_now(handed_over);
         self.state = match &seen {
             _ if children.has_ended(&self.name) => State::Ended,
+            Some(seen) if seen.state != "ready" => State::Draining,
             Some(_) => State::Ready,
             None => State::Starting,
         };
-        (self.running, self.bytes_per_second) = (0.0, 0.0);
+        (self.running, self.bytes_per_second) = (0, 0.0);
         if let Some(seen) = seen {
             self.role = seen.role;
-            self.running = seen.running;
-            if seconds > 0.0 {
-                self.bytes_per_second =
-                    (seen.handoff_bytes - self.handoff_bytes).max(0.0) / seconds;
-            }
-            self.handoff_bytes = seen.handoff_bytes;
+            self.running = seen.jobs;
+            self.bytes_per_second = bytes_per_second;
         }
-    }
-}
-
-fn milliseconds(seconds: f64) -> String {
-    let ms = seconds * 1e3;
-    if ms < 10.0 { format!("{ms:.1} ms") } else { format!("{ms:.0} ms") }
-}
-
-fn speed(bytes_per_second: f64) -> String {
-    if bytes_per_second > 0.0 { format!("{}/s", bytes(bytes_per_second)) } else { "–".to_owned() }
-}
-
-fn bytes(bytes: f64) -> String {
-    match bytes {
-        // Fast networks are spoken of in GB/s.
-        1e8.. => format!("{:.2} GB", bytes / 1e9),
-        1e6.. => format!("{:.1} MB", bytes / 1e6),
-        1e3.. => format!("{:.1} kB", bytes / 1e3),
-        _ => format!("{bytes:.0} B"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_short() {
-        assert_eq!(milliseconds(0.0123), "12 ms");
-        assert_eq!(milliseconds(0.0012), "1.2 ms");
-        assert_eq!(bytes(0.0), "0 B");
-        assert_eq!(bytes(16384.0), "16.4 kB");
-        assert_eq!(bytes(2.54e9), "2.54 GB");
-        assert_eq!(speed(0.0), "–");
-        assert_eq!(speed(417e6), "0.42 GB/s");
-        assert_eq!(speed(16384.0), "16.4 kB/s");
     }
 }

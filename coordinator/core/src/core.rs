@@ -1,3 +1,6 @@
+mod balance;
+mod role_change;
+
 use std::{collections::BTreeSet, time::Duration};
 
 use baton_types::{Fault, FaultKind, Generation, HandoffId, Leg, Origin, Role};
@@ -13,6 +16,10 @@ use crate::{
     recent_prefixes::RecentPrefixes,
     request::{Job, JobId, Phase, Request, RequestKey, RequestShape, RequestView, Stage},
 };
+
+use self::balance::Balancing;
+pub use self::role_change::AnnouncedChange;
+pub(crate) use self::{balance::Gaps, role_change::RoleChange};
 
 /// A prompt whose like have been late often enough is served ahead of its turn by this part of what it
 /// takes. With more of it others lose more than these gain.
@@ -33,6 +40,8 @@ pub struct Settings {
     pub engine_queue_tokens: u64,
     /// A request with no first token after this time is given up.
     pub first_token_timeout: Duration,
+    /// A worker that was told to change its role, and has not after this time, stays as it is.
+    pub role_change_timeout: Duration,
     /// How often a request may be tried again before its first token.
     pub retries: u32,
 }
@@ -47,6 +56,7 @@ impl Default for Settings {
             targets: Targets::default(),
             engine_queue_tokens: 2048,
             first_token_timeout: Duration::from_secs(300),
+            role_change_timeout: Duration::from_secs(120),
             retries: 1,
         }
     }
@@ -71,6 +81,7 @@ pub struct Core {
     /// Of the requests that have no answer yet.
     deadlines: BTreeSet<(Duration, RequestKey)>,
     late_shares: LateShares,
+    balancing: Option<Balancing>,
     /// Kept for its memory.
     candidates: Vec<WorkerKey>,
     /// The same: lengths of prompts that were found late.
@@ -88,6 +99,7 @@ impl Core {
         Self {
             settings,
             policy,
+            balancing: None,
             candidates: Vec::new(),
             late_shares: LateShares::default(),
             demoted: Vec::new(),
@@ -109,7 +121,7 @@ impl Core {
             actions.push(Action::Disconnect { worker: former });
             self.handle(Event::WorkerLost { worker: former }, now, actions);
         }
-        self.fleet.attach(description)
+        self.fleet.attach(description, now)
     }
 
     /// A client asks. `handoff` names the handoff, should there be one.
@@ -126,6 +138,8 @@ impl Core {
             shape,
             due,
             turn: due,
+            arrived: now,
+            is_counted: false,
             avoid: Vec::new(),
             plan: Plan::Split,
             waits_for: None,
@@ -148,13 +162,21 @@ impl Core {
             Event::WorkerLost { worker } => self.worker_lost(worker, now, actions),
             Event::Drain { worker } => self.drain(worker, now, actions),
             Event::Undrain { worker } => self.fleet.set_drains(worker, false),
-            Event::Report { worker, report } => self.fleet.report(worker, &report),
+            Event::Report { worker, report } => self.fleet.report(worker, &report, now),
             Event::PrefillDone { job } => self.prefill_done(job, now, actions),
             Event::Answered { job } => self.answered(job, now, actions),
             Event::Ended { job } => self.ended(job, now, actions),
             Event::LegFailed { job, fault } => self.leg_failed(job, fault, now, actions),
             Event::ClientGone { request } => self.forget(request, now, actions),
-            Event::Tick => self.expire(now, actions),
+            Event::SetRole { worker, role } => self.set_role(worker, role, now, actions),
+            Event::RoleChange { worker, change } => {
+                self.role_change_announced(worker, change, now, actions);
+            }
+            Event::Heard { worker, follows } => self.fleet.heard(worker, follows, now),
+            Event::Tick => {
+                self.expire(now, actions);
+                self.watch_role_changes(now, actions);
+            }
         }
     }
 
@@ -230,6 +252,13 @@ impl Core {
             Ok(plan) => {
                 let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
                 self.fleet.placed(worker);
+                if self.balancing.is_some()
+                    && let (Some(request), Some(on)) =
+                        (self.requests.get(key.0), self.fleet.get(worker))
+                {
+                    let hit_tokens = hit_tokens(&on.prefixes, &request.shape);
+                    self.count_arrival(key, worker, hit_tokens);
+                }
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.plan = plan;
                 }
@@ -447,7 +476,9 @@ impl Core {
             worker,
             leg,
             stage: if leg == Leg::Decode { Stage::Decoding } else { Stage::Prefilling },
+            since: now,
             prompt_tokens: 0,
+            output_tokens: 0,
             work_ms: 0.0,
         };
         let (pull, cached_tokens) = match leg {
@@ -484,7 +515,7 @@ impl Core {
     fn advance(&mut self, id: JobId, stage: Stage, now: Duration) {
         let Some(job) = self.jobs.get_mut(id.0).filter(|job| job.stage != stage) else { return };
         self.fleet.job_ended(job, now);
-        job.stage = stage;
+        (job.stage, job.since) = (stage, now);
         self.fleet.job_started(job, now);
     }
 
@@ -608,7 +639,9 @@ impl Core {
             );
             return self.leg_failed(id, fault, now, actions);
         }
-        self.close(id, now);
+        if let Some(job) = self.close(id, now) {
+            self.count_answer(&job);
+        }
         self.forget(key, now, actions);
         actions.push(Action::Finish { request: key });
         self.pump(worker, now, actions);
@@ -798,6 +831,7 @@ fn view(key: WorkerKey, worker: &Worker) -> WorkerView<'_> {
         jobs_running: worker.jobs_running,
         jobs_open: worker.jobs_open,
         drains: worker.drains,
+        changes_to: worker.role_change.to(),
         load: &worker.load,
     }
 }

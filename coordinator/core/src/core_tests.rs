@@ -4,7 +4,7 @@ use baton_types::{Epoch, StepModel};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{AggregatedReason, HandoffMode, WorkerReport};
+use crate::{AggregatedReason, AnnouncedChange, HandoffMode, WorkerReport};
 
 const NOW: Duration = Duration::from_secs(1);
 const FENCED: HandoffMode = HandoffMode::Fenced { compatibility: [1; 32] };
@@ -374,6 +374,52 @@ fn what_an_engine_hands_over_goes_to_another_where_its_decode_worker_drains() {
 }
 
 #[test]
+fn a_worker_changes_its_role_once_nothing_of_it_is_left() {
+    let (mut f, keys) = Fixture::new([
+        worker("p", Role::Prefill),
+        worker("d1", Role::Decode),
+        worker("d2", Role::Decode),
+    ]);
+    let (_, actions) = f.arrive(shape());
+    let legs = started(&actions);
+    let (leaves, to) = (legs[1].0, Role::Prefill);
+    let other = keys[if leaves == keys[1] { 2 } else { 1 }];
+    let ordered = f.handle(Event::SetRole { worker: leaves, role: to });
+    assert_eq!(ordered, [Action::SetRole { worker: leaves, role: to }]);
+    assert_eq!(f.handle(Event::SetRole { worker: leaves, role: to }), [], "it knows");
+    assert_eq!(f.handle(Event::RoleChange { worker: leaves, change: None }), [], "not yet");
+    let change = Some(AnnouncedChange { to, number: 3 });
+    assert_eq!(f.handle(Event::RoleChange { worker: leaves, change }), [], "it has a job");
+    let (_, actions) = f.arrive(shape());
+    assert_eq!(started(&actions)[1].0, other);
+    f.handle(Event::Answered { job: legs[1].1 });
+    assert_eq!(f.handle(Event::Tick), []);
+    f.handle(Event::Ended { job: legs[1].1 });
+    assert_eq!(f.handle(Event::Tick), [Action::Release { worker: leaves, change: 3 }]);
+    assert_eq!(f.handle(Event::Tick), [], "once");
+    let name = f.core.worker(leaves).unwrap().description.name.clone();
+    let again = WorkerDescription { epoch: Epoch::from_u128(2), ..worker(&name, to) };
+    f.handle(Event::WorkerLost { worker: leaves });
+    let back = f.attach(again);
+    let view = f.core.worker(back).unwrap();
+    assert_eq!((view.description.role, view.changes_to), (to, None));
+}
+
+#[test]
+fn a_change_that_takes_too_long_is_given_up() {
+    let (mut f, keys) = Fixture::new([worker("p", Role::Prefill), worker("d", Role::Decode)]);
+    let worker = keys[1];
+    f.handle(Event::SetRole { worker, role: Role::Prefill });
+    let (_, actions) = f.arrive(shape());
+    assert_eq!(started(&actions)[0].0, keys[0], "the other pool does it all meanwhile");
+    let mut actions = Vec::new();
+    let late = NOW + Settings::default().role_change_timeout;
+    f.core.handle(Event::Tick, late, &mut actions);
+    assert_eq!(actions, [Action::SetRole { worker, role: Role::Decode }]);
+    assert_eq!(f.core.worker(worker).unwrap().changes_to, None);
+}
+
+#[test]
 fn a_worker_that_drains_ends_what_it_has_and_gets_nothing_new() {
     let (mut f, keys) = Fixture::new([
         worker("p0", Role::Prefill),
@@ -453,14 +499,16 @@ enum Step {
     ClientGone(u8),
     Report(u8, u16),
     Drain(u8, bool),
+    SetRole(u8, Role),
+    Announce(u8, Option<Role>),
     Split(Split),
     Advance(u16),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let role = prop_oneof![Just(Role::Prefill), Just(Role::Decode)];
+    let role = || prop_oneof![Just(Role::Prefill), Just(Role::Decode)];
     let step = prop_oneof![
-        2 => (0..6u8, role, 0..4u8).prop_map(|(name, role, fit)| Step::Attach(name, role, fit)),
+        2 => (0..6u8, role(), 0..4u8).prop_map(|(name, role, fit)| Step::Attach(name, role, fit)),
         1 => any::<u8>().prop_map(Step::Lose),
         6 => (prop::bool::weighted(0.1), prop::bool::weighted(0.1)).prop_map(|(a, b)| Step::Arrive(a, b)),
         4 => any::<u8>().prop_map(Step::PrefillDone),
@@ -469,7 +517,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (any::<u8>(), any::<bool>()).prop_map(|(job, retryable)| Step::Fail(job, retryable)),
         2 => any::<u8>().prop_map(Step::ClientGone),
         2 => (any::<u8>(), any::<u16>()).prop_map(|(worker, tokens)| Step::Report(worker, tokens)),
-        1 => (any::<u8>(), any::<bool>()).prop_map(|(worker, drains)| Step::Drain(worker, drains)),
+        1 => any::<(u8, bool)>().prop_map(|(worker, drains)| Step::Drain(worker, drains)),
+        1 => (any::<u8>(), role()).prop_map(|(worker, role)| Step::SetRole(worker, role)),
+        1 => (any::<u8>(), prop::option::of(role())).prop_map(|(worker, to)| Step::Announce(worker, to)),
         1 => splits().prop_map(Step::Split),
         1 => (0..400u16).prop_map(Step::Advance),
     ];
@@ -580,6 +630,13 @@ proptest! {
                         if drains { Event::Drain { worker } } else { Event::Undrain { worker } };
                     core.handle(event, now, &mut actions);
                 },
+                Step::SetRole(at, role) => if let Some(at) = pick(at, workers.len()) {
+                    core.handle(Event::SetRole { worker: workers[at], role }, now, &mut actions);
+                },
+                Step::Announce(at, to) => if let Some(at) = pick(at, workers.len()) {
+                    let change = to.map(|to| AnnouncedChange { to, number: 1 });
+                    core.handle(Event::RoleChange { worker: workers[at], change }, now, &mut actions);
+                },
                 Step::Split(split) => core.set_split(split),
                 Step::Advance(seconds) => {
                     now += Duration::from_secs(seconds.into());
@@ -608,6 +665,13 @@ proptest! {
                         prop_assert!(open.remove(&request), "a request ends once");
                     }
                     Action::Blame { .. } => {}
+                    Action::SetRole { worker, .. } => {
+                        prop_assert!(core.worker(worker).is_some());
+                    }
+                    Action::Release { worker, .. } => {
+                        let view = core.worker(worker).unwrap();
+                        prop_assert!(view.jobs_open == 0, "who is let go has nothing of ours");
+                    }
                     Action::Disconnect { worker } => workers.retain(|key| *key != worker),
                 }
             }

@@ -1,6 +1,7 @@
-use baton_types::{Fault, Generation, HandoffId, Leg};
+use baton_types::{Fault, Generation, HandoffId, Leg, Role};
 
 use crate::{
+    core::AnnouncedChange,
     fleet::{WorkerKey, WorkerReport},
     placement::{PrefixPull, Route},
     request::{JobId, RequestKey},
@@ -19,6 +20,23 @@ pub enum Event {
     },
     Undrain {
         worker: WorkerKey,
+    },
+    /// It shall go over to this role, or, on its way to another, stay in its own. It is given
+    /// nothing more until it has, or until that took too long.
+    SetRole {
+        worker: WorkerKey,
+        role: Role,
+    },
+    /// What a worker says of its role: on its way to another one, or none.
+    RoleChange {
+        worker: WorkerKey,
+        change: Option<AnnouncedChange>,
+    },
+    /// A worker is alive, and whether it takes orders from here: one that serves several
+    /// coordinators takes them from the first that it can reach.
+    Heard {
+        worker: WorkerKey,
+        follows: bool,
     },
     /// What a worker says of its engine.
     Report {
@@ -75,6 +93,11 @@ pub enum Action {
     Finish { request: RequestKey },
     /// A leg failed: for the record.
     Blame { leg: Leg, fault: Fault },
+    /// Tell a worker which role it shall have.
+    SetRole { worker: WorkerKey, role: Role },
+    /// Tell a worker that on account of this coordinator it can change its role: nothing of ours is
+    /// there any more, and nothing will come.
+    Release { worker: WorkerKey, change: u32 },
     /// A worker of this name attached anew: end the stream of its former self.
     Disconnect { worker: WorkerKey },
 }

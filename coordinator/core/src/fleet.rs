@@ -3,6 +3,7 @@ use std::{collections::BTreeMap, time::Duration};
 use baton_types::{Epoch, Role, StepModel};
 
 use crate::{
+    core::{Gaps, RoleChange},
     keyed::Keyed,
     policy::Targets,
     queue::Queue,
@@ -126,6 +127,16 @@ impl Load {
         fits
     }
 
+    /// Sequences that decode, and the tokens that lie before those of their next step.
+    pub(crate) fn decoding(&self) -> (u32, u64) {
+        (self.decodes, self.decode_prompt_tokens + self.decode_output_tokens)
+    }
+
+    /// KV that is used or about to be, and how much there is, where that is known.
+    pub(crate) fn kv_tokens(&self) -> Option<(u64, u64)> {
+        Some((self.kv_used_tokens + self.kv_coming_tokens, self.kv_capacity_tokens?))
+    }
+
     /// Of what was dispatched, what is left by now.
     pub(crate) fn dispatched_left_ms(&self, now: Duration, targets: &Targets) -> f64 {
         let elapsed_ms = now.saturating_sub(self.working_since).as_secs_f64() * 1000.0;
@@ -208,6 +219,11 @@ pub(crate) struct Worker {
     pub(crate) jobs_open: u32,
     /// An operator took it out.
     pub(crate) drains: bool,
+    pub(crate) role_change: RoleChange,
+    /// It takes orders from here.
+    pub(crate) follows: bool,
+    pub(crate) heard_at: Duration,
+    pub(crate) gaps: Gaps,
 }
 
 impl Worker {
@@ -222,7 +238,7 @@ impl Worker {
 
     /// Whether it may be given work.
     pub(crate) fn is_routable(&self) -> bool {
-        !self.drains
+        !self.drains && self.role_change.to().is_none()
     }
 
     /// Called whenever the queue changed.
@@ -242,6 +258,8 @@ pub struct WorkerView<'a> {
     pub jobs_open: u32,
     /// An operator took it out: it is given nothing more.
     pub drains: bool,
+    /// It is on its way to this role, and given nothing more.
+    pub changes_to: Option<Role>,
     pub load: &'a Load,
 }
 
@@ -255,7 +273,7 @@ pub(crate) struct Fleet {
 }
 
 impl Fleet {
-    pub(crate) fn attach(&mut self, description: WorkerDescription) -> WorkerKey {
+    pub(crate) fn attach(&mut self, description: WorkerDescription, now: Duration) -> WorkerKey {
         let load = Load {
             model: description.model,
             kv_capacity_tokens: description.kv_capacity_tokens,
@@ -275,6 +293,10 @@ impl Fleet {
             jobs_running: 0,
             jobs_open: 0,
             drains,
+            role_change: RoleChange::default(),
+            follows: true,
+            heard_at: now,
+            gaps: Gaps::default(),
         }))
     }
 
@@ -345,8 +367,24 @@ impl Fleet {
         }
     }
 
-    pub(crate) fn report(&mut self, key: WorkerKey, report: &WorkerReport) {
+    pub(crate) fn heard(&mut self, key: WorkerKey, follows: bool, now: Duration) {
         if let Some(worker) = self.workers.get_mut(key.0) {
+            (worker.follows, worker.heard_at) = (follows, now);
+        }
+    }
+
+    pub(crate) fn forget_gaps(&mut self) {
+        let keys: Vec<u64> = self.workers.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            if let Some(worker) = self.workers.get_mut(key) {
+                worker.gaps = Gaps::default();
+            }
+        }
+    }
+
+    pub(crate) fn report(&mut self, key: WorkerKey, report: &WorkerReport, now: Duration) {
+        if let Some(worker) = self.workers.get_mut(key.0) {
+            worker.heard_at = now;
             worker.load.report(report);
         }
     }

@@ -8,6 +8,7 @@
 //! Whatever drives it (the coordinator on tokio, a simulator in virtual time, a property test) carries
 //! the actions out in their order. See [`Core`] for the invariants that hold in between.
 
+pub mod balancer;
 mod core;
 mod event;
 mod fleet;
@@ -21,7 +22,8 @@ mod recent_prefixes;
 mod request;
 
 pub use crate::{
-    core::{Core, Settings},
+    balancer::{BalancerSettings, Decision, Verdict},
+    core::{AnnouncedChange, Core, Settings},
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
     placement::{AggregatedReason, PrefixPull, Route, Split},

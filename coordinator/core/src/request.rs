@@ -42,6 +42,9 @@ pub(crate) struct Request {
     pub(crate) due: Duration,
     /// Its place in a queue: the smallest is served first.
     pub(crate) turn: Duration,
+    pub(crate) arrived: Duration,
+    /// The balancer knows of it.
+    pub(crate) is_counted: bool,
     /// Workers that failed it.
     pub(crate) avoid: Vec<WorkerKey>,
     pub(crate) plan: Plan,
@@ -83,7 +86,10 @@ pub(crate) struct Job {
     pub(crate) worker: WorkerKey,
     pub(crate) leg: Leg,
     pub(crate) stage: Stage,
+    /// Since when it is in this stage.
+    pub(crate) since: Duration,
     pub(crate) prompt_tokens: u32,
+    pub(crate) output_tokens: u32,
     /// What its prefill costs, predicted.
     pub(crate) work_ms: f64,
 }

@@ -1,7 +1,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::{Json, extract::State, response::IntoResponse};
-use http::{StatusCode, header};
+use http::StatusCode;
 use serde::Serialize;
 
 use super::server::Front;
@@ -53,7 +53,5 @@ pub(super) async fn ready(State(front): State<Front>) -> impl IntoResponse {
 }
 
 pub(super) async fn metrics(State(front): State<Front>) -> impl IntoResponse {
-    let text = front.shell.metrics.render(front.shell.requests_open(), &front.shell.workers());
-    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, content_type)], text)
+    crate::metrics::page(&front.shell)
 }

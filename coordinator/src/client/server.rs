@@ -1,4 +1,4 @@
-use std::{convert::Infallible, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     Router,
@@ -9,10 +9,7 @@ use axum::{
 use baton_config::LimitsConfig;
 use baton_tokens::PromptTokenizer;
 use http::Method;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpListener, sync::Semaphore};
-use tower_service::Service;
-use tracing::{debug, warn};
+use tokio::net::TcpListener;
 
 use super::{
     error::ClientError,
@@ -20,11 +17,10 @@ use super::{
     pages,
     peek::Endpoint,
 };
-use crate::shell::Shell;
-
-/// What a connection holds of its request's head, and of its answer on the way out. A token's frame is
-/// copied into it and written as one piece: that costs less than to gather the pieces in the kernel.
-const BUFFER_BYTES: usize = 64 << 10;
+use crate::{
+    listener::{self, ConnectionLimits},
+    shell::Shell,
+};
 
 /// What every handler has at hand.
 #[derive(Clone, Debug)]
@@ -35,59 +31,20 @@ pub(super) struct Front {
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
 }
 
-/// Accepts clients until it is dropped. One hyper connection each, since `axum::serve` costs 8 KB more
-/// a stream.
+/// Accepts clients until it is dropped.
 pub(crate) async fn serve(
     shell: Shell,
     limits: LimitsConfig,
     tokenizer: Option<PromptTokenizer>,
     listener: TcpListener,
 ) {
-    let connections = Arc::new(Semaphore::new(limits.max_connections as usize));
-    let limits = Arc::new(limits);
-    let router =
-        router(Front { shell, limits: limits.clone(), tokenizer: tokenizer.map(Arc::new) });
-    let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
-        .max_buf_size(BUFFER_BYTES)
-        .writev(false);
-    loop {
-        // The semaphore is never closed.
-        let Ok(permit) = connections.clone().acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of descriptors, mostly: others may be freed meanwhile.
-                warn!(%error, "cannot accept a client");
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        if let Err(error) = stream.set_nodelay(true) {
-            debug!(%error, "a client was gone before it was served");
-            continue;
-        }
-        let router = router.clone();
-        let service = hyper::service::service_fn(move |request: Request<_>| {
-            let mut router = router.clone();
-            async move { Ok::<_, Infallible>(call(&mut router, request).await) }
-        });
-        let connection = http.serve_connection(TokioIo::new(stream), service);
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                debug!(%error, "a client's connection ended");
-            }
-            drop(permit);
-        });
-    }
-}
-
-async fn call(router: &mut Router, request: Request<hyper::body::Incoming>) -> Response {
-    match router.call(request).await {
-        Ok(response) => response,
-        Err(never) => match never {},
-    }
+    let connections = ConnectionLimits {
+        connections: limits.max_connections as usize,
+        header_timeout: limits.header_timeout,
+    };
+    let tokenizer = tokenizer.map(Arc::new);
+    let front = Front { shell, limits: Arc::new(limits), tokenizer };
+    listener::serve(router(front), listener, connections).await;
 }
 
 fn router(front: Front) -> Router {

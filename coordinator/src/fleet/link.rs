@@ -5,6 +5,7 @@ use std::{
 };
 
 use baton_proto as wire;
+use baton_types::Role;
 use futures::Stream;
 use parking_lot::Mutex;
 use tonic::Status;
@@ -54,6 +55,16 @@ impl Link {
     /// Asks a worker to tell of its prefix cache anew.
     pub(crate) fn restart_kv_events(&self) {
         self.change(|state| state.commands.restart_kv_events = true);
+    }
+
+    /// Tells a worker which role it shall have.
+    pub(crate) fn set_role(&self, role: Role) {
+        self.change(|state| state.commands.set_role = wire::Role::from(role).into());
+    }
+
+    /// Lets a worker change its role: nothing more goes there until it has.
+    pub(crate) fn release(&self, change: u32) {
+        self.change(|state| state.commands.release = change);
     }
 
     /// Ends the stream of a worker whose place another took, and tells it so.

@@ -469,7 +469,7 @@ impl Reader<'_> {
 /// Why so many workers cannot be used this way.
 fn unsuitable(way: &Way, workers: u32) -> Option<String> {
     match way.kind {
-        WayKind::Static { prefill, decode } => {
+        WayKind::Static { prefill, decode } | WayKind::Flip { prefill, decode } => {
             let sum = prefill.checked_add(decode);
             (sum != Some(workers)).then(|| format!("does not add up to {workers} workers"))
         }

@@ -27,6 +27,11 @@ pub enum WayKind {
         prefill: u32,
         decode: u32,
     },
+    /// Two pools to begin with, and a balancer.
+    Flip {
+        prefill: u32,
+        decode: u32,
+    },
     /// Whichever split serves most.
     BestStatic,
     Adaptive,
@@ -36,7 +41,7 @@ pub enum WayKind {
 pub enum ParseWayError {
     #[error("unknown mode {mode:?}{} Expected {EXPECTED}", meant(.mode))]
     Mode { mode: String },
-    #[error("{mode:?} has an empty pool: static:xPyD needs one worker of each kind at least")]
+    #[error("{mode:?} has an empty pool: xPyD needs one worker of each kind at least")]
     EmptyPool { mode: String },
     #[error(
         "unknown policy {policy:?}{} Expected one of {}", 
@@ -46,14 +51,14 @@ pub enum ParseWayError {
 }
 
 const EXPECTED: &str = "aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, best-static, \
-                        or adaptive; each also as MODE by POLICY";
+                        flip:xPyD as in flip:4P4D, or adaptive; each also as MODE by POLICY";
 
 fn policy_names() -> impl Iterator<Item = &'static str> {
     policy::POLICIES.iter().map(|entry| entry.name)
 }
 
 fn meant(mode: &str) -> String {
-    alike(mode, ["aggregated", "static:7P1D", "best-static", "adaptive"])
+    alike(mode, ["aggregated", "static:7P1D", "best-static", "flip:4P4D", "adaptive"])
 }
 
 fn alike<'k>(text: &str, known: impl IntoIterator<Item = &'k str>) -> String {
@@ -68,6 +73,9 @@ impl fmt::Display for Way {
             WayKind::Aggregated { chunk_tokens: Some(tokens) } => write!(f, "aggregated:{tokens}")?,
             WayKind::Static { prefill, decode } => {
                 write!(f, "{}", Mode::Static { prefill, decode })?;
+            }
+            WayKind::Flip { prefill, decode } => {
+                write!(f, "{}", Mode::Flip { prefill, decode })?;
             }
             WayKind::BestStatic => f.write_str("best-static")?,
             WayKind::Adaptive => f.write_str("adaptive")?,
@@ -103,6 +111,7 @@ impl FromStr for Way {
             match mode.parse() {
                 Ok(Mode::Aggregated) => WayKind::Aggregated { chunk_tokens: None },
                 Ok(Mode::Static { prefill, decode }) => WayKind::Static { prefill, decode },
+                Ok(Mode::Flip { prefill, decode }) => WayKind::Flip { prefill, decode },
                 Ok(Mode::Adaptive) => WayKind::Adaptive,
                 Err(EmptyPool(_)) => {
                     return Err(ParseWayError::EmptyPool { mode: mode.to_owned() });
@@ -124,6 +133,7 @@ impl Way {
             WayKind::Aggregated { chunk_tokens: None } => CHUNK_TOKENS.map(chunked).into(),
             WayKind::Aggregated { chunk_tokens: Some(tokens) } => vec![chunked(tokens)],
             WayKind::Static { prefill, decode } => vec![with(Mode::Static { prefill, decode })],
+            WayKind::Flip { prefill, decode } => vec![with(Mode::Flip { prefill, decode })],
             WayKind::BestStatic => splits(plain.workers).map(with).collect(),
             WayKind::Adaptive => vec![with(Mode::Adaptive)],
         }
@@ -157,6 +167,7 @@ mod tests {
             "aggregated:512",
             "static:7P1D",
             "best-static",
+            "flip:4P4D",
             "adaptive",
             "best-static by round-robin",
         ] {
@@ -170,10 +181,10 @@ mod tests {
         insta::assert_snapshot!(
             ["agregated", "aggregated:0", "static:8P0D", "7P1D", "adaptive by least-lod"].map(refused).join("\n"),
             @r#"
-unknown mode "agregated"; did you mean "aggregated"? Expected aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, best-static, or adaptive; each also as MODE by POLICY
-unknown mode "aggregated:0"; did you mean "aggregated"? Expected aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, best-static, or adaptive; each also as MODE by POLICY
-"static:8P0D" has an empty pool: static:xPyD needs one worker of each kind at least
-unknown mode "7P1D". Expected aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, best-static, or adaptive; each also as MODE by POLICY
+unknown mode "agregated"; did you mean "aggregated"? Expected aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, best-static, flip:xPyD as in flip:4P4D, or adaptive; each also as MODE by POLICY
+unknown mode "aggregated:0"; did you mean "aggregated"? Expected aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, best-static, flip:xPyD as in flip:4P4D, or adaptive; each also as MODE by POLICY
+"static:8P0D" has an empty pool: xPyD needs one worker of each kind at least
+unknown mode "7P1D". Expected aggregated, aggregated:CHUNK_TOKENS, static:xPyD as in static:7P1D, best-static, flip:xPyD as in flip:4P4D, or adaptive; each also as MODE by POLICY
 unknown policy "least-lod"; did you mean "least-load"? Expected one of round-robin, random, power-of-two, least-load, least-work, prefix-affinity, slack
 "#
         );

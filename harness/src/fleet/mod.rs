@@ -5,6 +5,7 @@
 //! of KV costs. Nothing here decides: the core places, the scheduler batches.
 
 mod flight;
+mod flips;
 mod link;
 mod mode;
 mod pacer;
@@ -15,6 +16,7 @@ mod world;
 use std::time::Duration;
 
 pub use self::{
+    flips::{Flip, Stuck, Trouble},
     link::Link,
     mode::{Mode, ParseModeError},
     setup::{Late, ParseLateError, Setup, SetupError},
@@ -31,6 +33,8 @@ pub struct Run {
     /// In the order of the trace; fewer where the run was given up.
     pub outcomes: Vec<Outcome>,
     pub facts: RunFacts,
+    /// In the order in which they were done.
+    pub flips: Vec<Flip>,
     /// Ended early, since too many requests had missed already.
     pub given_up: bool,
 }

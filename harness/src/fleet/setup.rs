@@ -1,9 +1,9 @@
 use std::{fmt, str::FromStr, time::Duration};
 
-use baton_core::policy;
+use baton_core::{BalancerSettings, policy};
 use baton_engine::sim::Profile;
 
-use super::{Link, Mode};
+use super::{Link, Mode, Trouble};
 use crate::outcome::{Slo, SloError};
 
 /// What is simulated.
@@ -33,6 +33,11 @@ pub struct Setup {
     pub step_noise: f64,
     /// What the coordinator believes a step to take, as a part of what the profile says.
     pub predicted_part: f64,
+    /// Under [`Mode::Flip`].
+    pub balancer: BalancerSettings,
+    /// What a worker takes to come back in another role, once it has nothing left to do.
+    pub relabel: Duration,
+    pub trouble: Trouble,
     /// So many requests are under way at once: the next one of the trace comes when one is through, and
     /// their arrival times do not count. Without it they come when the trace says.
     pub concurrency: Option<u32>,
@@ -115,6 +120,9 @@ impl Setup {
             report_interval: Duration::from_millis(100),
             step_noise: 0.0,
             predicted_part: 1.0,
+            balancer: BalancerSettings::default(),
+            relabel: Duration::from_millis(200),
+            trouble: Trouble::default(),
             concurrency: None,
             patience: Duration::from_secs(1800),
             seed: 0,
@@ -138,7 +146,7 @@ impl Setup {
         if self.workers == 0 {
             return refuse("workers", "0".to_owned(), "one at least");
         }
-        if let Mode::Static { prefill, decode } = self.mode {
+        if let Some((prefill, decode)) = self.mode.pools() {
             if prefill == 0 || decode == 0 {
                 let expected = "one worker of each kind at least";
                 return refuse("mode", self.mode.to_string(), expected);
@@ -173,6 +181,7 @@ impl Setup {
             ("link.latency_ms", self.link.latency_ms, f64::MAX),
             ("link.us_per_token", self.link.us_per_token, f64::MAX),
             ("step_noise", self.step_noise, 0.99),
+            ("trouble.reports_lost", self.trouble.reports_lost, 1.0),
         ];
         for (field, value, most) in parts {
             if !(value.is_finite() && (0.0..=most).contains(&value)) {
@@ -182,6 +191,9 @@ impl Setup {
         if !(self.predicted_part.is_finite() && self.predicted_part > 0.0) {
             let value = self.predicted_part.to_string();
             return refuse("predicted_part", value, "a number above 0");
+        }
+        if self.balancer.interval.is_zero() {
+            return refuse("balancer.interval", "0".to_owned(), "some time");
         }
         if self.report_interval.is_zero() {
             return refuse("report_interval", "0".to_owned(), "some time");
@@ -203,7 +215,7 @@ impl Setup {
 
     pub fn policy_name(&self) -> &str {
         self.policy.as_deref().unwrap_or(match self.mode {
-            Mode::Aggregated | Mode::Static { .. } => "prefix-affinity",
+            Mode::Aggregated | Mode::Static { .. } | Mode::Flip { .. } => "prefix-affinity",
             Mode::Adaptive => "slack",
         })
     }

@@ -11,24 +11,25 @@ use baton_core::{
     policy::{self, Targets},
 };
 use baton_engine::sim::{BlockHash, NewSequence, Scheduler, SchedulerLimits};
-use baton_types::{Epoch, HandoffId, Leg, Role, StepModel};
+use baton_types::{Epoch, HandoffId, Leg, StepModel};
 
 use super::{
     Late, Mode, Nanos, Run, Setup, duration,
     flight::{Awaited, Flight},
+    flips::Pools,
     pacer::{Pacer, STEP_HEADROOM},
     worker::Worker,
 };
 use crate::{
     outcome::{Fate, Outcome},
-    summary::{FleetSample, RunFacts, WorkersSeconds},
+    summary::{FleetSample, RunFacts},
     trace::{Trace, TraceRequest},
 };
 
 const SAMPLE_INTERVAL: Nanos = 1_000_000_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Happening {
+pub(super) enum Happening {
     StepEnds {
         worker: usize,
     },
@@ -43,6 +44,16 @@ enum Happening {
         job: JobId,
     },
     Reports,
+    /// The coordinator looks at its pools.
+    Balances,
+    /// A worker says that it changes its role, or stays.
+    Announces {
+        worker: usize,
+    },
+    /// A worker is back in another role.
+    Relabelled {
+        worker: usize,
+    },
     Sample,
 }
 
@@ -57,11 +68,12 @@ struct Pull {
 
 pub(super) struct World<'a> {
     trace: &'a Trace,
-    setup: &'a Setup,
-    core: Core,
-    now: Nanos,
-    workers: Vec<Worker>,
-    by_key: HashMap<WorkerKey, usize>,
+    pub(super) setup: &'a Setup,
+    pub(super) core: Core,
+    pub(super) now: Nanos,
+    pub(super) workers: Vec<Worker>,
+    pub(super) pools: Pools,
+    pub(super) by_key: HashMap<WorkerKey, usize>,
     /// Equal times go in the order in which they were foreseen.
     happenings: BinaryHeap<Reverse<(Nanos, u64, Happening)>>,
     foreseen: u64,
@@ -76,7 +88,7 @@ pub(super) struct World<'a> {
     samples: Vec<(Duration, FleetSample)>,
     /// Workers that may have something to compute now.
     touched: Vec<usize>,
-    actions: Vec<Action>,
+    pub(super) actions: Vec<Action>,
     misses: usize,
     most_misses: Option<usize>,
 }
@@ -89,6 +101,7 @@ impl<'a> World<'a> {
             core: core(setup),
             now: 0,
             workers: Vec::new(),
+            pools: Pools::new(setup),
             by_key: HashMap::new(),
             happenings: BinaryHeap::new(),
             foreseen: 0,
@@ -111,26 +124,14 @@ impl<'a> World<'a> {
         }
         world.foresee(nanos_of(setup.report_interval), Happening::Reports);
         world.foresee(0, Happening::Sample);
+        world.begin_balancing();
         world
     }
 
     fn add_worker(&mut self, index: u32) {
         let setup = self.setup;
-        let role = match setup.mode {
-            Mode::Static { prefill, .. } if index >= prefill => Role::Decode,
-            _ => Role::Prefill,
-        };
         let believed = believed_model(setup);
-        let description = WorkerDescription {
-            name: format!("worker-{index}"),
-            epoch: Epoch::from_u128(u128::from(index)),
-            role,
-            models: Vec::new(),
-            handoff: HandoffMode::Fenced { compatibility: [0; 32] },
-            model: Some(believed),
-            kv_capacity_tokens: Some(setup.kv_capacity_tokens),
-            pulls_prefixes: true,
-        };
+        let description = self.description(index as usize, Epoch::from_u128(u128::from(index)));
         let key = self.core.attach(description, Duration::ZERO, &mut self.actions);
         let blocks = setup.kv_capacity_tokens / u64::from(setup.block_size_tokens);
         let scheduler = Scheduler::new(SchedulerLimits {
@@ -147,6 +148,20 @@ impl<'a> World<'a> {
         });
         self.by_key.insert(key, self.workers.len());
         self.workers.push(Worker::new(key, scheduler, setup.profile.model, noise, pacer));
+    }
+
+    /// What a worker says of itself.
+    pub(super) fn description(&self, worker: usize, epoch: Epoch) -> WorkerDescription {
+        WorkerDescription {
+            name: format!("worker-{worker}"),
+            epoch,
+            role: self.pools.role(worker),
+            models: Vec::new(),
+            handoff: HandoffMode::Fenced { compatibility: [0; 32] },
+            model: Some(believed_model(self.setup)),
+            kv_capacity_tokens: Some(self.setup.kv_capacity_tokens),
+            pulls_prefixes: true,
+        }
     }
 
     pub(super) fn run(mut self) -> Run {
@@ -195,30 +210,21 @@ impl<'a> World<'a> {
                 self.outcomes[flight.index] = Some(flight.outcome(phase, Some(Fate::Unfinished)));
             }
         }
-        let seconds = duration(self.now).as_secs_f64();
-        let mut workers_seconds = WorkersSeconds::default();
-        match self.setup.mode {
-            Mode::Static { prefill, decode } => {
-                workers_seconds.prefill = seconds * f64::from(prefill);
-                workers_seconds.decode = seconds * f64::from(decode);
-            }
-            Mode::Aggregated | Mode::Adaptive => {
-                workers_seconds.mixed = seconds * f64::from(self.setup.workers);
-            }
-        }
+        let (workers_seconds, flips) = self.pools.finish(self.setup.mode, self.now);
         Run {
             outcomes: self.outcomes.into_iter().flatten().collect(),
             facts: RunFacts {
                 duration: duration(self.now),
-                flips: 0,
+                flips: flips.len() as u64,
                 workers_seconds,
                 samples: self.samples,
             },
+            flips,
             given_up,
         }
     }
 
-    fn foresee(&mut self, time: Nanos, happening: Happening) {
+    pub(super) fn foresee(&mut self, time: Nanos, happening: Happening) {
         self.foreseen += 1;
         self.happenings.push(Reverse((time, self.foreseen, happening)));
     }
@@ -236,6 +242,9 @@ impl<'a> World<'a> {
             }
             Happening::Pulled { worker, job } => self.pulled(worker, job),
             Happening::Reports => self.reports(),
+            Happening::Balances => self.balances(),
+            Happening::Announces { worker } => self.announces(worker),
+            Happening::Relabelled { worker } => self.relabelled(worker),
             Happening::Sample => self.sample(),
         }
     }
@@ -280,13 +289,13 @@ impl<'a> World<'a> {
         self.carry_out(actions);
     }
 
-    fn tell_core(&mut self, event: Event) {
+    pub(super) fn tell_core(&mut self, event: Event) {
         let mut actions = std::mem::take(&mut self.actions);
         self.core.handle(event, duration(self.now), &mut actions);
         self.carry_out(actions);
     }
 
-    fn carry_out(&mut self, mut actions: Vec<Action>) {
+    pub(super) fn carry_out(&mut self, mut actions: Vec<Action>) {
         for action in actions.drain(..) {
             match action {
                 Action::Start { worker, job, request, leg, pull, .. } => {
@@ -296,6 +305,8 @@ impl<'a> World<'a> {
                 Action::Reject { request, .. } => self.close(request, Some(Fate::Rejected)),
                 Action::BreakOff { request, .. } => self.close(request, Some(Fate::Unfinished)),
                 Action::Finish { request } => self.close(request, None),
+                Action::SetRole { worker, role } => self.role_ordered(worker, role),
+                Action::Release { worker, .. } => self.role_released(worker),
                 Action::Relay { .. } | Action::Blame { .. } | Action::Disconnect { .. } => {}
             }
         }
@@ -409,7 +420,8 @@ impl<'a> World<'a> {
             let step = self.workers[worker].begin_step();
             self.admitted(worker);
             if let Some(time) = step {
-                self.foresee(self.now + time, Happening::StepEnds { worker });
+                let starts = self.setup.trouble.stuck_until(worker, self.now).unwrap_or(self.now);
+                self.foresee(starts + time, Happening::StepEnds { worker });
             }
         }
     }
@@ -457,6 +469,7 @@ impl<'a> World<'a> {
                 continue;
             }
             let is_first = flight.first_token.is_none();
+            let gap = (!is_first).then(|| duration(self.now - flight.last_token));
             let is_last = flight.token(self.now);
             if is_last {
                 self.workers[worker].remove(task.sequence);
@@ -464,6 +477,7 @@ impl<'a> World<'a> {
             if is_first {
                 self.tell_core(Event::Answered { job: task.job });
             }
+            self.core.tokens(task.job, 1, gap);
             if is_last {
                 self.jobs.remove(&task.job);
                 self.tell_core(Event::Ended { job: task.job });
@@ -474,13 +488,7 @@ impl<'a> World<'a> {
     }
 
     fn reports(&mut self) {
-        for worker in 0..self.workers.len() {
-            let on = &self.workers[worker];
-            if on.is_stepping {
-                let event = Event::Report { worker: on.key, report: on.report() };
-                self.core.handle(event, duration(self.now), &mut self.actions);
-            }
-        }
+        self.send_reports();
         let next = self.now + nanos_of(self.setup.report_interval);
         self.foresee(next, Happening::Reports);
     }
@@ -496,15 +504,7 @@ impl<'a> World<'a> {
             kv_used_ratio: used as f64 / capacity,
             ..FleetSample::default()
         };
-        match self.setup.mode {
-            Mode::Static { prefill, decode } => {
-                sample.workers_prefill = f64::from(prefill);
-                sample.workers_decode = f64::from(decode);
-            }
-            Mode::Aggregated | Mode::Adaptive => {
-                sample.workers_mixed = f64::from(self.setup.workers);
-            }
-        }
+        self.pools.sample(self.setup.mode, &mut sample);
         if let Some(most) = self.most_misses {
             let overdue = open
                 .filter(|flight| {
@@ -530,7 +530,7 @@ fn core(setup: &Setup) -> Core {
     let settings = Settings {
         split: match setup.mode {
             Mode::Aggregated => Split::Never,
-            Mode::Static { .. } => Split::Always,
+            Mode::Static { .. } | Mode::Flip { .. } => Split::Always,
             Mode::Adaptive => Split::PerRequest,
         },
         order: match setup.late {
@@ -548,7 +548,11 @@ fn core(setup: &Setup) -> Core {
         ..Settings::default()
     };
     let entry = policy::policy(setup.policy_name()).unwrap_or(&policy::POLICIES[0]);
-    Core::with_policy(settings, (entry.make)(setup.seed))
+    let core = Core::with_policy(settings, (entry.make)(setup.seed));
+    match setup.mode {
+        Mode::Flip { .. } => core.balanced(setup.balancer),
+        Mode::Aggregated | Mode::Static { .. } | Mode::Adaptive => core,
+    }
 }
 
 fn believed_model(setup: &Setup) -> StepModel {
@@ -561,7 +565,7 @@ fn believed_model(setup: &Setup) -> StepModel {
     }
 }
 
-fn nanos_of(duration: Duration) -> Nanos {
+pub(super) fn nanos_of(duration: Duration) -> Nanos {
     Nanos::try_from(duration.as_nanos()).unwrap_or(Nanos::MAX)
 }
 

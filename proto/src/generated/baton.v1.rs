@@ -67,6 +67,19 @@ pub struct Hello {
     /// Present where this worker tells of its prefix cache.
     #[prost(message, optional, tag = "11")]
     pub kv_cache: ::core::option::Option<KvCache>,
+    /// Present where this worker is on its way to another role.
+    #[prost(message, optional, tag = "20")]
+    pub role_change: ::core::option::Option<RoleChange>,
+}
+/// A worker goes over to the other pool: it takes nothing new, finishes what it has, and once every
+/// coordinator has let go of it comes back with a new epoch.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RoleChange {
+    #[prost(enumeration = "Role", tag = "1")]
+    pub to: i32,
+    /// Counts this worker's changes, from 1.
+    #[prost(uint32, tag = "2")]
+    pub number: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KvCache {
@@ -133,6 +146,13 @@ pub struct Commands {
     /// Tell of the whole prefix cache anew: something was missed.
     #[prost(bool, tag = "3")]
     pub restart_kv_events: bool,
+    /// The role that this worker shall have; its own where it shall stay. Absent: unspecified.
+    #[prost(enumeration = "Role", tag = "10")]
+    pub set_role: i32,
+    /// The RoleChange.number for which this coordinator lets go: it has no job there, and will send none
+    /// until the change is through or given up. 0: it does not.
+    #[prost(uint32, tag = "11")]
+    pub release: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct StartJob {
@@ -287,6 +307,12 @@ pub struct Report {
     /// Handoffs from this worker that have ended, by how: "acked", "aborted", "expired", "broken".
     #[prost(map = "string, uint64", tag = "15")]
     pub handoffs_ended: ::std::collections::HashMap<::prost::alloc::string::String, u64>,
+    /// Present while this worker is on its way to another role.
+    #[prost(message, optional, tag = "20")]
+    pub role_change: ::core::option::Option<RoleChange>,
+    /// The balancer of this coordinator may change this worker's role. One of all that it serves may.
+    #[prost(bool, tag = "21")]
+    pub leads: bool,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

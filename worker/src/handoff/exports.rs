@@ -3,7 +3,7 @@ use std::{collections::HashSet, sync::Arc};
 use baton_arena::{Arena, Slot, SlotView};
 use baton_engine::{BlockInSlot, ToEngine};
 use baton_transfer::{Ending, HandoffError, Ledger};
-use baton_types::{Fault, FaultKind, Origin, PromptDigest};
+use baton_types::{Epoch, Fault, FaultKind, Origin, PromptDigest};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -79,6 +79,10 @@ impl Exports {
 
     pub(super) fn abort(&self, name: Name) {
         self.transfer.ledger.abort(name.0, name.1);
+    }
+
+    pub(super) fn begin_epoch(&self, epoch: Epoch, compatibility: [u8; 32]) {
+        self.transfer.ledger.begin_epoch(epoch, compatibility);
     }
 
     pub(super) fn open(&self) -> usize {

@@ -65,7 +65,7 @@ pub(super) struct Imports {
     block_bytes: u64,
     block_size_tokens: u32,
     compatibility: [u8; 32],
-    epoch: Epoch,
+    epoch: Mutex<Epoch>,
     transfer: Transfer,
     queue: Queue,
     counters: Arc<Counters>,
@@ -111,7 +111,7 @@ impl Imports {
             // A layout of no tokens a block is of no engine; one is the strictest reading.
             block_size_tokens: compatibility.block_size_tokens.max(1),
             compatibility: compatibility.digest(),
-            epoch,
+            epoch: Mutex::new(epoch),
             transfer,
             queue,
             counters,
@@ -157,7 +157,7 @@ impl Imports {
                         id: name.0,
                         generation: name.1,
                     },
-                    consumer_epoch: self.epoch,
+                    consumer_epoch: *self.epoch.lock(),
                     compatibility: self.compatibility,
                     first_block: prompt.first_block,
                     prompt_tokens: prompt.prompt_tokens,
@@ -344,6 +344,14 @@ impl Imports {
                 )));
             }
         }
+    }
+
+    pub(super) fn compatibility(&self) -> [u8; 32] {
+        self.compatibility
+    }
+
+    pub(super) fn begin_epoch(&self, epoch: Epoch) {
+        *self.epoch.lock() = epoch;
     }
 
     pub(super) fn open(&self) -> usize {

@@ -102,6 +102,12 @@ impl Handoffs {
         (handoffs, port_loop)
     }
 
+    /// The same engine in another role: what is still open of the old epoch is void.
+    pub(crate) fn begin_epoch(&self, epoch: Epoch) {
+        self.exports.begin_epoch(epoch, self.imports.compatibility());
+        self.imports.begin_epoch(epoch);
+    }
+
     /// Opens a handoff that this worker's engine shall produce for the worker that presents this
     /// certificate.
     pub(crate) fn produce(&self, name: Name, consumer: [u8; 32]) -> Result<Producing, Fault> {

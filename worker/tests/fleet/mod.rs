@@ -1,7 +1,7 @@
 //! A coordinator that does what a test says, and workers with the embedded engine to be told.
 #![allow(dead_code, unreachable_pub)] // Each test file uses its part.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use baton_config::{ArenaConfig, EngineConfig, SimConfig, TransferConfig, WorkerConfig};
 use baton_proto::{
@@ -49,6 +49,7 @@ impl fleet_server::Fleet for Service {
                     Some(worker_frame::Frame::Report(report)) => {
                         reports_in.send_replace(report);
                     }
+                    Some(worker_frame::Frame::KvEvents(_)) => {}
                     other => panic!("{other:?}"),
                 }
             }
@@ -69,8 +70,11 @@ pub struct Attached {
 
 impl Attached {
     pub async fn command(&self, cancel: Vec<u64>, start: Vec<StartJob>) {
-        let frame =
-            coordinator_frame::Frame::Commands(Commands { cancel, start, ..Commands::default() });
+        self.commands(Commands { cancel, start, ..Commands::default() }).await;
+    }
+
+    pub async fn commands(&self, commands: Commands) {
+        let frame = coordinator_frame::Frame::Commands(commands);
         let frame = Ok(CoordinatorFrame { frame: Some(frame) });
         self.commands.as_ref().unwrap().send(frame).await.unwrap();
     }
@@ -105,6 +109,19 @@ impl Attached {
             first.fault = event.fault;
         }
         Whole { text: String::from_utf8(payload).unwrap(), tokens, first }
+    }
+
+    /// The payloads of so many jobs, each to its end, by number.
+    pub async fn all(&mut self, jobs: usize) -> HashMap<u64, String> {
+        let (mut payloads, mut ended) = (HashMap::<u64, String>::new(), 0);
+        while ended < jobs {
+            let event = self.event().await;
+            assert_eq!(event.fault, None);
+            let text = std::str::from_utf8(&event.payload).unwrap();
+            payloads.entry(event.job).or_default().push_str(text);
+            ended += usize::from(event.end);
+        }
+        payloads
     }
 
     pub async fn report(&mut self, what: impl FnMut(&Report) -> bool) -> Report {
@@ -175,11 +192,37 @@ impl Fleet {
         Worker { attached, running }
     }
 
-    pub fn spawn(&mut self, name: &str, role: Role, engine: EngineConfig) -> Running {
+    pub fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    pub fn spawn(&self, name: &str, role: Role, engine: EngineConfig) -> Running {
+        self.spawn_at(vec![self.address()], name, role, engine)
+    }
+
+    /// A worker of several coordinators.
+    pub fn spawn_for(
+        &self,
+        coordinators: &[&String],
+        name: &str,
+        role: Role,
+        sim: SimConfig,
+    ) -> Running {
+        let coordinators = coordinators.iter().map(ToString::to_string).collect();
+        self.spawn_at(coordinators, name, role, EngineConfig::Sim(sim))
+    }
+
+    fn spawn_at(
+        &self,
+        coordinators: Vec<String>,
+        name: &str,
+        role: Role,
+        engine: EngineConfig,
+    ) -> Running {
         let config = WorkerConfig {
             name: name.into(),
             role,
-            coordinators: vec![self.address.to_string()],
+            coordinators,
             tls: None,
             engine,
             arena: ArenaConfig {

@@ -1,0 +1,84 @@
+use std::{fs, path::PathBuf};
+
+use anyhow::Context as _;
+use baton_config::ClusterConfig;
+use baton_coordinator::admin::{ClusterState, TOKEN_VARIABLE};
+use hyper::StatusCode;
+use serde_json::Value;
+
+use crate::http::Question;
+
+const DEFAULT_URL: &str = "http://127.0.0.1:9400";
+
+/// Where the coordinator's `[admin]` listens, and what opens it.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Access {
+    /// URL of the coordinator's [admin] listener [default: http://127.0.0.1:9400].
+    #[arg(long, env = "BATON_ADMIN", value_name = "URL")]
+    admin: Option<String>,
+    /// File whose first line is its token; $BATON_ADMIN_TOKEN goes before it.
+    #[arg(long, env = "BATON_ADMIN_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Takes what is not given from this baton.toml.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl Access {
+    pub(crate) fn client(&self) -> anyhow::Result<AdminClient> {
+        let admin = match &self.config {
+            Some(file) => {
+                let cluster = ClusterConfig::read(file)?;
+                let missing = || format!("{}: it has no [admin]", file.display());
+                Some(cluster.admin.with_context(missing)?)
+            }
+            None => None,
+        };
+        let from_file = admin.as_ref().map(|admin| format!("http://{}", admin.listen));
+        let url = self.admin.clone().or(from_file).unwrap_or_else(|| DEFAULT_URL.to_owned());
+        let token_file =
+            self.token_file.clone().or_else(|| admin.and_then(|admin| admin.token_file));
+        let token = match (std::env::var(TOKEN_VARIABLE), token_file) {
+            (Ok(token), _) => token,
+            (Err(_), Some(file)) => fs::read_to_string(&file)
+                .with_context(|| format!("--token-file: cannot read {}", file.display()))?,
+            (Err(_), None) => anyhow::bail!(
+                "no token: give --token-file FILE or --config baton.toml, or set {TOKEN_VARIABLE}"
+            ),
+        };
+        let token = token.lines().next().unwrap_or_default().trim().to_owned();
+        Ok(AdminClient { url: url.trim_end_matches('/').to_owned(), token })
+    }
+}
+
+/// Speaks with one coordinator.
+pub(crate) struct AdminClient {
+    pub(crate) url: String,
+    pub(crate) token: String,
+}
+
+impl AdminClient {
+    pub(crate) async fn state(&self) -> anyhow::Result<ClusterState> {
+        let text = self.ask("/admin/state", None).await?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("{} answers what this version does not know", self.url))
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        Ok(serde_json::from_str(&self.ask(path, Some(body.to_string())).await?)?)
+    }
+
+    async fn ask(&self, path: &str, body: Option<String>) -> anyhow::Result<String> {
+        let token = Some(self.token.as_str());
+        let (status, text) = Question { base: &self.url, path, token, body }.ask().await?;
+        if status == StatusCode::UNAUTHORIZED {
+            anyhow::bail!("{} does not take this token", self.url);
+        }
+        if !status.is_success() {
+            let said = serde_json::from_str::<Value>(&text).ok();
+            let message = said.as_ref().and_then(|said| said["error"]["message"].as_str());
+            anyhow::bail!("{}", message.unwrap_or(&format!("{} answers {status}", self.url)));
+        }
+        Ok(text)
+    }
+}

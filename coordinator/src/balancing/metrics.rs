@@ -1,0 +1,118 @@
+use std::sync::atomic::AtomicU64;
+
+use baton_core::{Decision, Verdict};
+use baton_types::Role;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PoolLabels {
+    role: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FlipLabels {
+    to: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DecisionLabels {
+    verdict: &'static str,
+    reason: &'static str,
+}
+
+type Ratio = Gauge<f64, AtomicU64>;
+
+/// How the pools stand, and what was done about it.
+#[derive(Debug, Default)]
+pub(crate) struct BalancerMetrics {
+    /// Of a pool's least pressed worker, or what arrivals predict for all of them; pressed from 1 on.
+    pressure: Family<PoolLabels, Ratio>,
+    /// What arrivals ask of a pool, as a part of what it can do within the SLO.
+    demand: Family<PoolLabels, Ratio>,
+    /// Workers of a pool that may be given work.
+    size: Family<PoolLabels, Gauge>,
+    /// Workers that a pool shall have, where the balancer asks for more or fewer; else what it has.
+    wanted: Family<PoolLabels, Gauge>,
+    /// Workers that were told to change their role, by what for.
+    flips: Family<FlipLabels, Counter>,
+    /// Workers that are on their way from one role to the other.
+    in_flight: Gauge,
+    /// What the balancer advised, once each time that it looked, by why.
+    decisions: Family<DecisionLabels, Counter>,
+}
+
+impl BalancerMetrics {
+    pub(crate) fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "pool_pressure",
+            "Of a pool's least pressed worker, or as arrivals predict: pressed from 1 on",
+            self.pressure.clone(),
+        );
+        registry.register(
+            "pool_demand",
+            "What arrivals ask of a pool, as a part of what it can do within the SLO",
+            self.demand.clone(),
+        );
+        registry.register(
+            "pool_workers",
+            "Workers of a pool that may be given work",
+            self.size.clone(),
+        );
+        registry.register(
+            "pool_workers_wanted",
+            "Workers that a pool shall have, as the balancer sees it",
+            self.wanted.clone(),
+        );
+        registry.register(
+            "flips",
+            "Workers told to change their role, by the new one and why",
+            self.flips.clone(),
+        );
+        registry.register(
+            "flips_in_flight",
+            "Workers on their way from one role to the other",
+            self.in_flight.clone(),
+        );
+        registry.register(
+            "balancer_decisions",
+            "What the balancer advised, once each look, and why",
+            self.decisions.clone(),
+        );
+    }
+
+    pub(crate) fn decided(&self, decision: &Decision) {
+        for role in Role::ALL {
+            let labels = PoolLabels { role: role.as_str() };
+            let figures = decision.pool(role);
+            self.pressure.get_or_create(&labels).set(figures.pressure);
+            self.demand.get_or_create(&labels).set(figures.demand);
+            self.size.get_or_create(&labels).set(figures.workers.into());
+            let wanted = match decision.verdict {
+                Verdict::Scale { role: scaled, replicas } if scaled == role => replicas,
+                _ => figures.workers,
+            };
+            self.wanted.get_or_create(&labels).set(wanted.into());
+        }
+        let verdict = match decision.verdict {
+            Verdict::Hold => "hold",
+            Verdict::Flip { .. } => "flip",
+            Verdict::Scale { role, replicas } if replicas > decision.pool(role).workers => "more",
+            Verdict::Scale { .. } => "fewer",
+        };
+        let reason = decision.reason.as_str();
+        self.decisions.get_or_create(&DecisionLabels { verdict, reason }).inc();
+    }
+
+    pub(crate) fn flip(&self, to: Role, reason: &'static str) {
+        self.flips.get_or_create(&FlipLabels { to: to.as_str(), reason }).inc();
+    }
+
+    pub(crate) fn in_flight(&self, flips: usize) {
+        self.in_flight.set(i64::try_from(flips).unwrap_or(i64::MAX));
+    }
+}

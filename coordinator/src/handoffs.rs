@@ -1,0 +1,62 @@
+use std::collections::HashMap;
+
+use baton_core::WorkerKey;
+use baton_proto as wire;
+
+/// What passed between each prefill and decode worker since both attached.
+#[derive(Debug, Default)]
+pub(crate) struct HandoffMatrix {
+    pairs: HashMap<(WorkerKey, WorkerKey), Pair>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pair {
+    pub(crate) handoffs: u64,
+    pub(crate) blocks: u64,
+    pub(crate) bytes: u64,
+    /// Summed over handoffs, from decode's subscription to its last verified block. It waits for
+    /// prefill to compute meanwhile.
+    pub(crate) micros: u64,
+    /// What carried the last one.
+    pub(crate) transport: String,
+}
+
+/// A transport's name is a worker's word.
+const LONGEST_TRANSPORT_CHARS: usize = 64;
+
+impl HandoffMatrix {
+    pub(crate) fn add(
+        &mut self,
+        prefill: WorkerKey,
+        decode: WorkerKey,
+        moved: &wire::HandoffResult,
+    ) {
+        let pair = self.pairs.entry((prefill, decode)).or_default();
+        pair.handoffs += 1;
+        pair.blocks = pair.blocks.saturating_add(moved.blocks.into());
+        pair.bytes = pair.bytes.saturating_add(moved.bytes);
+        pair.micros = pair.micros.saturating_add(moved.micros);
+        if pair.transport != moved.transport {
+            pair.transport = moved.transport.chars().take(LONGEST_TRANSPORT_CHARS).collect();
+        }
+    }
+
+    pub(crate) fn worker_gone(&mut self, worker: WorkerKey) {
+        self.pairs.retain(|(prefill, decode), _| *prefill != worker && *decode != worker);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.pairs.len()
+    }
+
+    /// At most so many, of those that carried most.
+    pub(crate) fn busiest(&self, most: usize) -> Vec<((WorkerKey, WorkerKey), &Pair)> {
+        let mut pairs: Vec<_> = self.pairs.iter().map(|(key, pair)| (*key, pair)).collect();
+        if pairs.len() > most {
+            pairs.select_nth_unstable_by(most, |a, b| b.1.bytes.cmp(&a.1.bytes));
+            pairs.truncate(most);
+        }
+        pairs.sort_unstable_by_key(|(key, _)| *key);
+        pairs
+    }
+}
