@@ -7,7 +7,7 @@ use std::path::Path;
 use baton_engine::sim::Profile;
 use baton_harness::{
     fleet::{Late, Mode, Setup, simulate},
-    goodput::{CHUNK_TOKENS, Goal, best_of, highest_scale},
+    goodput::{Goal, best_of, highest_scale},
     outcome::Slo,
     summary::Summary,
     trace::Trace,
@@ -77,7 +77,7 @@ fn giving_up_those_who_lose_finds_the_same_winner() {
     let trace = trace("azure_conv.csv");
     let goal = Goal { attainment: 0.9, min_decile: 0.0 };
     let aggregated = setup(Mode::Aggregated, 2);
-    let setups = CHUNK_TOKENS.map(|chunk_tokens| Setup { chunk_tokens, ..aggregated.clone() });
+    let setups = [512, 768, 2048].map(|chunk_tokens| Setup { chunk_tokens, ..aggregated.clone() });
     let tuned = best_of(&trace, &setups, goal, 2).unwrap();
     let scales: Vec<f64> =
         setups.iter().map(|setup| highest_scale(&trace, setup, goal, 1.0).unwrap().0).collect();

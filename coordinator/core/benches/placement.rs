@@ -8,7 +8,7 @@
 use std::{hint::black_box, sync::Arc, time::Duration};
 
 use baton_core::{
-    Action, Core, Event, HandoffMode, JobId, Order, RequestKey, RequestShape, Settings, Split,
+    Action, Core, Event, HandoffMode, JobId, Order, RequestShape, Settings, Split,
     WorkerDescription, policy,
 };
 use baton_types::{Epoch, HandoffId, Role, StepModel};
@@ -57,7 +57,8 @@ fn busy(order: Order) -> Core {
         core.attach(description, Duration::ZERO, &mut actions);
     }
     for request in 0..6 * u64::from(WORKERS) {
-        arrive(&mut core, request, &mut actions);
+        let handoff = HandoffId::from_u128(u128::from(request));
+        core.arrive(shape(request), handoff, Duration::ZERO, &mut actions);
     }
     let started: Vec<JobId> = actions
         .iter()
@@ -72,11 +73,6 @@ fn busy(order: Order) -> Core {
     core
 }
 
-fn arrive(core: &mut Core, number: u64, actions: &mut Vec<Action>) -> RequestKey {
-    let handoff = HandoffId::from_u128(u128::from(number));
-    core.arrive(shape(number), handoff, Duration::from_millis(2), actions)
-}
-
 fn decisions(c: &mut Criterion) {
     for (name, order) in [("as they come", Order::Arrival), ("late last", Order::LateLast)] {
         let mut core = busy(order);
@@ -86,9 +82,9 @@ fn decisions(c: &mut Criterion) {
             b.iter_batched(
                 || {
                     number += 1;
-                    shape(number)
+                    (number, shape(number))
                 },
-                |shape| {
+                |(number, shape)| {
                     let handoff = HandoffId::from_u128(u128::from(number));
                     let now = Duration::from_millis(2);
                     let key = core.arrive(shape, handoff, now, &mut actions);
