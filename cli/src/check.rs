@@ -69,8 +69,15 @@ fn describe(cluster: &ClusterConfig) -> Vec<String> {
 
 /// Where other workers find this one.
 fn transfer(worker: &WorkerConfig) -> String {
-    let advertised = worker.transfer.advertise.clone();
-    advertised.unwrap_or_else(|| worker.transfer.listen.to_string())
+    if let Some(advertised) = &worker.transfer.advertise {
+        return advertised.clone();
+    }
+    let listen = worker.transfer.listen;
+    if worker.is_template() {
+        format!("--advertise HOST:{}", listen.port())
+    } else {
+        listen.to_string()
+    }
 }
 
 fn engine(worker: &WorkerConfig) -> String {

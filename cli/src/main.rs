@@ -22,7 +22,7 @@ use std::{io::Write as _, path::PathBuf, process::ExitCode};
 use baton_types::Role;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use crate::processes::StopWith;
+use crate::processes::ProcessOptions;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -68,7 +68,7 @@ enum Command {
         #[arg(long)]
         config: PathBuf,
         #[command(flatten)]
-        stop_with: StopWith,
+        options: ProcessOptions,
     },
     /// Runs one prefill worker of a cluster.
     PrefillWorker(WorkerArguments),
@@ -92,8 +92,11 @@ struct WorkerArguments {
     /// Which of the file's workers this is.
     #[arg(long)]
     name: String,
+    /// HOST:PORT at which other workers reach this one, in place of the file's.
+    #[arg(long)]
+    advertise: Option<String>,
     #[command(flatten)]
-    stop_with: StopWith,
+    options: ProcessOptions,
 }
 
 fn main() -> ExitCode {
@@ -109,13 +112,9 @@ fn main() -> ExitCode {
         Command::Profile(arguments) => profile::run(&arguments),
         Command::BenchTransfer(options) => bench_transfer::run(&options),
         Command::TransferCheck(options) => transfer_check::run(&options),
-        Command::Coordinator { config, stop_with } => processes::coordinator(&config, stop_with),
-        Command::PrefillWorker(worker) => {
-            processes::worker(&worker.config, &worker.name, Role::Prefill, worker.stop_with)
-        }
-        Command::DecodeWorker(worker) => {
-            processes::worker(&worker.config, &worker.name, Role::Decode, worker.stop_with)
-        }
+        Command::Coordinator { config, options } => processes::coordinator(&config, &options),
+        Command::PrefillWorker(worker) => processes::worker(&worker, Role::Prefill),
+        Command::DecodeWorker(worker) => processes::worker(&worker, Role::Decode),
         Command::Simulate(options) => simulate::run(&options),
         Command::Goodput(options) => goodput::run(&options),
         Command::Compare(options) => compare::run(&options),

@@ -4,44 +4,44 @@ use std::{io::Read as _, path::Path, process::ExitCode};
 
 use anyhow::Context as _;
 use baton_config::ClusterConfig;
+use baton_logs::LogOptions;
 use baton_types::Role;
 use tokio::{
     runtime::Runtime,
     signal::unix::{SignalKind, signal},
     sync::oneshot,
 };
-use tracing_subscriber::EnvFilter;
 
-use crate::terminal;
+use crate::WorkerArguments;
 
-/// What ends a process beside SIGINT and SIGTERM.
-#[derive(Clone, Copy, clap::Args)]
-pub(crate) struct StopWith {
+/// What a process of a cluster is told on its command line, beside its file.
+#[derive(Clone, clap::Args)]
+pub(crate) struct ProcessOptions {
+    #[command(flatten)]
+    log: LogOptions,
     /// Stops when stdin ends: so a parent's death, however it came, is noticed.
     #[arg(long, hide = true)]
     stop_with_stdin: bool,
 }
 
-pub(crate) fn coordinator(config: &Path, stop_with: StopWith) -> anyhow::Result<ExitCode> {
+pub(crate) fn coordinator(config: &Path, options: &ProcessOptions) -> anyhow::Result<ExitCode> {
     let cluster = ClusterConfig::read(config)?;
-    log_to_stderr();
+    options.log.begin();
     runtime()?.block_on(async {
-        baton_coordinator::run(cluster, stop(stop_with)?).await?;
+        baton_coordinator::run(cluster, stop(options)?).await?;
         Ok(ExitCode::SUCCESS)
     })
 }
 
-pub(crate) fn worker(
-    config: &Path,
-    name: &str,
-    role: Role,
-    stop_with: StopWith,
-) -> anyhow::Result<ExitCode> {
+pub(crate) fn worker(arguments: &WorkerArguments, role: Role) -> anyhow::Result<ExitCode> {
+    let WorkerArguments { config, name, advertise, options } = arguments;
     let cluster = ClusterConfig::read(config)?;
-    let worker = cluster.worker(name, role).with_context(|| config.display().to_string())?.clone();
-    log_to_stderr();
+    let worker = cluster
+        .worker(name, role, advertise.as_deref())
+        .with_context(|| config.display().to_string())?;
+    options.log.begin();
     runtime()?.block_on(async {
-        baton_worker::run(worker, stop(stop_with)?).await?;
+        baton_worker::run(worker, stop(options)?).await?;
         Ok(ExitCode::SUCCESS)
     })
 }
@@ -54,21 +54,12 @@ fn runtime() -> anyhow::Result<Runtime> {
         .context("cannot start the runtime")
 }
 
-fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env("BATON_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(terminal::stderr_has_colour())
-        .init();
-}
-
 /// Done when this process shall stop.
-fn stop(stop_with: StopWith) -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
+fn stop(options: &ProcessOptions) -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let (ended, stdin_ended) = oneshot::channel();
-    let ended = stop_with.stop_with_stdin.then_some(ended);
+    let ended = options.stop_with_stdin.then_some(ended);
     let watches_stdin = ended.is_some();
     if let Some(ended) = ended {
         // A thread of its own: tokio's stdin would keep the runtime from ending.

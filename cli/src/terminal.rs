@@ -74,10 +74,6 @@ fn colour_is_welcome() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-pub(crate) fn stderr_has_colour() -> bool {
-    Term::stderr().is_term() && colour_is_welcome()
-}
-
 /// Says why the program fails.
 pub(crate) fn complain(text: &str) {
     let _ = writeln!(std::io::stderr(), "baton: {text}");

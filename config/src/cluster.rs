@@ -7,9 +7,12 @@ use baton_types::Role;
 pub struct ClusterConfig {
     pub coordinator: CoordinatorConfig,
     pub slo: SloConfig,
+    pub placement: PlacementConfig,
+    pub admission: AdmissionConfig,
     pub balancer: BalancerConfig,
     /// Absent: nobody can look in or intervene.
     pub admin: Option<AdminConfig>,
+    pub telemetry: TelemetryConfig,
     /// Mutual TLS between coordinator and workers. Required unless every address is loopback or
     /// `insecure_plaintext` is set.
     pub tls: Option<TlsConfig>,
@@ -42,6 +45,8 @@ pub struct LimitsConfig {
     pub body_timeout: Duration,
     /// A request with no first token after this time is answered with 504.
     pub first_token_timeout: Duration,
+    /// After the order to stop: how long open answers may go on.
+    pub drain_timeout: Duration,
     /// Open client connections; further ones wait to be accepted.
     pub max_connections: u32,
 }
@@ -54,6 +59,7 @@ impl Default for LimitsConfig {
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(60),
             first_token_timeout: Duration::from_secs(300),
+            drain_timeout: Duration::from_secs(10),
             max_connections: 16_384,
         }
     }
@@ -69,6 +75,82 @@ pub struct SloConfig {
 impl Default for SloConfig {
     fn default() -> Self {
         Self { ttft_ms: 2000.0, itl_ms: 50.0 }
+    }
+}
+
+/// Where the legs of a request run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacementConfig {
+    pub mode: PlacementMode,
+    /// Of `baton policies`; the mode's own where none is given.
+    pub policy: Option<String>,
+    pub on_no_prefill: OnNoPrefill,
+    pub late: LateRequests,
+}
+
+impl Default for PlacementConfig {
+    fn default() -> Self {
+        Self {
+            mode: PlacementMode::Adaptive,
+            policy: None,
+            on_no_prefill: OnNoPrefill::Local,
+            late: LateRequests::Last,
+        }
+    }
+}
+
+/// Which requests are split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlacementMode {
+    /// Each worker may do any leg, and each request is split where that is predicted to be better. As
+    /// long as nothing can be predicted, as under `Always`.
+    Adaptive,
+    /// All that can be, between the two pools.
+    Always,
+    Never,
+}
+
+/// What becomes of requests while the prefill pool is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnNoPrefill {
+    Reject,
+    /// Decode workers do all of it.
+    Local,
+}
+
+/// What becomes of requests that are predicted to miss their TTFT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LateRequests {
+    /// They come after all that can still make it, and those by their deadlines.
+    Last,
+    /// All are served as they come.
+    Fifo,
+}
+
+/// Priorities are from minus this to this; clients' own that go beyond it are taken for it.
+pub const MAX_PRIORITY: i32 = 10;
+
+/// Who waits, how long, and who is turned away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdmissionConfig {
+    pub max_waiting_requests: u32,
+    pub max_wait: Duration,
+    /// Zero: not at all.
+    pub wait_for_worker: Duration,
+    /// Requests of this priority and of larger numbers.
+    pub early_rejection_priority: Option<i32>,
+    pub tenant_header: Option<String>,
+}
+
+impl Default for AdmissionConfig {
+    fn default() -> Self {
+        Self {
+            max_waiting_requests: 10_000,
+            max_wait: Duration::from_secs(60),
+            wait_for_worker: Duration::from_secs(2),
+            early_rejection_priority: None,
+            tenant_header: None,
+        }
     }
 }
 
@@ -134,6 +216,21 @@ impl Default for AdminConfig {
     }
 }
 
+/// Where traces of requests go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TelemetryConfig {
+    /// A collector's `http://host:port` for OTLP over gRPC; nothing is sent where not given.
+    pub otlp_endpoint: Option<String>,
+    /// Share of the requests that are traced, of those whose clients did not decide it.
+    pub sample_ratio: f64,
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self { otlp_endpoint: None, sample_ratio: 1.0 }
+    }
+}
+
 /// PEM files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsConfig {
@@ -144,10 +241,17 @@ pub struct TlsConfig {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct WorkerConfig {
+    /// Ends in `*` where it stands for any number of workers; see [`ClusterConfig::worker`].
     pub name: String,
     pub role: Role,
     /// `host:port` of each coordinator's `workers_listen`.
     pub coordinators: Vec<String>,
+    /// Each of those stands for one coordinator at every address of its name.
+    pub every_address: bool,
+    /// Where probes are answered.
+    pub health_listen: Option<SocketAddr>,
+    /// After the order to stop: how long jobs may go on.
+    pub drain_timeout: Duration,
     pub tls: Option<TlsConfig>,
     pub engine: EngineConfig,
     pub arena: ArenaConfig,
@@ -165,6 +269,8 @@ pub enum EngineConfig {
 pub struct SimConfig {
     /// Name that requests give for the model.
     pub model: String,
+    /// Of its weights; workers of different ones never hand over to each other.
+    pub revision: Option<String>,
     pub max_model_tokens: u32,
     pub block_size_tokens: u32,
     /// Bytes of KV a token; a real 8B model has 131,072.
@@ -183,6 +289,7 @@ impl Default for SimConfig {
     fn default() -> Self {
         Self {
             model: "baton-sim".to_owned(),
+            revision: None,
             max_model_tokens: 32_768,
             block_size_tokens: 16,
             kv_bytes_per_token: 1024,
@@ -206,6 +313,8 @@ pub struct VllmConfig {
     pub engine_handoff: bool,
     /// How long the engine may take until it serves.
     pub start_timeout: Duration,
+    /// Step times (JSON) to begin with.
+    pub profile: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -214,8 +323,9 @@ pub enum VllmSource {
     Url(String),
     /// Started and stopped by the worker.
     Command {
-        /// Program and arguments; the worker adds `--port`, `--host 127.0.0.1` and
-        /// `--kv-transfer-config`.
+        /// Program and arguments. The worker adds `--port` and `--host 127.0.0.1`; with a
+        /// `connector_socket` `--kv-transfer-config` and `--scheduler-cls`; and, like the last one
+        /// where the command does not say otherwise, `--scheduling-policy` and `--kv-events-config`.
         command: Vec<String>,
         environment: BTreeMap<String, String>,
         /// Loopback port that vLLM shall serve on.

@@ -13,15 +13,16 @@ use toml::de::DeValue;
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-        LimitsConfig, SimConfig, SloConfig, TlsConfig, TransferConfig, VllmConfig, VllmSource,
-        WorkerConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig,
+        CoordinatorConfig, EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig,
+        PlacementMode, SimConfig, SloConfig, TelemetryConfig, TlsConfig, TransferConfig,
+        TransportChoice, VllmConfig, VllmSource, WorkerConfig,
     },
     value::{
         ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
-        ExistingFile, FilePath, FixedAddress, Flag, HostPort, HostPorts, Maybe, MtuBytes, Name,
-        NotNegative, Port, Positive, Program, Requirements, RoleName, Seconds, Text, TokenBytes,
-        TransportName, Url,
+        ExistingFile, FilePath, FixedAddress, Flag, HeaderName, HostPort, HostPorts, Maybe,
+        MtuBytes, NameOrStart, NotNegative, OneOf, Port, Positive, Priority, Program, Ratio,
+        Requirements, RoleName, Seconds, SecondsOrNone, Text, TokenBytes, Url,
     },
 };
 
@@ -104,6 +105,8 @@ keys! {
         body_timeout_seconds => body_timeout: Seconds = ByDefault;
         /// A request with no first token after this time is answered with 504.
         first_token_timeout_seconds => first_token_timeout: Seconds = ByDefault;
+        /// After the order to stop (SIGTERM), open answers may go on for this time.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
         /// Open client connections; further ones wait to be accepted.
         max_connections => max_connections: Count = ByDefault;
     }
@@ -116,6 +119,42 @@ keys! {
         ttft_ms => ttft_ms: Positive = ByDefault;
         /// Time between two tokens, in milliseconds.
         itl_ms => itl_ms: Positive = ByDefault;
+    }
+}
+
+keys! {
+    /// `[placement]`
+    PLACEMENT: PlacementConfig {
+        /// Which requests are split. "adaptive": each worker may do any leg, and what TTFT and ITL are
+        /// predicted to be decides for each request; as long as the steps of some worker's engine are
+        /// not known, as under "always": all that can be, between the two pools. "never": none.
+        mode => mode: OneOf<PlacementMode> = ByDefault;
+        /// One of `baton policies`. Default: "slack" where the mode is adaptive, else "least-load".
+        policy => policy: Maybe<Text> = Optional("\"slack\"");
+        /// While there is no prefill worker: "local" (decode workers do all of it) or "reject" (503).
+        on_no_prefill => on_no_prefill: OneOf<OnNoPrefill> = ByDefault;
+        /// "last": requests wait here rather than in an engine, by the time at which their first token
+        /// is due, and those that are predicted to miss it come after all others. "fifo": as they come.
+        late => late: OneOf<LateRequests> = ByDefault;
+    }
+}
+
+keys! {
+    /// `[admission]`
+    ADMISSION: AdmissionConfig {
+        /// When all workers have enough to do, so many requests wait here, the important first and
+        /// tenants by their shares; the least important beyond that are answered with 429.
+        max_waiting_requests => max_waiting_requests: Count = ByDefault;
+        /// Who waited so long is answered with 429.
+        max_wait_seconds => max_wait: Seconds = ByDefault;
+        /// Without any worker a request waits so long for the first one, and then gets 503.
+        wait_for_worker_seconds => wait_for_worker: SecondsOrNone = ByDefault;
+        /// Requests of this priority, and of less important (larger) ones, are answered with 429 at once
+        /// if they are predicted to miss their TTFT on every path. Default: none are.
+        early_rejection_priority => early_rejection_priority: Maybe<Priority> = Optional("0");
+        /// Requests that name no tenant otherwise are of the one that this header names. Whoever can
+        /// reach the coordinator can then be anyone: for use behind a proxy that sets it.
+        tenant_header => tenant_header: Maybe<HeaderName> = Optional("\"x-tenant\"");
     }
 }
 
@@ -149,6 +188,16 @@ keys! {
 }
 
 keys! {
+    /// `[telemetry]`
+    TELEMETRY: TelemetryConfig {
+        /// A collector for OTLP over gRPC. One trace for each request, over both its legs.
+        otlp_endpoint => otlp_endpoint: Maybe<Url> = Optional("\"http://127.0.0.1:4317\"");
+        /// Share of the requests that are traced, of those that bring no traceparent.
+        sample_ratio => sample_ratio: Ratio = ByDefault;
+    }
+}
+
+keys! {
     /// `[tls]`
     TLS: TlsConfig {
         /// Signs the certificates of the coordinators and of all workers.
@@ -163,12 +212,22 @@ keys! {
 keys! {
     /// `[[worker]]`
     WORKER: WorkerConfig {
-        /// By which `--name` chooses it; unique in the cluster.
-        name => name: Name = Required("\"prefill-0\"");
+        /// By which `--name` chooses it; unique in the cluster. One that ends in "*" stands for any
+        /// number of workers, each with a `--name` that begins like it and an `--advertise` of its own.
+        name => name: NameOrStart = Required("\"prefill-0\"");
         /// "prefill" or "decode": the pool that it starts in.
         role => role: RoleName = Required("\"prefill\"");
         /// HOST:PORT of each coordinator's workers_listen. Default: the coordinator of this file.
         coordinators => coordinators: HostPorts = Optional("[\"127.0.0.1:7000\"]");
+        /// Those are names of which every address is a coordinator (Kubernetes' headless Services). They
+        /// are looked up again every 5 s.
+        every_address => every_address: Flag = ByDefault;
+        /// Where probes are answered over HTTP: /health while the process runs, /ready while the worker
+        /// can be given requests.
+        health_listen => health_listen: Maybe<Address> = Optional("\"127.0.0.1:7200\"");
+        /// After the order to stop (SIGTERM) the worker takes nothing new; what it has may go on for
+        /// this time.
+        drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
     }
 }
 
@@ -193,7 +252,7 @@ keys! {
         advertise => advertise: Maybe<HostPort> = Optional("\"127.0.0.1:7100\"");
         /// "auto" (ucx where it finds an RDMA device, else quic), "quic", "ucx" or "shm". The same for
         /// all workers that hand over to each other.
-        transport => transport: TransportName = ByDefault;
+        transport => transport: OneOf<TransportChoice> = ByDefault;
         /// "rdma", "encrypted": a worker that cannot meet each of them does not start.
         require => require: Requirements = Optional("[\"rdma\"]");
         /// UCX's libucp. Default: BATON_UCX_LIBRARY, else libucp.so.0 on the loader's path.
@@ -210,6 +269,8 @@ keys! {
     SIM: SimConfig {
         /// Name that requests give for the model.
         model => model: Text = ByDefault;
+        /// Of the model's weights. Workers of different revisions never hand over to each other.
+        revision => revision: Maybe<Text> = Optional("\"2026-11\"");
         /// Longest prompt plus output.
         max_model_tokens => max_model_tokens: Count = ByDefault;
         /// Tokens of one KV block.
@@ -234,8 +295,11 @@ keys! {
     VLLM: VllmKeys {
         /// A vLLM that is already running. Either this, or command and port.
         url => url: Maybe<Url> = Optional("\"http://127.0.0.1:8100\"");
-        /// A vLLM that the worker starts and stops: program and arguments. The worker adds --host,
-        /// --port and --kv-transfer-config.
+        /// A vLLM that the worker starts and stops: program and arguments. The worker adds --host and
+        /// --port, and with a connector_socket --kv-transfer-config; also, where the command does not
+        /// say otherwise, --kv-events-config, --scheduling-policy priority and, with a
+        /// connector_socket, --scheduler-cls: requests are served by their deadlines, and a step takes
+        /// in as much of a prompt as [slo] itl_ms leaves beside its decodes.
         command => command: Maybe<Program> =
             Optional("[\"/opt/vllm/bin/vllm\", \"serve\", \"/models/llama\"]");
         /// Loopback port that the started vLLM serves on.
@@ -252,6 +316,9 @@ keys! {
         engine_handoff => engine_handoff: Flag = ByDefault;
         /// How long the engine may take until it serves.
         start_timeout_seconds => start_timeout: Seconds = ByDefault;
+        /// Step times (JSON, as `baton profile` writes them) to begin with; from then on they are
+        /// learnt. Without them they are not known before the first steps.
+        profile => profile: Maybe<ExistingFile> = Optional("\"profile.json\"");
     }
 }
 
@@ -276,6 +343,7 @@ pub(crate) struct VllmKeys {
     pub(crate) connector_socket: Option<PathBuf>,
     pub(crate) engine_handoff: bool,
     pub(crate) start_timeout: Duration,
+    pub(crate) profile: Option<PathBuf>,
 }
 
 impl Default for VllmKeys {
@@ -288,6 +356,7 @@ impl Default for VllmKeys {
             connector_socket: None,
             engine_handoff: false,
             start_timeout: Duration::from_secs(600),
+            profile: None,
         }
     }
 }
@@ -302,6 +371,7 @@ impl From<&EngineConfig> for EngineKeys {
             connector_socket: vllm.connector_socket.clone(),
             engine_handoff: vllm.engine_handoff,
             start_timeout: vllm.start_timeout,
+            profile: vllm.profile.clone(),
             ..VllmKeys::default()
         };
         match &vllm.source {
@@ -359,6 +429,7 @@ impl From<EngineKeys> for Option<EngineConfig> {
             connector_socket: keys.connector_socket,
             engine_handoff: keys.engine_handoff,
             start_timeout: keys.start_timeout,
+            profile: keys.profile,
         }))
     }
 }
@@ -385,6 +456,9 @@ pub(crate) fn blank_worker() -> WorkerConfig {
         name: String::new(),
         role: Role::Prefill,
         coordinators: Vec::new(),
+        every_address: false,
+        health_listen: None,
+        drain_timeout: Duration::from_secs(30),
         tls: None,
         engine: EngineConfig::Sim(SimConfig::default()),
         arena: ArenaConfig::default(),
@@ -396,8 +470,11 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
     ClusterConfig {
         coordinator: blank_coordinator(),
         slo: SloConfig::default(),
+        placement: PlacementConfig::default(),
+        admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: None,
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers: Vec::new(),

@@ -16,9 +16,10 @@ mod write;
 
 pub use choose::NoSuchWorker;
 pub use cluster::{
-    AdminConfig, ArenaConfig, BalancerActuator, BalancerConfig, ClusterConfig, CoordinatorConfig,
-    EngineConfig, LimitsConfig, Requirement, SimConfig, SloConfig, TlsConfig, TransferConfig,
-    TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerActuator, BalancerConfig, ClusterConfig,
+    CoordinatorConfig, EngineConfig, LateRequests, LimitsConfig, MAX_PRIORITY, OnNoPrefill,
+    PlacementConfig, PlacementMode, Requirement, SimConfig, SloConfig, TelemetryConfig, TlsConfig,
+    TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};

@@ -13,8 +13,20 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 9] =
-    ["coordinator", "slo", "balancer", "admin", "tls", "engine", "arena", "transfer", "worker"];
+const TABLES: [&str; 12] = [
+    "coordinator",
+    "slo",
+    "balancer",
+    "admin",
+    "telemetry",
+    "placement",
+    "admission",
+    "tls",
+    "engine",
+    "arena",
+    "transfer",
+    "worker",
+];
 
 impl ClusterConfig {
     /// Reads a file. Relative paths in it are taken from the file's own directory.
@@ -77,12 +89,21 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
     if let Some(place) = reader.table(root, "slo") {
         reader.read_keys(&place, keys::SLO, &[], &[], &mut cluster.slo);
     }
+    if let Some(place) = reader.table(root, "placement") {
+        reader.read_keys(&place, keys::PLACEMENT, &[], &[], &mut cluster.placement);
+    }
+    if let Some(place) = reader.table(root, "admission") {
+        reader.read_keys(&place, keys::ADMISSION, &[], &[], &mut cluster.admission);
+    }
     if let Some(place) = reader.table(root, "balancer") {
         reader.read_keys(&place, keys::BALANCER, &[], &[], &mut cluster.balancer);
     }
     if let Some(place) = reader.table(root, "tls") {
         let tls = cluster.tls.insert(keys::blank_tls());
         reader.read_keys(&place, keys::TLS, &[], &[], tls);
+    }
+    if let Some(place) = reader.table(root, "telemetry") {
+        reader.read_keys(&place, keys::TELEMETRY, &[], &[], &mut cluster.telemetry);
     }
     if let Some(place) = reader.table(root, "admin") {
         let admin = cluster.admin.insert(AdminConfig::default());
@@ -248,8 +269,11 @@ fn read_engine(reader: &mut Reader<'_>, place: &Place<'_>, inherited: &Engine) -
             }
         },
     };
-    let sim: Vec<&str> = keys::SIM.iter().map(|key| key.name).collect();
-    let vllm: Vec<&str> = keys::VLLM.iter().map(|key| key.name).collect();
+    let mut sim: Vec<&str> = keys::SIM.iter().map(|key| key.name).collect();
+    let mut vllm: Vec<&str> = keys::VLLM.iter().map(|key| key.name).collect();
+    let both: Vec<&str> = sim.iter().copied().filter(|name| vllm.contains(name)).collect();
+    sim.retain(|name| !both.contains(name));
+    vllm.retain(|name| !both.contains(name));
     Engine::Known(match start {
         EngineKeys::Sim(mut engine) => {
             refuse_keys_of(reader, place, &vllm, ["vllm", "sim"]);

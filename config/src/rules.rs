@@ -252,6 +252,10 @@ impl Clashes {
             let origin = (value.span().start, sources.worker.key_path("name"));
             self.add_name(reader, &worker.name, origin);
         }
+        // Its workers stand on machines of their own, of which this file knows nothing.
+        if worker.is_template() {
+            return;
+        }
         let transfer = &worker.transfer;
         let machine = machine(transfer.listen.ip(), transfer.advertise.as_deref());
         let origin = sources.origin("transfer", &sources.transfer, "listen");

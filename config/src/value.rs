@@ -11,7 +11,10 @@ use std::{
 use baton_types::Role;
 use toml::de::DeValue;
 
-use crate::cluster::{BalancerActuator, Requirement, TransportChoice};
+use crate::cluster::{
+    BalancerActuator, LateRequests, MAX_PRIORITY, OnNoPrefill, PlacementMode, Requirement,
+    TransportChoice,
+};
 
 /// One kind of value.
 pub(crate) trait Codec {
@@ -68,6 +71,13 @@ impl Codec for Text {
     }
 }
 
+pub(crate) const NAME: &str = "a name of at most 63 letters, digits, \"-\", \"_\" and \".\"";
+
+pub(crate) fn is_name(name: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    (1..=63).contains(&name.len()) && name.chars().all(allowed)
+}
+
 /// Names stand in HTTP headers and metric labels.
 pub(crate) struct Name;
 
@@ -75,13 +85,27 @@ impl Codec for Name {
     type Value = String;
 
     fn read(value: &DeValue<'_>, _: &Path) -> Result<String, String> {
-        text(value)
-            .filter(|name| name.len() <= 63)
-            .filter(|name| name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)))
-            .map(str::to_owned)
-            .ok_or_else(|| {
-                "a name of at most 63 letters, digits, \"-\", \"_\" and \".\"".to_owned()
-            })
+        text(value).filter(|name| is_name(name)).map(str::to_owned).ok_or_else(|| NAME.to_owned())
+    }
+
+    fn write(value: &String) -> Option<String> {
+        Some(quoted(value))
+    }
+}
+
+/// A name, or what many begin with.
+pub(crate) struct NameOrStart;
+
+impl Codec for NameOrStart {
+    type Value = String;
+
+    fn read(value: &DeValue<'_>, base: &Path) -> Result<String, String> {
+        Name::read(value, base).or_else(|wanted| {
+            text(value)
+                .filter(|name| name.strip_suffix('*').is_some_and(is_name))
+                .map(str::to_owned)
+                .ok_or_else(|| format!("{wanted}, or the start of such names and \"*\""))
+        })
     }
 
     fn write(value: &String) -> Option<String> {
@@ -105,19 +129,98 @@ impl Codec for RoleName {
     }
 }
 
-pub(crate) struct TransportName;
+/// One of several values that have names.
+pub(crate) trait Named: Copy + PartialEq + 'static {
+    const NAMES: &'static [(&'static str, Self)];
+}
 
-impl Codec for TransportName {
-    type Value = TransportChoice;
+pub(crate) struct OneOf<T>(PhantomData<T>);
 
-    fn read(value: &DeValue<'_>, _: &Path) -> Result<TransportChoice, String> {
-        let named = |name: &str| TransportChoice::ALL.into_iter().find(|one| one.as_str() == name);
-        let wanted = || one_of(&TransportChoice::ALL.map(TransportChoice::as_str));
-        text(value).and_then(named).ok_or_else(wanted)
+impl<T: Named> Codec for OneOf<T> {
+    type Value = T;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<T, String> {
+        let named = |text: &str| T::NAMES.iter().find(|(name, _)| *name == text);
+        let wanted = || one_of(&T::NAMES.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+        text(value).and_then(named).map(|(_, value)| *value).ok_or_else(wanted)
     }
 
-    fn write(value: &TransportChoice) -> Option<String> {
-        Some(quoted(value.as_str()))
+    fn write(value: &T) -> Option<String> {
+        T::NAMES.iter().find(|(_, one)| one == value).map(|(name, _)| quoted(name))
+    }
+}
+
+impl Named for TransportChoice {
+    const NAMES: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("quic", Self::Quic), ("ucx", Self::Ucx), ("shm", Self::Shm)];
+}
+
+impl Named for PlacementMode {
+    const NAMES: &'static [(&'static str, Self)] =
+        &[("adaptive", Self::Adaptive), ("always", Self::Always), ("never", Self::Never)];
+}
+
+impl Named for OnNoPrefill {
+    const NAMES: &'static [(&'static str, Self)] =
+        &[("reject", Self::Reject), ("local", Self::Local)];
+}
+
+impl Named for LateRequests {
+    const NAMES: &'static [(&'static str, Self)] = &[("last", Self::Last), ("fifo", Self::Fifo)];
+}
+
+/// vLLM's: smaller numbers are served first.
+pub(crate) struct Priority;
+
+impl Codec for Priority {
+    type Value = i32;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<i32, String> {
+        value
+            .as_integer()
+            .and_then(|integer| i32::from_str_radix(integer.as_str(), integer.radix()).ok())
+            .filter(|priority| (-MAX_PRIORITY..=MAX_PRIORITY).contains(priority))
+            .ok_or_else(|| format!("a whole number from {} to {MAX_PRIORITY}", -MAX_PRIORITY))
+    }
+
+    fn write(value: &i32) -> Option<String> {
+        Some(value.to_string())
+    }
+}
+
+/// The name of an HTTP header.
+pub(crate) struct HeaderName;
+
+impl Codec for HeaderName {
+    type Value = String;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<String, String> {
+        text(value)
+            .filter(|name| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'))
+            .map(str::to_ascii_lowercase)
+            .ok_or_else(|| "the name of a header, such as \"x-tenant\"".to_owned())
+    }
+
+    fn write(value: &String) -> Option<String> {
+        Some(quoted(value))
+    }
+}
+
+/// A time in seconds that may be zero.
+pub(crate) struct SecondsOrNone;
+
+impl Codec for SecondsOrNone {
+    type Value = Duration;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<Duration, String> {
+        number(value)
+            .filter(|seconds| *seconds <= LONGEST_SECONDS)
+            .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+            .ok_or_else(|| format!("a number of seconds from 0 to {LONGEST_SECONDS}"))
+    }
+
+    fn write(value: &Duration) -> Option<String> {
+        Seconds::write(value)
     }
 }
 
@@ -256,6 +359,23 @@ impl Codec for Positive {
 
     fn read(value: &DeValue<'_>, _: &Path) -> Result<f64, String> {
         number(value).filter(|number| *number > 0.0).ok_or_else(|| "a number above 0".to_owned())
+    }
+
+    fn write(value: &f64) -> Option<String> {
+        Some(value.to_string())
+    }
+}
+
+/// A share.
+pub(crate) struct Ratio;
+
+impl Codec for Ratio {
+    type Value = f64;
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<f64, String> {
+        number(value)
+            .filter(|number| (0.0..=1.0).contains(number))
+            .ok_or_else(|| "a number from 0 to 1".to_owned())
     }
 
     fn write(value: &f64) -> Option<String> {

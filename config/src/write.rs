@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig, LimitsConfig,
-        SimConfig, SloConfig, TransferConfig,
+        AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, EngineConfig,
+        LimitsConfig, PlacementConfig, SimConfig, SloConfig, TelemetryConfig, TransferConfig,
     },
     keys::{self, Absence, EngineKeys, KIND, KIND_DOC, Key, VllmKeys},
 };
@@ -19,10 +19,13 @@ impl ClusterConfig {
         write_table(&mut text, "[coordinator]", keys::COORDINATOR, &self.coordinator);
         write_table(&mut text, "[coordinator.limits]", keys::LIMITS, &self.coordinator.limits);
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
+        write_table(&mut text, "[placement]", keys::PLACEMENT, &self.placement);
+        write_table(&mut text, "[admission]", keys::ADMISSION, &self.admission);
         write_table(&mut text, "[balancer]", keys::BALANCER, &self.balancer);
         if let Some(admin) = &self.admin {
             write_table(&mut text, "[admin]", keys::ADMIN, admin);
         }
+        write_table(&mut text, "[telemetry]", keys::TELEMETRY, &self.telemetry);
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
         }
@@ -83,10 +86,16 @@ pub fn sample() -> String {
 
     push(&mut text, SLO);
     describe_keys(&mut text, keys::SLO, &SloConfig::default(), Shown::AsNeeded);
+    push(&mut text, PLACEMENT);
+    describe_keys(&mut text, keys::PLACEMENT, &PlacementConfig::default(), Shown::AsNeeded);
+    push(&mut text, ADMISSION);
+    describe_keys(&mut text, keys::ADMISSION, &AdmissionConfig::default(), Shown::AsNeeded);
     push(&mut text, BALANCER);
     describe_keys(&mut text, keys::BALANCER, &BalancerConfig::default(), Shown::AsNeeded);
     push(&mut text, ADMIN);
     describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
+    push(&mut text, TELEMETRY);
+    describe_keys(&mut text, keys::TELEMETRY, &TelemetryConfig::default(), Shown::AsNeeded);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
 
@@ -154,8 +163,17 @@ const INTRODUCTION: &str = "\
 ";
 
 const SLO: &str = "
-# What you promise your users; shown beside what is observed.
+# What you promise your users: what requests are placed by, and shown beside what is observed.
 [slo]";
+
+const PLACEMENT: &str = "
+# Where the legs of a request run.
+[placement]";
+
+const ADMISSION: &str = "
+# Who waits, how long, and who is turned away. A request's priority is a whole number, in its JSON or in
+# the header x-baton-priority: smaller ones come first.
+[admission]";
 
 const BALANCER: &str = "
 # Pools that follow the load: a worker goes over to the pool whose workers are all pressed, if the
@@ -166,6 +184,10 @@ const ADMIN: &str = "
 # A listener of its own for operators: `baton status`, `baton drain`, `baton mode`, and the page /ui.
 # Off where this table is absent.
 #[admin]";
+
+const TELEMETRY: &str = "
+# Where traces of requests go. Nothing is sent without an endpoint.
+[telemetry]";
 
 const TLS: &str = "
 # Mutual TLS between coordinator and workers: PEM files. Needed as soon as an address below is not

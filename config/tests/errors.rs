@@ -57,7 +57,7 @@ baton.toml:8: coordinator.limits.header_timeout_seconds: -1 is not a number of s
 baton.toml:10: slo.ttft: unknown key; did you mean "ttft_ms"?
 baton.toml:11: slo.itl_ms: "fast" is not a number above 0
 baton.toml:14: engine.port: belongs to kind = "vllm"; this engine's kind is "sim"
-baton.toml:16: worker[0].name: "p 0" is not a name of at most 63 letters, digits, "-", "_" and "."
+baton.toml:16: worker[0].name: "p 0" is not a name of at most 63 letters, digits, "-", "_" and ".", or the start of such names and "*"
 baton.toml:17: worker[0].role: "prefil" is not "prefill" or "decode"
 baton.toml:21: worker[1].coordinators: ["10.0.0.1"] is not a list of HOST:PORT, such as ["10.0.0.7:7000"]
 baton.toml:24: worker[2].name: "d" is taken by worker[1].name (line 19): give each its own
@@ -277,4 +277,21 @@ fn a_file_is_named_as_the_user_named_it() {
     std::fs::write(&path, format!("{COORDINATOR}x = 1\n")).unwrap();
     let found = ClusterConfig::read(&path).unwrap_err().to_string();
     assert!(found.starts_with(&format!("{}:4: coordinator.x: ", path.display())), "{found}");
+}
+
+#[test]
+fn choices_name_what_there_is() {
+    assert_errors(
+        "[coordinator]\nlisten = '127.0.0.1:8000'\nworkers_listen = '127.0.0.1:7000'\n[placement]\nmode \
+         = 'sometimes'\nlate = 'first'\non_no_prefill = 1\n[admission]\nearly_rejection_priority = \
+         11\ntenant_header = 'x tenant'\nwait_for_worker_seconds = -1\n",
+        r#"
+baton.toml:5: placement.mode: 'sometimes' is not "adaptive", "always" or "never"
+baton.toml:6: placement.late: 'first' is not "last" or "fifo"
+baton.toml:7: placement.on_no_prefill: 1 is not "reject" or "local"
+baton.toml:9: admission.early_rejection_priority: 11 is not a whole number from -10 to 10
+baton.toml:10: admission.tenant_header: 'x tenant' is not the name of a header, such as "x-tenant"
+baton.toml:11: admission.wait_for_worker_seconds: -1 is not a number of seconds from 0 to 31536000
+"#,
+    );
 }

@@ -5,8 +5,9 @@
 use std::{path::Path, time::Duration};
 
 use baton_config::{
-    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-    LimitsConfig, SimConfig, SloConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
+    EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode,
+    SimConfig, SloConfig, TelemetryConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
     sample,
 };
 use baton_types::Role;
@@ -23,6 +24,9 @@ fn default_cluster() -> ClusterConfig {
         name: name.to_owned(),
         role,
         coordinators: vec!["127.0.0.1:7000".to_owned()],
+        every_address: false,
+        health_listen: None,
+        drain_timeout: Duration::from_secs(30),
         tls: None,
         engine: EngineConfig::Sim(SimConfig::default()),
         arena: ArenaConfig::default(),
@@ -37,8 +41,11 @@ fn default_cluster() -> ClusterConfig {
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        placement: PlacementConfig::default(),
+        admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: None,
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers: vec![worker("prefill-0", Role::Prefill), worker("decode-0", Role::Decode)],
@@ -109,6 +116,7 @@ fn what_the_sample_shows_as_default_is_the_default() {
         connector_socket: None,
         engine_handoff: false,
         start_timeout: Duration::from_secs(600),
+        profile: None,
     });
     assert_eq!(parse(&file).workers[0].engine, expected);
     assert!(keys > 20, "only {keys} defaults found in the sample");
@@ -211,6 +219,7 @@ fn engine() -> impl Strategy<Value = EngineConfig> {
             connector_socket: socket,
             engine_handoff,
             start_timeout,
+            profile: None,
         })
     });
     prop_oneof![sim, vllm]
@@ -235,6 +244,15 @@ proptest! {
         cluster.workers[1].arena.import_bytes = bytes + 1;
         cluster.workers[1].transfer.stall_timeout = Duration::from_millis(milliseconds);
         cluster.coordinator.limits.max_body_bytes = bytes;
+        cluster.placement = PlacementConfig {
+            mode: PlacementMode::Never,
+            policy: Some("random".to_owned()),
+            on_no_prefill: OnNoPrefill::Reject,
+            late: LateRequests::Fifo,
+        };
+        cluster.admission.wait_for_worker = Duration::from_millis(milliseconds % 2);
+        cluster.admission.early_rejection_priority = Some(-3);
+        cluster.admission.tenant_header = Some("x-tenant".to_owned());
         let text = cluster.to_toml();
         match ClusterConfig::parse(&text, Path::new("/")) {
             Ok(read) => prop_assert_eq!(read, cluster, "{}", text),

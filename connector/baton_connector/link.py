@@ -22,7 +22,7 @@ from .arena import Arena, ArenaError
 
 logger = init_logger("vllm.baton_connector.link")
 
-PROTOCOL = 2
+PROTOCOL = 3
 FIRST_ATTACH_SECONDS = 60.0
 """The worker may start later than vLLM."""
 HANDSHAKE_SECONDS = 60.0
@@ -91,7 +91,7 @@ class Link:
         """Attaches for the first time, then keeps attached in the background. Raises where the
         worker refuses, offers no usable arena or does not listen within a minute."""
         deadline = time.monotonic() + FIRST_ATTACH_SECONDS
-        for delay in _backoff():
+        for delay in backoff():
             try:
                 first = self._attach()
                 break
@@ -126,8 +126,7 @@ class Link:
             sock.sendall(frames.encode(self._hello))
             arena = self._welcomed(frames.receive(sock))
             sock.settimeout(None)
-            timeout = struct.pack("@ll", SEND_SECONDS, 0)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+            limit_sends(sock)
         except BaseException:
             sock.close()
             raise
@@ -164,7 +163,7 @@ class Link:
             if self._stopping.is_set():
                 return
             logger.warning("the worker's connection ended (%s); attaching again", reason)
-            for delay in _backoff():
+            for delay in backoff():
                 if self._stopping.wait(delay):
                     return
                 try:
@@ -187,7 +186,12 @@ class Link:
             connection.close()
 
 
-def _backoff() -> Iterator[float]:
+def limit_sends(sock: socket.socket) -> None:
+    timeout = struct.pack("@ll", SEND_SECONDS, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+
+def backoff() -> Iterator[float]:
     """Seconds to wait, without end."""
     delay, longest = _BACKOFF_SECONDS
     while True:

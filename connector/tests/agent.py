@@ -56,8 +56,12 @@ class Agent:
         self.messages: list[dict[str, Any]] = []
         self.handoffs: dict[Key, Handoff] = {}
         self.attachments = 0
+        self.steps: list[dict[str, Any]] = []
+        """As the engine's scheduler told of them."""
+        self.schedulers = 0
         self._changed = threading.Condition()
         self._connection: socket.socket | None = None
+        self._scheduler: socket.socket | None = None
         self._free_import: list[int] = []
         self._export_held: set[int] = set()
         self._arena: memoryview | None = None
@@ -74,12 +78,20 @@ class Agent:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.disconnect()
+        self.close_scheduler()
 
     def disconnect(self) -> None:
         with self._changed:
             if self._connection is not None:
                 with contextlib.suppress(OSError):
                     self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close_scheduler(self) -> None:
+        with self._changed:
+            if self._scheduler is not None:
+                with contextlib.suppress(OSError):
+                    self._scheduler.shutdown(socket.SHUT_RDWR)
+                self._scheduler = None
 
     def handoff(self, key: Key) -> Handoff:
         return self.handoffs.setdefault(key, Handoff())
@@ -126,11 +138,37 @@ class Agent:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            self._serve(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         hello = frames.receive(connection)
-        assert hello is not None and hello["type"] == "hello" and hello["protocol"] == 2
+        if hello is None:
+            return
+        assert hello["protocol"] == 3
+        if hello["type"] == "scheduler":
+            self._serve_scheduler(connection)
+        else:
+            self._serve_connector(connection, hello)
+
+    def _serve_scheduler(self, connection: socket.socket) -> None:
+        with self._changed:
+            connection.sendall(frames.encode({"type": "attached", "protocol": 3}))
+            self._scheduler = connection
+            self.schedulers += 1
+            self._changed.notify_all()
+        with contextlib.suppress(OSError, frames.FrameError):
+            while (message := frames.receive(connection)) is not None:
+                with self._changed:
+                    self.steps += message["steps"]
+                    self._changed.notify_all()
+
+    def pace(self, pace: dict[str, Any] | None) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._scheduler, PATIENCE_SECONDS)
+            self._scheduler.sendall(frames.encode({"type": "pace", "pace": pace}))
+
+    def _serve_connector(self, connection: socket.socket, hello: dict[str, Any]) -> None:
+        assert hello["type"] == "hello"
         self.hello = hello
         if self.refuse:
             connection.sendall(frames.encode({"type": "refused", "reason": self.refuse}))
@@ -160,7 +198,7 @@ class Agent:
         self._export_held = set()
         return {
             "type": "welcome",
-            "protocol": 2,
+            "protocol": 3,
             "arena": path,
             "slot_bytes": self._slot_bytes,
             "export_slots": self.export_slots,

@@ -10,6 +10,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+VLLM, MODEL = os.environ.get("BATON_VLLM"), os.environ.get("BATON_MODEL")
+needs_vllm = pytest.mark.skipif(
+    not (VLLM and MODEL), reason="BATON_VLLM and BATON_MODEL are not set: no real vLLM to test with"
+)
+
 START_SECONDS = 300.0
 ANSWER_SECONDS = 120.0
 
@@ -38,6 +45,8 @@ class Engine:
             *("--block-size", "32", "--kv-cache-memory-bytes", str(256 << 20)),
             *("--max-num-batched-tokens", "512", "--enable-prompt-tokens-details"),
             *("--kv-transfer-config", json.dumps(transfer)),
+            *("--scheduler-cls", "baton_connector.scheduler.PacedScheduler"),
+            *("--scheduling-policy", "priority"),
         ]
         environment = {
             **os.environ,

@@ -6,93 +6,30 @@ import itertools
 import json
 import os
 import random
-import time
 import urllib.error
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
-from agent import Agent, Key
-from engine import Engine, status_of
-
-VLLM, MODEL = os.environ.get("BATON_VLLM"), os.environ.get("BATON_MODEL")
-pytestmark = pytest.mark.skipif(
-    not (VLLM and MODEL), reason="BATON_VLLM and BATON_MODEL are not set: no real vLLM to test with"
+from agent import Agent
+from engine import MODEL, Engine, needs_vllm, status_of
+from legs import (
+    EXTERNAL_HITS,
+    PATIENCE_SECONDS,
+    blocks_in_use,
+    consume,
+    eventually,
+    new_key,
+    params,
+    produce,
+    prompt_of,
+    same_logprobs,
+    tokens_of,
 )
 
+pytestmark = needs_vllm
+
 BLOCK = 32
-EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
-PATIENCE_SECONDS = 60.0
-
-
-@pytest.fixture(scope="module")
-def agent() -> Iterator[Agent]:
-    agent = Agent(export_slots=64, import_slots=8)
-    yield agent
-    agent.close()
-
-
-@pytest.fixture(scope="module")
-def engine(agent: Agent, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    assert VLLM and MODEL
-    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    engine = Engine(VLLM, MODEL, agent.path, Path(log))
-    try:
-        engine.wait_ready()
-        yield engine
-    finally:
-        engine.stop()
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return random.Random(f"{seed}.{length}").choices(range(100, 40_000), k=length)
-
-
-def new_key(generation: int = 0) -> Key:
-    return str(uuid.uuid4()), generation
-
-
-def params(role: str, key: Key) -> dict[str, Any]:
-    return {"baton": {"role": role, "handoff": key[0], "generation": key[1]}}
-
-
-def produce(engine: Engine, agent: Agent, prompt: list[int], key: Key) -> dict[str, Any]:
-    engine.complete(prompt, max_tokens=1, kv_transfer_params=params("produce", key))
-    return agent.wait(lambda: agent.handoff(key).sealed, "the seal")
-
-
-def consume(engine: Engine, prompt: list[int], key: Key, **fields: Any) -> dict[str, Any]:
-    fields = {"max_tokens": 16, **fields}
-    return engine.complete(prompt, kv_transfer_params=params("consume", key), **fields)
-
-
-def tokens_of(answer: dict[str, Any]) -> list[list[int]]:
-    return [choice["token_ids"] for choice in answer["choices"]]
-
-
-def logprobs_of(answer: dict[str, Any]) -> list[float]:
-    """A small model may stammer the same tokens after any prompt; these tell prompts apart."""
-    return answer["choices"][0]["logprobs"]["token_logprobs"]
-
-
-def same_logprobs(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return logprobs_of(one) == pytest.approx(logprobs_of(other), abs=1e-4)
-
-
-def blocks_in_use(engine: Engine) -> float:
-    """Of the KV cache, 0 to 1. vLLM refreshes it only with an answer's tokens."""
-    engine.complete(prompt_of(8), max_tokens=2)
-    return engine.metric("vllm:kv_cache_usage_perc")
-
-
-def eventually(ready, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not ready():
-        assert time.monotonic() < deadline, f"{what} did not come"
-        time.sleep(0.02)
 
 
 def test_the_hello_says_what_the_engine_is(engine: Engine, agent: Agent) -> None:

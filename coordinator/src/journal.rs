@@ -2,15 +2,23 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+use baton_core::WorkerKey;
 use baton_types::Role;
+use http::HeaderValue;
 
-use crate::admin::{Decision, EndedRequest, RoleSince};
+use crate::{
+    admin::{Decision, RoleSince},
+    metrics::{Outcome, Path},
+    timeline::Timeline,
+};
 
 const DECISIONS: usize = 200;
 const ENDED_REQUESTS: usize = 100;
+/// Workers that went away and may stand in what ended.
+const DEPARTED: usize = 64;
 /// Spells of one worker in one role.
 const ROLES: usize = 16;
 /// Workers whose roles are remembered, attached or not.
@@ -19,10 +27,21 @@ const WORKERS: usize = 4096;
 #[derive(Debug, Default)]
 pub(crate) struct Journal {
     decisions: VecDeque<Decision>,
-    ended: VecDeque<EndedRequest>,
+    ended: VecDeque<Ended>,
+    departed: VecDeque<(WorkerKey, String)>,
     ended_by_outcome: BTreeMap<&'static str, u64>,
     ended_split: u64,
     roles: BTreeMap<String, VecDeque<RoleSince>>,
+}
+
+/// A request that is over.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) request_id: HeaderValue,
+    pub(crate) path: Path,
+    pub(crate) outcome: Outcome,
+    pub(crate) timeline: Timeline,
+    pub(crate) at: Instant,
 }
 
 impl Journal {
@@ -45,10 +64,15 @@ impl Journal {
         keep(&mut self.decisions, decision, DECISIONS);
     }
 
-    pub(crate) fn ended(&mut self, outcome: &'static str, request: EndedRequest) {
-        *self.ended_by_outcome.entry(outcome).or_default() += 1;
-        self.ended_split += u64::from(request.path == "disaggregated");
+    pub(crate) fn ended(&mut self, request: Ended) {
+        *self.ended_by_outcome.entry(request.outcome.as_str()).or_default() += 1;
+        self.ended_split += u64::from(request.path == Path::Disaggregated);
         keep(&mut self.ended, request, ENDED_REQUESTS);
+    }
+
+    /// A worker goes: its name may be asked for yet.
+    pub(crate) fn worker_goes(&mut self, worker: WorkerKey, name: &str) {
+        keep(&mut self.departed, (worker, name.to_owned()), DEPARTED);
     }
 
     /// A worker has this role from now on.
@@ -67,8 +91,13 @@ impl Journal {
         self.decisions.iter().cloned().collect()
     }
 
-    pub(crate) fn ended_requests(&self) -> Vec<EndedRequest> {
-        self.ended.iter().cloned().collect()
+    pub(crate) fn ended_last(&self) -> impl Iterator<Item = &Ended> {
+        self.ended.iter()
+    }
+
+    pub(crate) fn departed(&self, worker: WorkerKey) -> Option<&str> {
+        let (_, name) = self.departed.iter().find(|(key, _)| *key == worker)?;
+        Some(name)
     }
 
     pub(crate) fn ended_by_outcome(&self) -> BTreeMap<String, u64> {
@@ -89,6 +118,12 @@ fn keep<T>(ring: &mut VecDeque<T>, value: T, most: usize) {
         ring.pop_front();
     }
     ring.push_back(value);
+}
+
+/// Of a moment that lies behind.
+pub(crate) fn unix_ms_of(at: Instant) -> u64 {
+    let ago = u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
+    unix_ms().saturating_sub(ago)
 }
 
 pub(crate) fn unix_ms() -> u64 {

@@ -15,9 +15,12 @@ mod handoffs;
 mod journal;
 mod listener;
 mod metrics;
+mod placed;
 mod prefixes;
 mod prompt;
+mod settings;
 mod shell;
+mod spans;
 mod timeline;
 
 use std::{
@@ -31,7 +34,6 @@ use std::{
 };
 
 use baton_config::{BalancerActuator, ClusterConfig, TlsConfig};
-use baton_core::{Settings, policy::Targets};
 use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
 use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
@@ -39,10 +41,12 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::T
 use tracing::info;
 
 pub use crate::balancing::{Replicas, ScaleError};
-use crate::{admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell};
+use crate::{
+    admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell, spans::Tracer,
+};
 
-/// How long open answers may go on after the order to stop.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// What is due by the clock, and by predictions, is looked after this often.
+const TICK_INTERVAL: Duration = Duration::from_millis(20);
 /// What operators, their pages and their scripts hold open; further ones wait.
 const ADMIN_CONNECTIONS: usize = 64;
 /// A stranger who connects and says nothing holds no socket for longer.
@@ -56,6 +60,10 @@ pub enum CoordinatorError {
     Tls { path: PathBuf, source: io::Error },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
+    #[error("telemetry.otlp_endpoint: {0}")]
+    Telemetry(#[from] opentelemetry_otlp::ExporterBuildError),
+    #[error("placement.policy is {name:?}: expected one of {known}")]
+    Policy { name: String, known: String },
     #[error(transparent)]
     AdminToken(#[from] admin::TokenError),
     #[error("the worker listener ended: {0}")]
@@ -76,6 +84,8 @@ pub async fn run_with(
     replicas: Option<Arc<dyn Replicas>>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), CoordinatorError> {
+    let policy = settings::placement_policy(&config)?;
+    let settings = settings::core_settings(&config);
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
     let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
@@ -86,19 +96,14 @@ pub async fn run_with(
         None => None,
     };
     let limits = coordinator.limits;
-    let defaults = Settings::default();
-    let settings = Settings {
-        first_token_timeout: limits.first_token_timeout,
-        ttft: Duration::from_secs_f64(config.slo.ttft_ms / 1000.0),
-        targets: Targets { step_ms: config.slo.itl_ms, ..defaults.targets },
-        role_change_timeout: config.balancer.drain_timeout,
-        ..defaults
-    };
+    let drain_timeout = limits.drain_timeout;
     let balancer = config.balancer;
     let balances = balancer.actuator != BalancerActuator::Off;
     let balancing = balances.then(|| balancing::settings(&balancer));
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
-    let shell = Shell::new(settings, balancing, config.slo, limits.max_unread_bytes);
+    let tracer = Tracer::open(&config.telemetry)?;
+    let shell =
+        Shell::new(settings, policy, balancing, config.slo, limits.max_unread_bytes).traced(tracer);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let mut server = Server::builder()
@@ -121,7 +126,13 @@ pub async fn run_with(
 
     let admin_limits =
         ConnectionLimits { connections: ADMIN_CONNECTIONS, header_timeout: limits.header_timeout };
-    let front = tokio::spawn(client::serve(shell.clone(), limits, tokenizer, clients));
+    let front = tokio::spawn(client::serve(
+        shell.clone(),
+        limits,
+        config.admission.tenant_header,
+        tokenizer,
+        clients,
+    ));
     let admin = operators.map(|(listener, token)| {
         let router = admin::router(shell.clone(), token);
         tokio::spawn(listener::serve(router, listener, admin_limits))
@@ -129,7 +140,7 @@ pub async fn run_with(
     let ticks = tokio::spawn({
         let shell = shell.clone();
         async move {
-            let mut interval = tokio::time::interval(Duration::from_millis(100));
+            let mut interval = tokio::time::interval(TICK_INTERVAL);
             loop {
                 interval.tick().await;
                 shell.tick();
@@ -153,7 +164,7 @@ pub async fn run_with(
             };
             tokio::select! {
                 ended = &mut fleet => ended?,
-                _ = tokio::time::timeout(DRAIN_TIMEOUT, drained) => {}
+                _ = tokio::time::timeout(drain_timeout, drained) => {}
             }
             shell.close();
             // The last words leave.
@@ -161,6 +172,10 @@ pub async fn run_with(
         }
     }
     ticks.abort();
+    if let Some(tracer) = shell.tracer.clone() {
+        // It waits for its own thread, whose connection this one drives.
+        let _ = tokio::task::spawn_blocking(move || tracer.close()).await;
+    }
     admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
 }

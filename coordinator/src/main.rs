@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use baton_config::ClusterConfig;
+use baton_logs::LogOptions;
 use clap::Parser;
 
 #[global_allocator]
@@ -14,17 +15,13 @@ struct Arguments {
     /// The cluster's baton.toml.
     #[arg(long)]
     config: PathBuf,
+    #[command(flatten)]
+    log: LogOptions,
 }
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("BATON_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        .with_writer(std::io::stderr)
-        .init();
+    arguments.log.begin();
     let config = ClusterConfig::read(&arguments.config)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -1,4 +1,7 @@
+mod catalogue;
+
 use std::{
+    collections::BTreeMap,
     sync::{Mutex, atomic::AtomicU64},
     time::Duration,
 };
@@ -8,7 +11,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use baton_config::SloConfig;
-use baton_core::AggregatedReason;
+use baton_core::{AggregatedReason, ShedReason};
 use baton_proto as wire;
 use baton_types::{Fault, Leg};
 use prometheus_client::{
@@ -17,6 +20,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+pub(crate) use self::catalogue::Catalogue;
 use crate::{
     admin::{BucketCount, Latency},
     balancing::BalancerMetrics,
@@ -25,7 +29,8 @@ use crate::{
 
 /// In Prometheus' text format.
 pub(crate) fn page(shell: &Shell) -> Response {
-    let text = shell.metrics.render(shell.requests_open(), &shell.workers());
+    let text =
+        shell.metrics.render(shell.requests_open(), &shell.waiting_by_priority(), &shell.workers());
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, content_type)], text).into_response()
 }
@@ -68,6 +73,15 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
+    const ALL: [Self; 6] = [
+        Self::Ok,
+        Self::ClientError,
+        Self::ServerError,
+        Self::BrokenOff,
+        Self::Cancelled,
+        Self::TooSlow,
+    ];
+
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -92,6 +106,52 @@ struct ReasonLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DecisionLabels {
+    path: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PriorityLabels {
+    priority: i32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ShedLabels {
+    reason: &'static str,
+    priority: i32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DirectionLabels {
+    direction: &'static str,
+}
+
+/// What came later than predicted, and what came earlier: a histogram has no negative side.
+#[derive(Clone, Debug)]
+struct PredictionError {
+    late: Histogram,
+    early: Histogram,
+}
+
+impl PredictionError {
+    fn register(r: &mut Registry, name: &str, help: &str) -> Self {
+        let family = Family::<DirectionLabels, Histogram, _>::new_with_constructor(
+            (|| Histogram::new(PREDICTION_ERROR_BUCKETS)) as fn() -> Histogram,
+        );
+        r.register_with_unit(name, help, Unit::Seconds, family.clone());
+        let of = |direction| family.get_or_create(&DirectionLabels { direction }).clone();
+        Self { late: of("late"), early: of("early") }
+    }
+
+    fn observe(&self, predicted_seconds: f64, observed_seconds: f64) {
+        let error = observed_seconds - predicted_seconds;
+        let side = if error >= 0.0 { &self.late } else { &self.early };
+        side.observe(error.abs());
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PathLabels {
     path: &'static str,
 }
@@ -108,6 +168,10 @@ struct WorkerLabels {
     worker: String,
     role: &'static str,
 }
+
+/// Of the transfer channels' names for what goes wrong and how exports end, those that alerts ask for.
+const FAULTS: [&str; 2] = ["corrupt", "rotten"];
+const ENDS: [&str; 4] = ["acked", "aborted", "expired", "broken"];
 
 /// A worker makes no more lines than this, whatever it reports.
 const MAX_NAMES: usize = 64;
@@ -142,7 +206,7 @@ struct PathMetrics {
 /// The coordinator's metrics.
 #[derive(Debug)]
 pub(crate) struct Metrics {
-    registry: Mutex<Registry>,
+    catalogue: Mutex<Catalogue>,
     paths: [PathMetrics; 3],
     requests: Family<RequestLabels, Counter>,
     aggregated: Family<ReasonLabels, Counter>,
@@ -154,6 +218,12 @@ pub(crate) struct Metrics {
     prompt_tokens: Family<LegLabels, Counter>,
     prefix_hit_tokens: Family<LegLabels, Counter>,
     kv_events_gaps: Counter,
+    decisions: Family<DecisionLabels, Counter>,
+    prediction_error_ttft: PredictionError,
+    prediction_error_itl: PredictionError,
+    wait: Family<PriorityLabels, Histogram, fn() -> Histogram>,
+    waiting: Family<PriorityLabels, Gauge>,
+    shed: Family<ShedLabels, Counter>,
     pub(crate) balancer: BalancerMetrics,
     fleet: FleetMetrics,
 }
@@ -167,14 +237,14 @@ struct FleetMetrics {
     engine_running: Family<WorkerLabels, Gauge>,
     engine_waiting: Family<WorkerLabels, Gauge>,
     kv_used: Family<WorkerLabels, Gauge<f64, AtomicU64>>,
-    blocks_sent: Family<WorkerLabels, Gauge>,
-    bytes_sent: Family<WorkerLabels, Gauge>,
-    blocks_received: Family<WorkerLabels, Gauge>,
-    bytes_received: Family<WorkerLabels, Gauge>,
-    blocks_reused: Family<WorkerLabels, Gauge>,
+    blocks_sent: Family<WorkerLabels, Counter>,
+    bytes_sent: Family<WorkerLabels, Counter>,
+    blocks_received: Family<WorkerLabels, Counter>,
+    bytes_received: Family<WorkerLabels, Counter>,
+    blocks_reused: Family<WorkerLabels, Counter>,
     handoffs_open: Family<WorkerLabels, Gauge>,
-    handoff_errors: Family<NameLabels, Gauge>,
-    handoffs_ended: Family<NameLabels, Gauge>,
+    handoff_errors: Family<NameLabels, Counter>,
+    handoffs_ended: Family<NameLabels, Counter>,
     arena_slots_used: Family<WorkerLabels, Gauge>,
     arena_slots: Family<WorkerLabels, Gauge>,
     kv_blocks_cached: Family<WorkerLabels, Gauge>,
@@ -188,12 +258,14 @@ const ITL_BUCKETS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0];
 const E2E_BUCKETS: [f64; 14] =
     [0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0];
+const PREDICTION_ERROR_BUCKETS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const HANDOFF_BUCKETS: [f64; 12] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
 impl Metrics {
     pub(crate) fn new(slo: SloConfig) -> Self {
-        let mut registry = Registry::with_prefix("baton");
+        let mut catalogue = Catalogue::new();
         let by_path = |buckets: &'static [f64]| {
             Family::<PathLabels, Histogram, _>::new_with_constructor(move || {
                 Histogram::new(buckets.iter().copied())
@@ -206,8 +278,23 @@ impl Metrics {
         let handoff_seconds = Histogram::new(HANDOFF_BUCKETS);
         let (handoff_bytes, handoff_blocks, handoff_blocks_reused) =
             (Counter::default(), Counter::default(), Counter::default());
-        let requests = Family::default();
-        let aggregated = Family::default();
+        let requests = Family::<RequestLabels, Counter>::default();
+        // What can be alerted on is there before it happens.
+        for path in Path::ALL {
+            for outcome in Outcome::ALL {
+                let labels = RequestLabels { path: path.as_str(), outcome: outcome.as_str() };
+                requests.get_or_create(&labels).inc_by(0);
+            }
+        }
+        let aggregated = Family::<ReasonLabels, Counter>::default();
+        for reason in [
+            AggregatedReason::NoPrefillWorker,
+            AggregatedReason::NoDecodeWorker,
+            AggregatedReason::NoCompatiblePair,
+            AggregatedReason::HandoffFailed,
+        ] {
+            aggregated.get_or_create(&ReasonLabels { reason: reason.as_str() }).inc_by(0);
+        }
         let leg_failures = Family::default();
         let (prompt_tokens, prefix_hit_tokens) =
             (Family::<LegLabels, Counter>::default(), Family::<LegLabels, Counter>::default());
@@ -215,7 +302,7 @@ impl Metrics {
         let balancer = BalancerMetrics::default();
         let fleet = FleetMetrics::default();
 
-        let r = &mut registry;
+        let r = &mut catalogue;
         r.register_with_unit(
             "ttft",
             "From a request's arrival to its first token, queueing and handoff included",
@@ -282,6 +369,39 @@ impl Metrics {
             "Times that news of a worker's prefix cache were missed and asked for anew",
             kv_events_gaps.clone(),
         );
+        let decisions = Family::<DecisionLabels, Counter>::default();
+        r.register(
+            "placement_decisions",
+            "Attempts at requests, by the path that was chosen and why",
+            decisions.clone(),
+        );
+        let prediction_error_ttft = PredictionError::register(
+            r,
+            "prediction_error_ttft",
+            "How much later, or earlier, first tokens came than was predicted when they were placed",
+        );
+        let prediction_error_itl = PredictionError::register(
+            r,
+            "prediction_error_itl",
+            "How much longer, or shorter, a streamed answer's mean ITL was than predicted",
+        );
+        let wait = Family::<PriorityLabels, Histogram, _>::new_with_constructor(
+            (|| Histogram::new(TTFT_BUCKETS)) as fn() -> Histogram,
+        );
+        r.register_with_unit(
+            "wait",
+            "From a request's arrival until its first leg was given to a worker",
+            Unit::Seconds,
+            wait.clone(),
+        );
+        let waiting = Family::<PriorityLabels, Gauge>::default();
+        r.register(
+            "requests_waiting",
+            "Requests that wait here for their turn, or for a worker",
+            waiting.clone(),
+        );
+        let shed = Family::<ShedLabels, Counter>::default();
+        r.register("requests_shed", "Requests that were answered with 429", shed.clone());
         balancer.register(r);
         fleet.register(r);
         for (name, help, milliseconds) in [
@@ -303,7 +423,7 @@ impl Metrics {
             }
         });
         Self {
-            registry: Mutex::new(registry),
+            catalogue: Mutex::new(catalogue),
             paths,
             requests,
             aggregated,
@@ -315,6 +435,12 @@ impl Metrics {
             prompt_tokens,
             prefix_hit_tokens,
             kv_events_gaps,
+            decisions,
+            prediction_error_ttft,
+            prediction_error_itl,
+            wait,
+            waiting,
+            shed,
             balancer,
             fleet,
         }
@@ -376,6 +502,34 @@ impl Metrics {
         self.kv_events_gaps.inc();
     }
 
+    pub(crate) fn decided(&self, path: Path, reason: &'static str) {
+        let labels = DecisionLabels { path: path.as_str(), reason };
+        self.decisions.get_or_create(&labels).inc();
+    }
+
+    /// What was predicted, and what came of it: TTFT, and ITL in milliseconds.
+    pub(crate) fn prediction(
+        &self,
+        ttft: Option<(Duration, Duration)>,
+        itl_ms: Option<(f64, f64)>,
+    ) {
+        if let Some((predicted, observed)) = ttft {
+            let [predicted, observed] = [predicted, observed].map(|time| time.as_secs_f64());
+            self.prediction_error_ttft.observe(predicted, observed);
+        }
+        if let Some((predicted_ms, observed_ms)) = itl_ms {
+            self.prediction_error_itl.observe(predicted_ms / 1000.0, observed_ms / 1000.0);
+        }
+    }
+
+    pub(crate) fn waited(&self, priority: i32, wait: Duration) {
+        self.wait.get_or_create(&PriorityLabels { priority }).observe(wait.as_secs_f64());
+    }
+
+    pub(crate) fn shed(&self, reason: ShedReason, priority: i32) {
+        self.shed.get_or_create(&ShedLabels { reason: reason.as_str(), priority }).inc();
+    }
+
     pub(crate) fn output_tokens(&self) -> u64 {
         self.paths.iter().map(|path| path.output_tokens.get()).sum()
     }
@@ -391,12 +545,22 @@ impl Metrics {
     }
 
     /// In Prometheus' text format.
-    pub(crate) fn render(&self, requests_open: usize, workers: &[WorkerStatus]) -> String {
+    pub(crate) fn render(
+        &self,
+        requests_open: usize,
+        waiting: &BTreeMap<i32, usize>,
+        workers: &[WorkerStatus],
+    ) -> String {
         self.fleet.set(requests_open, workers);
+        self.waiting.clear();
+        for (&priority, &count) in waiting {
+            let gauge = self.waiting.get_or_create(&PriorityLabels { priority });
+            gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
         let mut text = String::new();
-        let registry = self.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let catalogue = self.catalogue.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Writing into a string does not fail.
-        let _ = encode(&mut text, &registry);
+        let _ = encode(&mut text, catalogue.registry());
         text
     }
 }
@@ -428,7 +592,7 @@ fn cumulative<'a>(histograms: impl Iterator<Item = &'a Histogram>) -> Vec<Bucket
 }
 
 impl FleetMetrics {
-    fn register(&self, r: &mut Registry) {
+    fn register(&self, r: &mut Catalogue) {
         r.register("requests_open", "Requests that have not ended", self.requests_open.clone());
         r.register("workers", "Workers attached", self.workers.clone());
         r.register(
@@ -456,9 +620,10 @@ impl FleetMetrics {
             "KV blocks that a worker has sent since it started",
             self.blocks_sent.clone(),
         );
-        r.register(
-            "worker_handoff_sent_bytes",
+        r.register_with_unit(
+            "worker_handoff_sent",
             "KV that a worker has sent since it started",
+            Unit::Bytes,
             self.bytes_sent.clone(),
         );
         r.register(
@@ -466,9 +631,10 @@ impl FleetMetrics {
             "KV blocks that a worker has received and verified since it started",
             self.blocks_received.clone(),
         );
-        r.register(
-            "worker_handoff_received_bytes",
+        r.register_with_unit(
+            "worker_handoff_received",
             "KV that a worker has received and verified since it started",
+            Unit::Bytes,
             self.bytes_received.clone(),
         );
         r.register(
@@ -527,18 +693,21 @@ impl FleetMetrics {
             &self.jobs,
             &self.engine_running,
             &self.engine_waiting,
-            &self.blocks_sent,
-            &self.bytes_sent,
-            &self.blocks_received,
-            &self.bytes_received,
-            &self.blocks_reused,
             &self.handoffs_open,
             &self.arena_slots_used,
             &self.arena_slots,
             &self.kv_blocks_cached,
             &self.prefix_blocks,
         ];
+        let counted = [
+            &self.blocks_sent,
+            &self.bytes_sent,
+            &self.blocks_received,
+            &self.bytes_received,
+            &self.blocks_reused,
+        ];
         per_worker.iter().for_each(|family| family.clear());
+        counted.iter().for_each(|family| family.clear());
         self.kv_used.clear();
         let by_name = [&self.handoff_errors, &self.handoffs_ended];
         by_name.iter().for_each(|family| family.clear());
@@ -549,11 +718,6 @@ impl FleetMetrics {
                 worker.jobs_running.into(),
                 report.engine_requests_running.into(),
                 report.engine_requests_waiting.into(),
-                report.handoff_blocks_sent,
-                report.handoff_bytes_sent,
-                report.handoff_blocks_received,
-                report.handoff_bytes_received,
-                report.handoff_blocks_reused,
                 report.handoffs_open.into(),
                 report.arena_slots_used.into(),
                 report.arena_slots.into(),
@@ -563,13 +727,31 @@ impl FleetMetrics {
             for (family, value) in per_worker.iter().zip(values) {
                 family.get_or_create(&labels).set(gauge(value));
             }
+            let counts = [
+                report.handoff_blocks_sent,
+                report.handoff_bytes_sent,
+                report.handoff_blocks_received,
+                report.handoff_bytes_received,
+                report.handoff_blocks_reused,
+            ];
+            for (family, count) in counted.iter().zip(counts) {
+                family.get_or_create(&labels).inc_by(count);
+            }
+            for (family, names) in by_name.iter().zip([&FAULTS[..], &ENDS[..]]) {
+                for name in names {
+                    let WorkerLabels { worker, role } = labels.clone();
+                    let name = (*name).to_owned();
+                    // What can be alerted on is there before it happens.
+                    family.get_or_create(&NameLabels { worker, role, name }).inc_by(0);
+                }
+            }
             for (family, counts) in
                 by_name.iter().zip([&report.handoff_errors, &report.handoffs_ended])
             {
                 for (name, count) in counts.iter().take(MAX_NAMES) {
                     let WorkerLabels { worker, role } = labels.clone();
                     let labels = NameLabels { worker, role, name: name.clone() };
-                    family.get_or_create(&labels).set(gauge(*count));
+                    family.get_or_create(&labels).inc_by(*count);
                 }
             }
             self.kv_used.get_or_create(&labels).set(report.engine_kv_used_ratio.into());
@@ -578,24 +760,5 @@ impl FleetMetrics {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn latency_counts_all_ways_together() {
-        let metrics = Metrics::new(SloConfig::default());
-        metrics.first_token(Path::Disaggregated, Duration::from_millis(3));
-        metrics.first_token(Path::Aggregated, Duration::from_millis(60));
-        metrics.first_token(Path::Aggregated, Duration::from_secs(600));
-        metrics.gaps(Path::Disaggregated, Duration::from_millis(20), 2);
-        let Latency { ttft, itl } = metrics.latency();
-        let at = |counts: &[BucketCount], le| {
-            counts.iter().find(|count| count.le_seconds == le).unwrap().count
-        };
-        assert_eq!(at(&ttft, Some(0.0025)), 0);
-        assert_eq!(at(&ttft, Some(0.005)), 1);
-        assert_eq!(at(&ttft, Some(0.1)), 2);
-        assert_eq!(at(&ttft, None), 3);
-        assert_eq!((at(&itl, Some(0.005)), at(&itl, Some(0.01)), at(&itl, None)), (0, 2, 2));
-    }
-}
+#[path = "metrics/tests.rs"]
+mod tests;

@@ -1,7 +1,7 @@
 //! What of a prompt the workers have cached: the index of what they tell, and beside it the guess for
 //! those that do not.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use baton_core::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits, WorkerKey};
 use baton_proto as wire;
@@ -23,6 +23,7 @@ pub(crate) struct Prefixes {
     families: Vec<Family>,
     members: HashMap<WorkerKey, usize>,
     updates: Updates,
+    bytes_per_token: BytesPerToken,
 }
 
 /// Workers of equal blocks: a prompt is cut and named once for all of them.
@@ -48,14 +49,14 @@ struct Updates {
 pub(crate) struct CachedPrefix {
     /// Of the whole prompt; a guess where its tokens are not known.
     pub(crate) prompt_tokens: u32,
-    /// Tokens from the first on, of each worker that holds any.
-    pub(crate) held_tokens: Vec<(WorkerKey, u32)>,
+    /// Tokens from the first on, of each worker that holds any, in the workers' order.
+    pub(crate) held_tokens: Arc<[(WorkerKey, u32)]>,
 }
 
 impl CachedPrefix {
     pub(crate) fn held_by(&self, worker: WorkerKey) -> u32 {
-        let held = self.held_tokens.iter().find(|(holder, _)| *holder == worker);
-        held.map_or(0, |(_, tokens)| *tokens)
+        let place = self.held_tokens.binary_search_by_key(&worker, |(holder, _)| *holder);
+        place.map_or(0, |place| self.held_tokens[place].1)
     }
 }
 
@@ -67,6 +68,7 @@ impl Default for Prefixes {
             families: Vec::new(),
             members: HashMap::new(),
             updates: Updates::default(),
+            bytes_per_token: BytesPerToken::default(),
         }
     }
 }
@@ -126,8 +128,8 @@ impl Prefixes {
         prompt: &Prompt,
         now: Duration,
     ) -> CachedPrefix {
-        let mut cached =
-            CachedPrefix { prompt_tokens: prompt_tokens(&prompt.content), ..Default::default() };
+        let prompt_tokens = self.prompt_tokens(&prompt.content);
+        let mut held_tokens = Vec::new();
         let mut held = Vec::new();
         for (index, family) in self.families.iter().enumerate() {
             if !family.serves(model) {
@@ -142,12 +144,31 @@ impl Prefixes {
             }
             let members =
                 held.iter().filter(|(worker, _)| self.members.get(worker) == Some(&index));
-            cached.held_tokens.extend(members.map(|(worker, blocks)| {
+            held_tokens.extend(members.map(|(worker, blocks)| {
                 let tokens = blocks.saturating_mul(family.block_size_tokens);
-                (*worker, tokens.min(cached.prompt_tokens))
+                (*worker, tokens.min(prompt_tokens))
             }));
         }
-        cached
+        held_tokens.sort_unstable_by_key(|(worker, _)| *worker);
+        CachedPrefix { prompt_tokens, held_tokens: held_tokens.into() }
+    }
+
+    fn prompt_tokens(&self, content: &PromptContent) -> u32 {
+        match content {
+            PromptContent::Tokens(tokens) => u32::try_from(tokens.len()).unwrap_or(u32::MAX),
+            PromptContent::Bytes(bytes) => self.bytes_per_token.tokens(bytes.len()),
+        }
+    }
+
+    /// A handoff to this worker had so many blocks: now it is known how many tokens a prompt had that
+    /// was not tokenized here.
+    pub(crate) fn prompt_had_blocks(&mut self, worker: WorkerKey, prompt: &Prompt, blocks: u32) {
+        let Some(family) = self.members.get(&worker).map(|family| &self.families[*family]) else {
+            return;
+        };
+        if let PromptContent::Bytes(bytes) = &prompt.content {
+            self.bytes_per_token.learn(bytes.len(), blocks, family.block_size_tokens);
+        }
     }
 
     /// A prompt went to a worker.
@@ -202,12 +223,38 @@ impl Family {
     }
 }
 
-fn prompt_tokens(content: &PromptContent) -> u32 {
-    let count = match content {
-        PromptContent::Tokens(tokens) => tokens.len(),
-        PromptContent::Bytes(bytes) => bytes.len().div_ceil(BYTES_PER_TOKEN as usize),
-    };
-    u32::try_from(count).unwrap_or(u32::MAX)
+/// How many bytes of a request's prompt make a token of it, as far as that was seen.
+#[derive(Clone, Copy, Debug)]
+struct BytesPerToken(f64);
+
+impl Default for BytesPerToken {
+    fn default() -> Self {
+        Self(f64::from(BYTES_PER_TOKEN))
+    }
+}
+
+impl BytesPerToken {
+    /// Of the last observation. One prompt in French or in Base64 shall not count for all.
+    const WEIGHT: f64 = 0.1;
+    /// Shorter prompts say little: of their last block nobody knows how full it is.
+    const FEWEST_BLOCKS: u32 = 4;
+
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+    fn tokens(self, bytes: usize) -> u32 {
+        // Saturates.
+        (bytes as f64 / self.0).ceil() as u32
+    }
+
+    #[allow(clippy::cast_precision_loss)]
+    fn learn(&mut self, bytes: usize, blocks: u32, block_size_tokens: u32) {
+        if blocks < Self::FEWEST_BLOCKS {
+            return;
+        }
+        // The last one is half full, on average.
+        let tokens = (f64::from(blocks) - 0.5) * f64::from(block_size_tokens);
+        let seen = (bytes as f64 / tokens).clamp(0.25, 64.0);
+        self.0 += Self::WEIGHT * (seen - self.0);
+    }
 }
 
 #[cfg(test)]
@@ -246,6 +293,7 @@ mod tests {
             kv_cache: block_size_tokens.map(|block_size_tokens| wire::KvCache {
                 block_size_tokens,
                 adapters: strings(adapters),
+                capacity_tokens: 0,
             }),
             ..wire::Hello::default()
         }
@@ -321,5 +369,17 @@ mod tests {
         let cached = prefixes.cached(None, &more, Duration::ZERO);
         assert_eq!(cached.prompt_tokens, 113);
         assert_eq!([a, b].map(|worker| cached.held_by(worker)), [96, 0]);
+
+        // They turn out to be a third as many.
+        for _ in 0..100 {
+            prefixes.prompt_had_blocks(a, &prompt(&"x".repeat(1200)), 7);
+        }
+        let cached = prefixes.cached(None, &more, Duration::ZERO);
+        assert!((35..=41).contains(&cached.prompt_tokens), "{}", cached.prompt_tokens);
+        prefixes.prompt_had_blocks(a, &prompt("x"), 1);
+        assert_eq!(
+            prefixes.cached(None, &more, Duration::ZERO).prompt_tokens,
+            cached.prompt_tokens
+        );
     }
 }

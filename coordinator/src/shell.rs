@@ -4,18 +4,19 @@
 mod operators;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use baton_config::SloConfig;
 use baton_core::{
-    Action, AnnouncedChange, BalancerSettings, Core, Event, HandoffPlan, JobId, RequestKey,
-    RequestShape, Route, Settings, WorkerDescription, WorkerKey,
+    Action, AnnouncedChange, BalancerSettings, Core, Event, HandoffPlan, JobId, Rejection,
+    RequestKey, RequestShape, Route, Settings, Tenant, WorkerDescription, WorkerKey, WorkerReport,
+    policy::Policy,
 };
 use baton_proto as wire;
-use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role};
+use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role, StepModel};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use parking_lot::{Mutex, MutexGuard};
@@ -27,8 +28,10 @@ use crate::{
     handoffs::HandoffMatrix,
     journal::{Journal, unix_ms},
     metrics::{Metrics, Outcome, Path},
+    placed::{Explanation, Handoff, Placed, PlacedRequests, path_of},
     prefixes::{CachedPrefix, Prefixes},
     prompt::Prompt,
+    spans::{RequestTrace, Tracer},
     timeline::Timeline,
 };
 
@@ -39,6 +42,7 @@ pub(crate) use operators::UnknownWorker;
 pub(crate) struct Shell {
     state: Arc<Mutex<State>>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) tracer: Option<Arc<Tracer>>,
     started: Instant,
     slo: SloConfig,
     max_unread_bytes: usize,
@@ -48,15 +52,21 @@ pub(crate) struct Shell {
 pub(crate) struct State {
     pub(crate) core: Core,
     prefixes: Prefixes,
+    tidy_at: Duration,
+    placed: PlacedRequests,
     clients: HashMap<RequestKey, Client>,
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
+    slo: SloConfig,
     handoffs: HandoffMatrix,
     pub(crate) journal: Journal,
+    slo: SloConfig,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
+
+const TIDY_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 struct Attached {
@@ -64,6 +74,7 @@ struct Attached {
     peer: Option<PeerInfo>,
     models: Vec<String>,
     max_model_tokens: u32,
+    kv_capacity_tokens: Option<u64>,
     engine: String,
     since_unix_ms: u64,
     report: wire::Report,
@@ -79,7 +90,11 @@ struct Client {
     request_id: HeaderValue,
     streams: bool,
     timeline: Timeline,
+    trace: Option<Box<RequestTrace>>,
+    model: Option<String>,
     relaying: Option<Relaying>,
+    tenant: Tenant,
+    placed: Placed,
 }
 
 #[derive(Debug)]
@@ -116,6 +131,7 @@ pub(crate) struct IncomingRequest {
     pub(crate) streams: bool,
     pub(crate) request_id: HeaderValue,
     pub(crate) arrived: Instant,
+    pub(crate) trace: Option<Box<RequestTrace>>,
     pub(crate) forward: ForwardedRequest,
 }
 
@@ -136,11 +152,12 @@ impl Drop for InFlight {
 impl Shell {
     pub(crate) fn new(
         settings: Settings,
+        policy: Box<dyn Policy>,
         balancing: Option<BalancerSettings>,
         slo: SloConfig,
         max_unread_bytes: u64,
     ) -> Self {
-        let core = Core::new(settings);
+        let core = Core::with_policy(settings, policy);
         let core = match balancing {
             Some(balancing) => core.balanced(balancing),
             None => core,
@@ -149,18 +166,34 @@ impl Shell {
             state: Arc::new(Mutex::new(State {
                 core,
                 prefixes: Prefixes::default(),
+                tidy_at: Duration::ZERO,
+                placed: PlacedRequests::default(),
                 clients: HashMap::new(),
                 links: HashMap::new(),
                 engine_handoffs: HashMap::new(),
+                slo,
                 handoffs: HandoffMatrix::default(),
                 journal: Journal::default(),
+                slo,
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
+            tracer: None,
             started: Instant::now(),
             slo,
             max_unread_bytes: usize::try_from(max_unread_bytes).unwrap_or(usize::MAX),
         }
+    }
+
+    /// The same, with a trace of each request.
+    pub(crate) fn traced(self, tracer: Option<Tracer>) -> Self {
+        Self { tracer: tracer.map(Arc::new), ..self }
+    }
+
+    /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
+    #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
+    pub(crate) fn itl_target_ms(&self) -> f32 {
+        self.state.lock().slo.itl_ms as f32
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -173,7 +206,7 @@ impl Shell {
     }
 
     /// Takes a request in and sets its legs going.
-    pub(crate) fn arrive(&self, incoming: IncomingRequest) -> (Arc<Answer>, InFlight) {
+    pub(crate) fn arrive(&self, mut incoming: IncomingRequest) -> (Arc<Answer>, InFlight) {
         let answer = Answer::new(self.max_unread_bytes);
         let mut state = self.state.lock();
         let mut actions = std::mem::take(&mut state.actions);
@@ -181,9 +214,22 @@ impl Shell {
         let prompt = incoming.prompt.map(|prompt| {
             let model = incoming.shape.model.clone();
             let cached = state.prefixes.cached(model.as_deref(), &prompt, now);
+            incoming.shape.prompt_tokens = cached.prompt_tokens;
+            incoming.shape.held_tokens = cached.held_tokens.clone();
             KnownPrompt { prompt, model, cached }
         });
+        let model = incoming.shape.model.clone();
+        let mut timeline = Timeline::new(incoming.arrived);
+        let choosing = Instant::now();
+        let RequestShape { priority, tenant, .. } = incoming.shape.clone();
+        let placed = Placed {
+            arrived: now.saturating_sub(incoming.arrived.elapsed()),
+            priority,
+            tenant: tenant.name.clone(),
+            ..Placed::default()
+        };
         let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
+        timeline.placing = Some((choosing, Instant::now()));
         state.clients.insert(
             request,
             Client {
@@ -192,8 +238,12 @@ impl Shell {
                 prompt,
                 request_id: incoming.request_id,
                 streams: incoming.streams,
-                timeline: Timeline::new(incoming.arrived),
+                timeline,
+                trace: incoming.trace,
+                model,
                 relaying: None,
+                tenant,
+                placed,
             },
         );
         self.carry_out(&mut state, actions, None);
@@ -204,6 +254,7 @@ impl Shell {
         let mut state = self.state.lock();
         if let Some(client) = state.clients.remove(&request) {
             self.request_ended(&mut state, &client, Outcome::Cancelled);
+            self.placement_ended(&mut state, client, Outcome::Cancelled);
             self.tell_core(&mut state, Event::ClientGone { request }, None);
         }
     }
@@ -224,17 +275,23 @@ impl Shell {
             peer,
             models: description.models.clone(),
             max_model_tokens: hello.max_model_tokens,
+            kv_capacity_tokens: description.kv_capacity_tokens,
             engine: hello.engine.chars().take(128).collect(),
             since_unix_ms: unix_ms(),
             report: wire::Report::default(),
         };
         state.journal.role(&description.name, description.role);
-        let kept = format!("as {}, epoch {}", description.role, description.epoch);
-        state.journal.decided("attached", &description.name, kept, "worker");
+        let epoch: String = description.epoch.to_string().chars().take(8).collect();
+        let how = format!("as {}, epoch {epoch}…", description.role);
+        state.journal.decided("attached", &description.name, how, "worker");
+        let name = description.name.clone();
         let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
-        self.carry_out(&mut state, actions, None);
+        // Requests may have waited for this worker: it has its link before they are sent there.
         state.links.insert(worker, attached);
         state.prefixes.worker_attached(worker, hello);
+        let State { placed, links, .. } = &mut *state;
+        placed.worker_attached(worker, &name, |worker| links.contains_key(&worker));
+        self.carry_out(&mut state, actions, None);
         self.role_change(&mut state, worker, hello.role_change.as_ref());
         worker
     }
@@ -244,6 +301,7 @@ impl Shell {
         if let Some(view) = state.core.worker(worker) {
             warn!(worker = view.description.name, role = %view.description.role, "worker lost");
             let name = view.description.name.clone();
+            state.journal.worker_goes(worker, &name);
             state.journal.decided("lost", name, "its stream ended", "coordinator");
         }
         self.tell_core(&mut state, Event::WorkerLost { worker }, None);
@@ -252,17 +310,69 @@ impl Shell {
         state.handoffs.worker_gone(worker);
     }
 
+    pub(crate) fn worker_leaves(&self, worker: WorkerKey) {
+        let mut state = self.state.lock();
+        if let Some(view) = state.core.worker(worker) {
+            info!(worker = view.description.name, role = %view.description.role, "worker leaves");
+        }
+        self.tell_core(&mut state, Event::Drain { worker }, None);
+    }
+
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);
         self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
         self.role_change(&mut state, worker, report.role_change.as_ref());
-        if let Some(attached) = state.links.get_mut(&worker) {
-            attached.report = report;
-            if is_unheard {
-                attached.link.restart_kv_events();
-            }
+        let Some(attached) = state.links.get_mut(&worker) else { return };
+        let capacity_tokens = attached.kv_capacity_tokens;
+        let used_ratio = report.engine_kv_used_ratio;
+        let model = report.step_model.as_ref().and_then(usable_model);
+        attached.report = report;
+        if is_unheard {
+            attached.link.restart_kv_events();
         }
+        let view = state.core.worker(worker);
+        if let Some(view) = view
+            && let Some(capacity_tokens) = capacity_tokens
+        {
+            let kv_used_tokens = part_of(capacity_tokens, used_ratio);
+            // What is not of prompts that are still computed is of sequences that decode.
+            let decode_context_tokens = kv_used_tokens.saturating_sub(view.load.prefill_tokens);
+            let report = WorkerReport { decode_context_tokens, kv_used_tokens };
+            self.tell_core(&mut state, Event::Report { worker, report }, None);
+        }
+        if let Some(model) = model {
+            self.tell_core(&mut state, Event::ModelChanged { worker, model }, None);
+        }
+    }
+
+    /// Why a request, one of those that are open or one of the last that ended, went where it went.
+    pub(crate) fn explain(&self, request_id: &str) -> Option<Explanation> {
+        let state = self.state.lock();
+        let of_id = |client: &&Client| client.request_id.as_bytes() == request_id.as_bytes();
+        match state.clients.values().find(of_id) {
+            Some(client) => Some(state.placed.explain_open(request_id, &client.placed)),
+            None => state.placed.explain(request_id),
+        }
+    }
+
+    pub(crate) fn waiting_by_priority(&self) -> BTreeMap<i32, usize> {
+        self.state.lock().core.waiting_by_priority()
+    }
+
+    /// A request is over: what was predicted of it is held against what happened, and its tenant is
+    /// charged for its answer.
+    fn placement_ended(&self, state: &mut State, mut client: Client, outcome: Outcome) {
+        client.placed.last_token = client.last_token();
+        let (path, e2e) = (client.path(), client.timeline.arrived.elapsed());
+        state.core.answered_tokens(&client.tenant, client.placed.output_tokens);
+        if let Some(placed) = client.placed.decisions.last() {
+            self.metrics.prediction(
+                client.placed.predicted_ttft().zip(client.placed.first_token),
+                placed.itl_ms().zip(client.placed.itl_ms()),
+            );
+        }
+        state.placed.ended(client.request_id, client.placed, path, outcome, e2e);
     }
 
     /// What a worker says of its role.
@@ -296,7 +406,11 @@ impl Shell {
 
     pub(crate) fn tick(&self) {
         let mut state = self.state.lock();
-        state.prefixes.tidy(self.started.elapsed());
+        let now = self.started.elapsed();
+        if now >= state.tidy_at {
+            state.prefixes.tidy(now);
+            state.tidy_at = now + TIDY_INTERVAL;
+        }
         self.tell_core(&mut state, Event::Tick, None);
     }
 
@@ -389,9 +503,15 @@ impl Shell {
         if event.status != 0 {
             if let Some(moved) = event.handoff.take() {
                 self.metrics.handoff(&moved);
+                state.handed_over(request, worker, &moved);
                 let route = state.core.request(request).and_then(|view| view.route);
                 if let Some(Route::Disaggregated { prefill, decode, .. }) = route {
                     state.handoffs.add(prefill, decode, &moved);
+                }
+                if let Some(client) = state.clients.get_mut(&request)
+                    && let Some(trace) = &mut client.trace
+                {
+                    trace.handed_over(&moved);
                 }
             }
             self.tell_core(state, Event::Answered { job }, Some(&event));
@@ -403,9 +523,9 @@ impl Shell {
         let gap = client.tokens(event.tokens, now, &self.metrics);
         state.core.tokens(job, event.tokens, gap);
         if client.answer.push(&event.payload).is_err() {
-            info!(request_id = ?client.request_id, "client reads too slowly: cancelled");
             if let Some(client) = state.clients.remove(&request) {
                 self.request_ended(state, &client, Outcome::TooSlow);
+                self.placement_ended(state, client, Outcome::TooSlow);
             }
             return self.tell_core(state, Event::ClientGone { request }, None);
         }
@@ -426,10 +546,11 @@ impl Shell {
                 // No worker says yet that it could pull a prefix.
                 Action::Start { worker, job, request, leg, handoff, pull: _ } => {
                     self.prompt_goes_to(state, worker, request, leg);
-                    if leg != Leg::Decode
-                        && let Some(client) = state.clients.get_mut(&request)
-                    {
-                        client.timeline.attempted(Instant::now());
+                    if let Some(client) = state.clients.get_mut(&request) {
+                        client.timeline.leg_given(leg, worker, Instant::now());
+                    }
+                    if leg != Leg::Decode {
+                        self.attempted(state, request);
                     }
                     if let Some(start) = state.start_job(job, request, leg, handoff)
                         && let Some(attached) = state.links.get(&worker)
@@ -449,6 +570,9 @@ impl Shell {
                 }
                 Action::Reject { request, rejection } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
+                    if let Rejection::Overloaded { reason, .. } = &rejection {
+                        self.metrics.shed(*reason, client.placed.priority);
+                    }
                     let error = ClientError::from(rejection);
                     let outcome = if error.status().is_server_error() {
                         Outcome::ServerError
@@ -457,21 +581,31 @@ impl Shell {
                     };
                     self.request_ended(state, &client, outcome);
                     client.break_off(&error);
+                    self.placement_ended(state, client, outcome);
                 }
                 Action::BreakOff { request, .. } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
                     self.request_ended(state, &client, Outcome::BrokenOff);
                     client.break_off(&ClientError::NoWorker);
+                    self.placement_ended(state, client, Outcome::BrokenOff);
                 }
                 Action::Finish { request } => {
                     let Some(client) = state.clients.remove(&request) else { continue };
                     let outcome = client.outcome();
                     self.request_ended(state, &client, outcome);
                     client.answer.complete();
+                    self.placement_ended(state, client, outcome);
                 }
-                Action::Blame { leg, fault } => {
-                    warn!(%leg, origin = %fault.origin, kind = %fault.kind, reason = fault.message,
-                        "leg failed");
+                Action::Blame { request, leg, fault } => {
+                    if let Some(client) = state.clients.get_mut(&request) {
+                        client.log_span().in_scope(|| {
+                            warn!(%leg, origin = %fault.origin, kind = %fault.kind,
+                                reason = fault.message, "leg failed");
+                        });
+                        if let Some(trace) = &mut client.trace {
+                            trace.leg_failed(leg, &fault);
+                        }
+                    }
                     self.metrics.leg_failed(leg, &fault);
                 }
                 Action::SetRole { worker, role } => {
@@ -497,6 +631,22 @@ impl Shell {
             }
         }
         state.actions = actions;
+    }
+
+    /// The legs of a request are set going.
+    fn attempted(&self, state: &mut State, request: RequestKey) {
+        let State { clients, core, .. } = state;
+        let (Some(client), Some(decision)) =
+            (clients.get_mut(&request), core.take_decision(request))
+        else {
+            return;
+        };
+        client.timeline.attempted(Instant::now());
+        self.metrics.decided(path_of(&decision), decision.reason.as_str());
+        if client.placed.decisions.is_empty() {
+            self.metrics.waited(client.placed.priority, client.timeline.arrived.elapsed());
+        }
+        client.placed.decisions.push(decision);
     }
 
     /// A leg reads the prompt on this worker.
@@ -569,6 +719,20 @@ impl Shell {
 }
 
 impl State {
+    fn handed_over(&mut self, request: RequestKey, to: WorkerKey, moved: &wire::HandoffResult) {
+        let Some(client) = self.clients.get_mut(&request) else { return };
+        let blocks = moved.blocks.saturating_add(moved.blocks_reused);
+        if let Some(known) = &client.prompt {
+            self.prefixes.prompt_had_blocks(to, &known.prompt, blocks);
+        }
+        client.placed.handoff = Some(Handoff {
+            bytes: moved.bytes,
+            blocks: moved.blocks,
+            blocks_reused: moved.blocks_reused,
+            milliseconds: Duration::from_micros(moved.micros).as_secs_f64() * 1000.0,
+        });
+    }
+
     fn start_job(
         &mut self,
         job: JobId,
@@ -576,7 +740,14 @@ impl State {
         leg: Leg,
         handoff: Option<HandoffPlan>,
     ) -> Option<wire::StartJob> {
-        let forward = self.clients.get(&request)?.request.clone()?;
+        let client = self.clients.get(&request)?;
+        let mut forward = client.request.clone()?;
+        if let Some(trace) = &client.trace {
+            trace.passed_on(leg, &mut forward.headers);
+        }
+        let left_ms = self.slo.ttft_ms - client.timeline.arrived.elapsed().as_secs_f64() * 1000.0;
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
+        let deadline_ms = left_ms.max(1.0) as u32;
         let (fenced, engine_handoff_params) = match handoff {
             None | Some(HandoffPlan::Engine { prefill: None }) => (None, Bytes::new()),
             Some(HandoffPlan::Engine { prefill: Some(prefill) }) => {
@@ -600,11 +771,18 @@ impl State {
             body: forward.body,
             handoff: fenced,
             engine_handoff_params,
+            deadline_ms,
         })
     }
 }
 
 impl Client {
+    /// What a log line about the request stands in.
+    fn log_span(&self) -> tracing::Span {
+        let request_id = String::from_utf8_lossy(self.request_id.as_bytes());
+        tracing::info_span!("request", %request_id)
+    }
+
     fn path(&self) -> Path {
         self.relaying.as_ref().map_or(Path::None, |relaying| relaying.path)
     }
@@ -621,6 +799,7 @@ impl Client {
     fn tokens(&mut self, tokens: u32, now: Instant, metrics: &Metrics) -> Option<Duration> {
         let relaying = self.relaying.as_mut().filter(|_| tokens > 0)?;
         metrics.tokens(relaying.path, tokens);
+        self.placed.output_tokens += u64::from(tokens);
         // An answer that comes whole has no first token that anybody could see.
         match relaying.last_tokens.filter(|_| relaying.event_stream) {
             Some(last) => {
@@ -630,12 +809,21 @@ impl Client {
                 return Some(gap);
             }
             None if relaying.event_stream => {
-                metrics.first_token(relaying.path, now.duration_since(self.timeline.arrived));
+                let ttft = now.duration_since(self.timeline.arrived);
+                metrics.first_token(relaying.path, ttft);
+                self.placed.first_token = Some(ttft);
             }
             None => {}
         }
         relaying.last_tokens = Some(now);
         None
+    }
+
+    /// When the last tokens came, if anybody could see them come.
+    fn last_token(&self) -> Option<Duration> {
+        let last = self.relaying.as_ref()?.last_tokens?;
+        self.placed.first_token?;
+        Some(last.duration_since(self.timeline.arrived))
     }
 
     /// Says `error` in whatever way the answer still allows.
@@ -667,6 +855,19 @@ pub(crate) struct WorkerStatus {
     pub(crate) report: wire::Report,
     /// Blocks of its prefix cache that are known here.
     pub(crate) prefix_blocks: usize,
+}
+
+/// Of an engine whose steps take no time nothing could be predicted.
+pub(crate) fn usable_model(model: &wire::StepModel) -> Option<StepModel> {
+    let model = StepModel::try_from(model).ok()?;
+    let takes_time = |times: [f64; 3]| times.iter().any(|time| *time > 0.0);
+    (takes_time(model.prefill_ms) && takes_time(model.decode_ms)).then_some(model)
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, clippy::cast_sign_loss)]
+fn part_of(whole: u64, ratio: f32) -> u64 {
+    // Saturates.
+    (whole as f64 * f64::from(ratio.clamp(0.0, 1.0))) as u64
 }
 
 fn end_to_end_headers(headers: &[wire::Header]) -> HeaderMap {

@@ -1,11 +1,16 @@
 use std::time::Instant;
 
+use baton_core::WorkerKey;
+use baton_types::Leg;
+
 use crate::admin::Phases;
 
 /// The turning points of a request's way. None of them is a token.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Timeline {
     pub(crate) arrived: Instant,
+    /// When its workers were being chosen.
+    pub(crate) placing: Option<(Instant, Instant)>,
     /// Its first leg was given to a worker: of the last attempt.
     pub(crate) placed: Option<Instant>,
     /// Its prefill leg was through.
@@ -13,14 +18,40 @@ pub(crate) struct Timeline {
     /// Its answer began.
     pub(crate) answered: Option<Instant>,
     pub(crate) attempts: u32,
+    /// Of the last attempt.
+    pub(crate) prefill_worker: Option<WorkerKey>,
+    pub(crate) answering_worker: Option<WorkerKey>,
 }
 
 impl Timeline {
     pub(crate) fn new(arrived: Instant) -> Self {
-        Self { arrived, placed: None, prefilled: None, answered: None, attempts: 0 }
+        Self {
+            arrived,
+            placing: None,
+            placed: None,
+            prefilled: None,
+            answered: None,
+            attempts: 0,
+            prefill_worker: None,
+            answering_worker: None,
+        }
     }
 
-    pub(crate) fn attempted(&mut self, now: Instant) {
+    /// A leg was given to a worker. All but decode's begin an attempt.
+    pub(crate) fn leg_given(&mut self, leg: Leg, worker: WorkerKey, now: Instant) {
+        match leg {
+            Leg::Decode => return self.answering_worker = Some(worker),
+            Leg::Prefill => {
+                (self.prefill_worker, self.answering_worker) = (Some(worker), None);
+            }
+            Leg::Aggregated => {
+                (self.prefill_worker, self.answering_worker) = (None, Some(worker));
+            }
+        }
+        self.attempt_began(now);
+    }
+
+    fn attempt_began(&mut self, now: Instant) {
         self.placed = Some(now);
         self.prefilled = None;
         self.attempts += 1;
@@ -60,7 +91,7 @@ mod tests {
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
         let mut timeline = Timeline::new(start);
         assert_eq!(phases(&timeline, false, at(5)), [5.0, 0.0, 0.0, 0.0]);
-        timeline.attempted(at(10));
+        timeline.attempt_began(at(10));
         assert_eq!(phases(&timeline, true, at(30)), [10.0, 20.0, 0.0, 0.0]);
         timeline.prefilled = Some(at(40));
         assert_eq!(phases(&timeline, true, at(45)), [10.0, 30.0, 5.0, 0.0]);
@@ -71,7 +102,7 @@ mod tests {
         // Word of the prefill's end may come after the answer's beginning.
         timeline.prefilled = Some(at(60));
         assert_eq!(phases(&timeline, true, at(90)), [10.0, 40.0, 0.0, 40.0]);
-        timeline.attempted(at(70));
+        timeline.attempt_began(at(70));
         assert_eq!((timeline.attempts, timeline.prefilled), (2, None));
     }
 }

@@ -4,7 +4,7 @@ use futures::stream::BoxStream;
 use http::{HeaderMap, StatusCode};
 use tokio::sync::mpsc;
 
-use crate::{kv_cache::KvCacheLog, kv_port::KvPort};
+use crate::{kv_cache::KvCacheLog, kv_port::KvPort, pacing::Pacing};
 
 /// An OpenAI-compatible engine with a paged KV cache.
 ///
@@ -38,6 +38,22 @@ pub trait Engine: Send + Sync + 'static {
         None
     }
 
+    /// How long its steps take, and the pace that it can be set; `None` where it does not tell.
+    fn pacing(&self) -> Option<Pacing> {
+        None
+    }
+
+    /// Whether it serves the lowest `priority` of a request's JSON first. Others refuse the member.
+    fn takes_priority(&self) -> bool {
+        false
+    }
+
+    /// Whether it is to be asked for the usage of each stream, because an event may carry several tokens
+    /// and only the usage at the end tells how many there were.
+    fn wants_usage_asked(&self) -> bool {
+        false
+    }
+
     /// Waits until the engine has ended, and says why. Never returns where an engine cannot end by
     /// itself. After it, a new engine must be started.
     async fn ended(&self) -> EngineError {
@@ -53,6 +69,8 @@ pub trait Engine: Send + Sync + 'static {
 #[derive(Clone, Debug)]
 pub struct KvCache {
     pub block_size_tokens: u32,
+    /// Of the whole cache, where that is known.
+    pub capacity_tokens: Option<u64>,
     pub log: KvCacheLog,
 }
 

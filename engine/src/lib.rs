@@ -5,6 +5,7 @@ pub mod conformance;
 mod contract;
 mod kv_cache;
 mod kv_port;
+mod pacing;
 pub mod sim;
 mod vllm;
 
@@ -13,5 +14,6 @@ pub use contract::{
 };
 pub use kv_cache::{KvCacheChanges, KvCacheFollower, KvCacheLog};
 pub use kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, ToEngine};
+pub use pacing::{Pacing, StepPace};
 pub use sim::SimEngine;
 pub use vllm::VllmEngine;

@@ -201,3 +201,32 @@ async fn a_dropped_stream_is_forgotten() {
     drop(answer);
     until(|| engine.usage().blocks_used == 0 && engine.usage().requests_running == 0).await;
 }
+
+/// A decode is given one token with each step: those that it gets while a prompt is computed beside it
+/// tell how many steps the prompt took.
+#[tokio::test]
+async fn a_prompt_beside_decodes_takes_what_the_target_leaves() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = SimConfig { time_scale: 0.05, kv_blocks: 4096, ..small() };
+    let engine = Arc::new(SimEngine::start(&config, &arena(&directory), "w").unwrap());
+    let decode =
+        json!({"prompt": [1, 2, 3], "max_tokens": 5000, "stream": true, "ignore_eos": true});
+    let mut decode = complete(&engine, decode).await.body;
+    let prompt: Vec<u32> = (0..2000).collect();
+    let prompt = json!({"prompt": prompt, "max_tokens": 1});
+    // Less than any step takes: the prompt gets on all the same.
+    engine.pacing().unwrap().set_itl_target_ms(1e-6);
+    decode.next().await.unwrap().unwrap();
+    let prompt = tokio::spawn({
+        let engine = engine.clone();
+        async move { complete(&engine, prompt).await.body.try_collect::<Vec<_>>().await.unwrap() }
+    });
+    let mut steps = 0;
+    while !prompt.is_finished() {
+        let events = decode.next().await.unwrap().unwrap();
+        steps += events.windows(6).filter(|window| *window == b"data: ").count();
+    }
+    // Without a target it takes one step.
+    assert!(steps >= 2000 / 128, "{steps} steps");
+    prompt.await.unwrap();
+}

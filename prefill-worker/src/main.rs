@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use baton_config::ClusterConfig;
+use baton_logs::LogOptions;
 use baton_types::Role;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
@@ -19,19 +20,18 @@ struct Arguments {
     /// Which of the file's prefill workers this is.
     #[arg(long)]
     name: String,
+    /// HOST:PORT at which other workers reach this one, in place of the file's.
+    #[arg(long)]
+    advertise: Option<String>,
+    #[command(flatten)]
+    log: LogOptions,
 }
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("BATON_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        .with_writer(std::io::stderr)
-        .init();
+    arguments.log.begin();
     let cluster = ClusterConfig::read(&arguments.config)?;
-    let worker = cluster.worker(&arguments.name, Role::Prefill)?.clone();
+    let worker = cluster.worker(&arguments.name, Role::Prefill, arguments.advertise.as_deref())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;

@@ -87,6 +87,48 @@ impl From<wire::Compatibility> for types::Compatibility {
     }
 }
 
+impl wire::StepModel {
+    /// A model that was fitted to so many observed steps.
+    pub fn fitted(model: &types::StepModel, samples: u64) -> Self {
+        Self {
+            prefill_ms: model.prefill_ms.to_vec(),
+            decode_ms: model.decode_ms.to_vec(),
+            prefill_interference_factor: model.prefill_interference_factor,
+            samples,
+        }
+    }
+}
+
+impl TryFrom<&wire::StepModel> for types::StepModel {
+    type Error = WireError;
+
+    fn try_from(model: &wire::StepModel) -> Result<Self, WireError> {
+        let factor = model.prefill_interference_factor;
+        let [prefill_interference_factor] =
+            coefficients("prefill_interference_factor", &[factor], "a finite number from 0 up")?;
+        let three = "three finite numbers from 0 up";
+        Ok(Self {
+            prefill_ms: coefficients("prefill_ms", &model.prefill_ms, three)?,
+            decode_ms: coefficients("decode_ms", &model.decode_ms, three)?,
+            prefill_interference_factor,
+        })
+    }
+}
+
+fn coefficients<const N: usize>(
+    field: &'static str,
+    values: &[f64],
+    expected: &'static str,
+) -> Result<[f64; N], WireError> {
+    let possible = values.iter().all(|value| value.is_finite() && *value >= 0.0);
+    values.try_into().ok().filter(|_| possible).ok_or_else(|| WireError::Invalid {
+        message: "StepModel",
+        field,
+        value: format!("{values:?}"),
+        expected,
+    })
+}
+
 impl From<&types::Fault> for wire::Fault {
     fn from(fault: &types::Fault) -> Self {
         Self {
@@ -149,4 +191,27 @@ fn wrong_length(
     expected: &'static str,
 ) -> WireError {
     WireError::Invalid { message, field, value: format!("{len} bytes"), expected }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_model_that_cannot_be_is_refused() {
+        let model = types::StepModel {
+            prefill_ms: [16.0, 0.12, 2.5e-6],
+            decode_ms: [11.0, 0.06, 2.6e-5],
+            prefill_interference_factor: 0.8,
+        };
+        let wire = wire::StepModel::fitted(&model, 7);
+        assert_eq!(types::StepModel::try_from(&wire).unwrap(), model);
+        for decode_ms in [vec![1.0, 2.0], vec![1.0, -2.0, 3.0], vec![f64::NAN, 2.0, 3.0]] {
+            let bad = wire::StepModel { decode_ms, ..wire.clone() };
+            let error = types::StepModel::try_from(&bad).unwrap_err().to_string();
+            assert!(error.starts_with("StepModel.decode_ms is ["), "{error}");
+        }
+        let bad = wire::StepModel { prefill_interference_factor: -1.0, ..wire };
+        assert!(types::StepModel::try_from(&bad).is_err());
+    }
 }

@@ -64,6 +64,7 @@ impl Browser {
                 // Tests may run as root, where Chromium has no sandbox.
                 "--no-sandbox",
                 "--disable-gpu",
+                "--hide-scrollbars",
                 "--disable-dev-shm-usage",
                 "--no-first-run",
                 "--no-default-browser-check",
@@ -99,17 +100,17 @@ impl Browser {
             complaints: Vec::new(),
             _profile: profile,
         };
-        let page = browser.command("Target.createTarget", json!({ "url": "about:blank" }))?;
+        let page = browser.command("Target.createTarget", &json!({ "url": "about:blank" }))?;
         let target = json!({ "targetId": page["targetId"], "flatten": true });
-        let attached = browser.command("Target.attachToTarget", target)?;
+        let attached = browser.command("Target.attachToTarget", &target)?;
         browser.session = attached["sessionId"].as_str().map(str::to_owned);
         for domain in ["Page.enable", "Runtime.enable", "Log.enable"] {
-            browser.command(domain, json!({}))?;
+            browser.command(domain, &json!({}))?;
         }
         Ok(browser)
     }
 
-    fn command(&mut self, method: &str, parameters: Value) -> Result<Value> {
+    fn command(&mut self, method: &str, parameters: &Value) -> Result<Value> {
         self.sent += 1;
         let mut command = json!({ "id": self.sent, "method": method, "params": parameters });
         if let Some(session) = &self.session {
@@ -143,7 +144,7 @@ impl Browser {
 
     /// Opens a page and waits until its scripts have begun.
     pub fn open(&mut self, url: &str) -> Result<()> {
-        let navigated = self.command("Page.navigate", json!({ "url": url }))?;
+        let navigated = self.command("Page.navigate", &json!({ "url": url }))?;
         ensure!(navigated["errorText"].is_null(), "{url}: {navigated}");
         self.until("the page is there", "document.readyState === 'complete'")
     }
@@ -151,13 +152,13 @@ impl Browser {
     /// Runs a script in each page before the page's own.
     pub fn before_pages(&mut self, script: &str) -> Result<()> {
         let source = json!({ "source": script });
-        self.command("Page.addScriptToEvaluateOnNewDocument", source).map(drop)
+        self.command("Page.addScriptToEvaluateOnNewDocument", &source).map(drop)
     }
 
     pub fn evaluate(&mut self, expression: &str) -> Result<Value> {
         let parameters =
             json!({ "expression": expression, "awaitPromise": true, "returnByValue": true });
-        let result = self.command("Runtime.evaluate", parameters)?;
+        let result = self.command("Runtime.evaluate", &parameters)?;
         if let Some(thrown) = result.get("exceptionDetails") {
             bail!("{expression}: {thrown}");
         }
@@ -180,9 +181,9 @@ impl Browser {
     pub fn look(&mut self, width: u32, height: u32, scheme: &str) -> Result<()> {
         let size = json!({ "width": width, "height": height, "deviceScaleFactor": 1,
             "mobile": false });
-        self.command("Emulation.setDeviceMetricsOverride", size)?;
+        self.command("Emulation.setDeviceMetricsOverride", &size)?;
         let media = json!({ "features": [{ "name": "prefers-color-scheme", "value": scheme }] });
-        self.command("Emulation.setEmulatedMedia", media).map(drop)
+        self.command("Emulation.setEmulatedMedia", &media).map(drop)
     }
 
     /// The whole page as PNG, below the directory that `BATON_SCREENSHOTS` names; nothing without it.
@@ -191,7 +192,7 @@ impl Browser {
             return Ok(());
         };
         let shot =
-            self.command("Page.captureScreenshot", json!({ "captureBeyondViewport": true }))?;
+            self.command("Page.captureScreenshot", &json!({ "captureBeyondViewport": true }))?;
         let png = STANDARD.decode(shot["data"].as_str().context("a picture")?)?;
         std::fs::create_dir_all(&directory)?;
         Ok(std::fs::write(directory.join(format!("{name}.png")), png)?)

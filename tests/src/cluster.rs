@@ -28,9 +28,15 @@ pub struct ClusterBuilder {
     decode: usize,
     engine: Engine,
     coordinator_toml: String,
+    placement_toml: String,
+    admission_toml: String,
+    slo_toml: String,
     arena_toml: String,
+    tables_toml: String,
+    log: Vec<String>,
     balancer_toml: String,
     tls: Option<TlsPem>,
+    drain_timeout_seconds: u32,
     ready: bool,
 }
 
@@ -86,12 +92,19 @@ impl ClusterBuilder {
             decode: 1,
             engine,
             coordinator_toml: String::new(),
+            // What a scenario is about shall not depend on what splitting is predicted to bring.
+            placement_toml: "mode = \"always\"".to_owned(),
+            admission_toml: String::new(),
+            slo_toml: String::new(),
             // Beside the configuration, so that a killed worker's goes with it; smaller than some
             // prompts, so that handoffs have to wait for room.
             arena_toml: "directory = \".\"\nexport_bytes = \"48 MiB\"\nimport_bytes = \"48 MiB\""
                 .into(),
+            tables_toml: String::new(),
+            log: Vec::new(),
             balancer_toml: String::new(),
             tls: None,
+            drain_timeout_seconds: 1,
             ready: true,
         }
     }
@@ -127,15 +140,52 @@ impl ClusterBuilder {
         self
     }
 
+    /// More tables of the file, such as `[telemetry]`. Relative paths are taken from the cluster's
+    /// directory.
+    pub fn tables(mut self, toml: &str) -> Self {
+        self.tables_toml = toml.to_owned();
+        self
+    }
+
+    /// Logs in JSON, what `filter` lets through.
+    pub fn json_logs(mut self, filter: &str) -> Self {
+        self.log = ["--log-format", "json", "--log", filter].map(str::to_owned).into();
+        self
+    }
+
+    /// Keys of `[placement]`. Without them all requests are split that can be.
+    pub fn placement(mut self, keys: &str) -> Self {
+        self.placement_toml = keys.to_owned();
+        self
+    }
+
+    /// Keys of `[admission]`.
+    pub fn admission(mut self, keys: &str) -> Self {
+        self.admission_toml = keys.to_owned();
+        self
+    }
+
     /// Keys of `[balancer]`.
     pub fn balancer(mut self, keys: &str) -> Self {
         self.balancer_toml = keys.to_owned();
         self
     }
 
+    /// Keys of `[slo]`.
+    pub fn slo(mut self, keys: &str) -> Self {
+        self.slo_toml = keys.to_owned();
+        self
+    }
+
     /// Mutual TLS between coordinator and workers, who all show this one certificate.
     pub fn tls(mut self, pem: TlsPem) -> Self {
         self.tls = Some(pem);
+        self
+    }
+
+    /// How long a worker that is told to stop goes on with what it has.
+    pub fn drain_timeout_seconds(mut self, seconds: u32) -> Self {
+        self.drain_timeout_seconds = seconds;
         self
     }
 
@@ -171,6 +221,7 @@ impl ClusterBuilder {
             base: format!("http://127.0.0.1:{http_port}"),
             workers_port,
             admin_port,
+            log: self.log.clone(),
             ports,
             workers: workers
                 .iter()
@@ -202,9 +253,14 @@ impl ClusterBuilder {
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http_port}\"\n\
              workers_listen = \"127.0.0.1:{workers_port}\"\n\n\
-             [coordinator.limits]\n{}\n\n[admin]\nlisten = \"127.0.0.1:{admin_port}\"\n\
-             token_file = \"admin.token\"\n\n[arena]\n{}\n\n",
-            self.coordinator_toml, self.arena_toml
+             [coordinator.limits]\n{}\n\n[slo]\n{}\n\n[placement]\n{}\n\n[admission]\n{}\n\n[admin]\n\
+             listen = \"127.0.0.1:{admin_port}\"\ntoken_file = \"admin.token\"\n\n[arena]\n{}\n\n{}\n",
+            self.coordinator_toml,
+            self.slo_toml,
+            self.placement_toml,
+            self.admission_toml,
+            self.arena_toml,
+            self.tables_toml
         );
         writeln!(toml, "[balancer]\n{}\n", self.balancer_toml)?;
         if let Some(tls) = &self.tls {
@@ -216,6 +272,7 @@ impl ClusterBuilder {
         for (index, (name, role)) in workers.iter().enumerate() {
             let [transfer_port, engine_port] = ports[name];
             writeln!(toml, "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"")?;
+            writeln!(toml, "drain_timeout_seconds = {}", self.drain_timeout_seconds)?;
             writeln!(toml, "[worker.transfer]\nlisten = \"127.0.0.1:{transfer_port}\"")?;
             if let Engine::Vllm { installation, arguments } = &self.engine {
                 let socket = directory.join(format!("{name}.sock"));
@@ -280,6 +337,7 @@ pub struct Cluster {
     base: String,
     workers_port: u16,
     admin_port: u16,
+    log: Vec<String>,
     /// Of each worker: its transfer channel's, and its engine's.
     ports: BTreeMap<String, [u16; 2]>,
     config: PathBuf,
@@ -321,7 +379,7 @@ impl Cluster {
 
     pub async fn admin_get(&self, path: &str) -> Answer {
         let request = self.http.get(self.admin_url(path)).bearer_auth(ADMIN_TOKEN);
-        Answer::read(request.send().await.expect("an answer")).await.expect("a whole answer")
+        Answer::of(request.send().await.expect("an answer")).await.expect("a whole answer")
     }
 
     /// What `/admin/state` says.
@@ -331,7 +389,7 @@ impl Cluster {
 
     pub async fn admin_post(&self, path: &str, body: &Value) -> Answer {
         let request = self.http.post(self.admin_url(path)).bearer_auth(ADMIN_TOKEN).json(body);
-        Answer::read(request.send().await.expect("an answer")).await.expect("a whole answer")
+        Answer::of(request.send().await.expect("an answer")).await.expect("a whole answer")
     }
 
     pub fn directory(&self) -> &Path {
@@ -342,10 +400,11 @@ impl Cluster {
     pub fn start_process(&mut self, name: &str) -> Result<()> {
         let config = self.config.to_string_lossy().into_owned();
         let role = self.workers.get(name).map(|role| format!("{role}-worker"));
-        let arguments = match &role {
+        let mut arguments = match &role {
             None => vec!["coordinator", "--config", &config],
             Some(role) => vec![role.as_str(), "--config", &config, "--name", name],
         };
+        arguments.extend(self.log.iter().map(String::as_str));
         let process = Process::start(name, &arguments, self.directory.path())?;
         self.processes.insert(name.to_owned(), process);
         Ok(())
@@ -422,12 +481,12 @@ impl Cluster {
 
     pub async fn post(&self, path: &str, body: &Value) -> Answer {
         let response = self.http.post(self.url(path)).json(body).send().await;
-        Answer::read(response.expect("an answer")).await.expect("a whole answer")
+        Answer::of(response.expect("an answer")).await.expect("a whole answer")
     }
 
     pub async fn get(&self, path: &str) -> Answer {
         let response = self.http.get(self.url(path)).send().await.expect("an answer");
-        Answer::read(response).await.expect("a whole answer")
+        Answer::of(response).await.expect("a whole answer")
     }
 
     /// A greedy completion of token ids or text.

@@ -5,13 +5,17 @@
 mod answers;
 mod browser;
 mod cluster;
+mod control_plane;
 mod metrics;
 mod process;
+mod prometheus;
 mod vllm;
 
 pub use answers::{Answer, StreamEvent, read_events, streamed_text};
 pub use browser::{Browser, chromium_or_skip};
 pub use cluster::{ADMIN_TOKEN, Cluster, ClusterBuilder, TlsPem};
+pub use control_plane::{ControlPlane, kube_or_skip};
 pub use metrics::Metrics;
 pub use process::baton;
+pub use prometheus::{Prometheus, prometheus_or_skip};
 pub use vllm::{VllmInstallation, vllm_or_skip};

@@ -46,6 +46,7 @@ impl Stack {
         let [http, workers] = [free_tcp_port(), free_tcp_port()];
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http}\"\nworkers_listen = \"127.0.0.1:{workers}\"\n\n\
+             [placement]\nmode = \"always\"\n\n\
              [arena]\ndirectory = \".\"\nexport_bytes = \"192 KiB\"\nimport_bytes = \"64 KiB\"\n\n\
              [engine]\nkind = \"sim\"\ntime_scale = 0.0\nmax_model_tokens = 512\nkv_blocks = 2048\n\
              block_size_tokens = {BLOCK_SIZE_TOKENS}\nkv_bytes_per_token = 64\n\n"
@@ -253,7 +254,7 @@ async fn no_token_is_wrong_and_nothing_is_left() {
     println!("{handoffs} requests in {seconds:.1} s: {paths:?}\ndone: {done:?}");
     for name in baton_transfer::TransferError::NAMES {
         let label = format!("name=\"{name}\"");
-        let count = idle.sum("baton_worker_handoff_errors", &[&label]);
+        let count = idle.sum("baton_worker_handoff_errors_total", &[&label]);
         if count > 0.0 {
             println!("{name}: {count}");
         }
@@ -263,7 +264,10 @@ async fn no_token_is_wrong_and_nothing_is_left() {
     }
     for name in ["corrupt", "rotten", "truncated", "duplicate", "out_of_order", "cross_handoff"] {
         let label = format!("name=\"{name}\"");
-        assert!(idle.sum("baton_worker_handoff_errors", &[&label]) > 0.0, "{name} was not counted");
+        assert!(
+            idle.sum("baton_worker_handoff_errors_total", &[&label]) > 0.0,
+            "{name} was not counted"
+        );
     }
     assert!(paths["disaggregated"] > handoffs / 2, "{paths:?}");
     drop(idle);

@@ -81,7 +81,7 @@ impl Load {
                         break;
                     }
                     let (prompt, expected) = &questions.asked[round % questions.asked.len()];
-                    let streams = round % 3 != 0;
+                    let streams = !round.is_multiple_of(3);
                     let body = request(prompt, questions.max_tokens, streams);
                     let response = http.post(&url).json(&body).send().await.unwrap();
                     let (status, headers) = (response.status(), response.headers().clone());

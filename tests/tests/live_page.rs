@@ -20,12 +20,14 @@ fn nothing_overflows(browser: &mut Browser, name: &str) {
             "[...document.querySelectorAll('body *')].filter((element) => {
                if (element.closest('.scroll, dialog, svg, .track, .gauge')) return false;
                const box = element.getBoundingClientRect();
-               return box.width > 0 && (box.right > innerWidth + 1 || box.left < -1);
+               return box.width > 0 && (box.right > document.documentElement.clientWidth + 1 || box.left < -1);
              }).map((element) => element.outerHTML.slice(0, 120))",
         )
         .unwrap();
     assert_eq!(wide, json!([]), "{name}");
-    let scrolls = browser.evaluate("document.scrollingElement.scrollWidth > innerWidth").unwrap();
+    let scrolls = browser
+        .evaluate("document.scrollingElement.scrollWidth > document.documentElement.clientWidth")
+        .unwrap();
     assert_eq!(scrolls, false, "{name}");
 }
 
@@ -51,8 +53,13 @@ fn order(browser: &mut Browser, button: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn values_change_live_and_orders_work() {
     let Some(mut browser) = chromium_or_skip("values_change_live_and_orders_work") else { return };
-    let cluster =
-        ClusterBuilder::sim().pools(2, 2).engine("time_scale = 0.2").start().await.unwrap();
+    let cluster = ClusterBuilder::sim()
+        .pools(2, 2)
+        .engine("time_scale = 0.2")
+        .balancer("actuator = \"advise\"")
+        .start()
+        .await
+        .unwrap();
     browser.look(1400, 900, "light").unwrap();
     browser.open(&cluster.admin_url("/ui")).unwrap();
     give_token(&mut browser, "not the token");

@@ -141,8 +141,13 @@ async fn the_state_shows_workers_requests_and_handoffs() {
 
 #[tokio::test]
 async fn a_drained_worker_ends_what_it_has_and_takes_nothing_new() {
-    let mut cluster =
-        ClusterBuilder::sim().pools(1, 2).engine("time_scale = 0.1").start().await.unwrap();
+    let mut cluster = ClusterBuilder::sim()
+        .pools(1, 2)
+        .engine("time_scale = 0.1")
+        .balancer("actuator = \"advise\"")
+        .start()
+        .await
+        .unwrap();
     let body = json!({"prompt": "The last lap. ".repeat(20), "max_tokens": 300, "stream": true,
         "ignore_eos": true});
     let running = cluster.http.post(cluster.url("/v1/completions")).json(&body).send().await;

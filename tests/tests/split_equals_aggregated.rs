@@ -64,16 +64,17 @@ async fn the_counters_agree_with_each_other_and_with_the_prompt() {
         blocks += length.div_ceil(BLOCK_SIZE_TOKENS) as f64;
         let metrics = cluster
             .eventually("all blocks are counted", |metrics| {
-                metrics.sum("baton_worker_handoff_blocks_received", &["decode-0"]) == blocks
-                    && metrics.sum("baton_worker_handoff_blocks_sent", &["prefill-0"]) == blocks
+                metrics.sum("baton_worker_handoff_blocks_received_total", &["decode-0"]) == blocks
+                    && metrics.sum("baton_worker_handoff_blocks_sent_total", &["prefill-0"])
+                        == blocks
             })
             .await;
         let bytes = blocks * block_bytes;
         for (name, worker, expected) in [
-            ("baton_worker_handoff_blocks_sent", "prefill-0", blocks),
-            ("baton_worker_handoff_sent_bytes", "prefill-0", bytes),
-            ("baton_worker_handoff_received_bytes", "decode-0", bytes),
-            ("baton_worker_handoff_blocks_sent", "decode-0", 0.0),
+            ("baton_worker_handoff_blocks_sent_total", "prefill-0", blocks),
+            ("baton_worker_handoff_sent_bytes_total", "prefill-0", bytes),
+            ("baton_worker_handoff_received_bytes_total", "decode-0", bytes),
+            ("baton_worker_handoff_blocks_sent_total", "decode-0", 0.0),
         ] {
             assert_eq!(metrics.sum(name, &[worker]), expected, "{name} of {worker}");
         }

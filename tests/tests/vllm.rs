@@ -27,6 +27,8 @@ async fn vllm_on_both_sides() {
     ];
     let mut cluster = ClusterBuilder::vllm(installation.clone())
         .vllm_arguments(&arguments)
+        // Less than any step takes: no more of a prompt is computed beside decodes than has to be.
+        .slo("itl_ms = 1.0")
         .start()
         .await
         .unwrap();
@@ -41,6 +43,9 @@ async fn vllm_on_both_sides() {
     not_split(&cluster).await;
     say("bad requests get vLLM's own answer");
     bad_requests(&cluster).await;
+    say("steps keep the pace of the SLO, and the usage counts a stream's tokens");
+    steps_keep_the_pace(&cluster).await;
+    tokens_of_a_stream(&cluster).await;
     say("clients that go away");
     clients_that_go_away(&cluster).await;
     say("the openai client");
@@ -130,7 +135,7 @@ async fn split_equals_aggregated(cluster: &Cluster) {
         cluster
             .eventually("what was sent is what came", |metrics| {
                 let sent = |what: &str, worker| {
-                    metrics.sum(&format!("baton_worker_handoff_{what}"), &[worker])
+                    metrics.sum(&format!("baton_worker_handoff_{what}_total"), &[worker])
                 };
                 sent("blocks_sent", "prefill-0") == sent("blocks_received", "decode-0")
                     && sent("sent_bytes", "prefill-0") == sent("received_bytes", "decode-0")
@@ -214,6 +219,48 @@ async fn bad_requests(cluster: &Cluster) {
     assert_eq!(hot.status, 400, "{}", hot.text);
     assert!(hot.json()["error"]["message"].is_string());
     cluster.eventually_idle().await;
+}
+
+/// A decode is given one token with each step: those that it gets while a prompt is computed beside it
+/// tell how many steps the prompt took.
+async fn steps_keep_the_pace(cluster: &Cluster) {
+    const LEAST_CHUNK_TOKENS: usize = 32;
+    const PROMPT_TOKENS: usize = 1500;
+    let url = format!("http://127.0.0.1:{}/v1/completions", cluster.engine_port("prefill-0"));
+    let mut body = request(&prompt(71, 20), 1900);
+    body["stream"] = true.into();
+    let decoding = cluster.http.post(&url).json(&body).send().await.unwrap();
+    let mut tokens = decoding.bytes_stream();
+    // By these the worker learns how long a step takes, if it did not know.
+    for _ in 0..20 {
+        tokens.next().await.unwrap().unwrap();
+    }
+    let generated =
+        async || vllm_metrics(cluster, "prefill-0").await.sum("vllm:generation_tokens_total", &[]);
+    let before = generated().await;
+    let body = request(&prompt(72, PROMPT_TOKENS), 1);
+    let answer = cluster.http.post(&url).json(&body).send().await.unwrap();
+    assert!(answer.status().is_success());
+    answer.bytes().await.unwrap();
+    let steps = generated().await - before;
+    let least = PROMPT_TOKENS.div_ceil(LEAST_CHUNK_TOKENS) as f64;
+    assert!(steps >= least, "{PROMPT_TOKENS} tokens of prompt in {steps} steps, not {least}");
+    drop(tokens);
+    cluster.eventually_idle().await;
+}
+
+async fn tokens_of_a_stream(cluster: &Cluster) {
+    let counted = async || cluster.metrics().await.sum("baton_output_tokens_total", &[]);
+    for asks in [true, false] {
+        let mut body = request(&prompt(73, 40), 30);
+        body["stream"] = true.into();
+        body["stream_options"] = json!({"include_usage": asks});
+        let before = counted().await;
+        let events = cluster.stream("/v1/completions", &body).await.unwrap();
+        assert_eq!(counted().await - before, 30.0, "{asks}");
+        let usage = events.iter().any(|event| event.data.contains("completion_tokens"));
+        assert_eq!(usage, asks, "{events:?}");
+    }
 }
 
 async fn clients_that_go_away(cluster: &Cluster) {

@@ -5,6 +5,7 @@ mod compatibility;
 mod fault;
 mod handoff;
 mod role;
+mod step_fit;
 mod step_model;
 mod step_tail;
 
@@ -13,5 +14,6 @@ pub use compatibility::{Compatibility, CompatibilityMismatch};
 pub use fault::{Fault, FaultKind, Origin};
 pub use handoff::{Epoch, Generation, HandoffId, HandoffKey, ParseIdError, PromptDigest};
 pub use role::{Leg, ParseRoleError, Role};
+pub use step_fit::{StepFit, StepWork};
 pub use step_model::{StepLoad, StepModel};
 pub use step_tail::StepTail;

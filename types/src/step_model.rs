@@ -33,6 +33,16 @@ pub struct StepLoad {
 }
 
 impl StepModel {
+    /// Of an engine that takes `factor` times as long.
+    #[must_use]
+    pub fn slowed(&self, factor: f64) -> Self {
+        Self {
+            prefill_ms: self.prefill_ms.map(|ms| factor * ms),
+            decode_ms: self.decode_ms.map(|ms| factor * ms),
+            ..*self
+        }
+    }
+
     /// What tokens `from..to` of a prompt cost, the fixed part of a prefill left out. Chunks add up
     /// to the whole.
     pub fn prefill_work_ms(&self, from: u32, to: u32) -> f64 {

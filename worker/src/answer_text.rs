@@ -18,9 +18,36 @@ static OPENING: LazyLock<Finder<'static>> =
 static LATER_ERROR: LazyLock<Finder<'static>> =
     LazyLock::new(|| Finder::new(b"\n\ndata: {\"error\":"));
 
-/// Output tokens that these events carry: one each, where the event carries text at all.
-pub(crate) fn streamed_tokens(events: &[u8]) -> u32 {
-    each_event(events).map(|event| u32::from(carries_token(event))).sum()
+/// What a part of an event stream says of the answer's tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct StreamedTokens {
+    /// Events that carry text. vLLM joins the tokens that come while its server is busy: there may be
+    /// more tokens than events.
+    pub(crate) events: u32,
+    /// All tokens of the answer, as its usage says at the end where the client asked for it.
+    pub(crate) total: Option<u32>,
+}
+
+pub(crate) fn streamed_tokens(events: &[u8]) -> StreamedTokens {
+    let mut streamed = StreamedTokens::default();
+    for event in each_event(events) {
+        if carries_token(event) {
+            streamed.events += 1;
+        } else if tells_usage(event) {
+            streamed.total = Some(answered_tokens(event));
+        }
+    }
+    streamed
+}
+
+/// The events without that of the stream's usage.
+pub(crate) fn without_usage(events: &[u8]) -> Bytes {
+    each_event(events).filter(|event| !tells_usage(event)).collect::<Vec<_>>().concat().into()
+}
+
+fn tells_usage(event: &[u8]) -> bool {
+    event.starts_with(b"event: response.completed\n")
+        || (event.starts_with(b"data: ") && NO_CHOICES.find(event).is_some())
 }
 
 fn each_event(events: &[u8]) -> impl Iterator<Item = &[u8]> {
@@ -129,14 +156,18 @@ mod tests {
             "data: {\"choices\":[],\"usage\":{\"completion_tokens\":3}}\n\n",
             "data: [DONE]\n\n",
         );
-        assert_eq!(streamed_tokens(chat.as_bytes()), 3);
+        assert_eq!(streamed_tokens(chat.as_bytes()), StreamedTokens { events: 3, total: Some(3) });
         let role_and_text =
             b"data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"a\"}}]}\n\n";
-        assert_eq!(streamed_tokens(role_and_text), 1);
+        let one = StreamedTokens { events: 1, total: None };
+        assert_eq!(streamed_tokens(role_and_text), one);
         let responses = b"event: response.created\ndata: {}\n\n\
             event: response.output_text.delta\ndata: {\"delta\":\"a\"}\n\n";
-        assert_eq!(streamed_tokens(responses), 1);
-        assert_eq!(streamed_tokens(b": a comment\n\n"), 0);
+        assert_eq!(streamed_tokens(responses), one);
+        let completed = b"event: response.completed\n\
+            data: {\"response\":{\"usage\":{\"output_tokens\":9,\"output_tokens_details\":{}}}}\n\n";
+        assert_eq!(streamed_tokens(completed), StreamedTokens { events: 0, total: Some(9) });
+        assert_eq!(streamed_tokens(b": a comment\n\n"), StreamedTokens::default());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-use std::{sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use baton_config::TlsConfig;
 use baton_proto::{
@@ -44,24 +44,45 @@ enum AttachError {
     Ended,
 }
 
-/// Stays attached to one coordinator. Dropping the future closes the stream and cancels its jobs.
-pub(crate) async fn keep_attached(life: Arc<Life>, coordinator: &str, tls: Option<&TlsPem>) {
+/// Where a coordinator is.
+#[derive(Clone, Debug)]
+pub(crate) struct Coordinator {
+    /// `host:port` to dial.
+    pub(crate) address: String,
+    /// The name that its certificate carries, where that is not the address's host.
+    pub(crate) name: Option<String>,
+}
+
+impl fmt::Display for Coordinator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.address)
+    }
+}
+
+/// Stays attached to one coordinator for as long as it is `wanted`, which is asked whenever it is away.
+/// Dropping the future closes the stream and cancels its jobs.
+pub(crate) async fn keep_attached(
+    life: Arc<Life>,
+    coordinator: &Coordinator,
+    tls: Option<&TlsPem>,
+    wanted: impl Fn() -> bool,
+) {
     let mut backoff = Backoff::default();
-    loop {
+    while wanted() {
         let error = match attach(&life, coordinator, tls, &mut backoff).await {
             Ok(never) => match never {},
             Err(error) => error,
         };
         if matches!(error, AttachError::Displaced(_)) {
             // Coming back would displace the other in its turn, and so on for ever.
-            tracing::error!(coordinator, %error, "not attached");
+            tracing::error!(%coordinator, %error, "not attached");
             return std::future::pending().await;
         }
         let wait = backoff.next();
         if matches!(error, AttachError::Refused(_)) {
-            tracing::error!(coordinator, %error, "not attached");
+            tracing::error!(%coordinator, %error, "not attached");
         } else {
-            tracing::warn!(coordinator, %error, "not attached; trying again in {wait:?}");
+            tracing::warn!(%coordinator, %error, "not attached; trying again in {wait:?}");
         }
         tokio::time::sleep(wait).await;
     }
@@ -69,7 +90,7 @@ pub(crate) async fn keep_attached(life: Arc<Life>, coordinator: &str, tls: Optio
 
 async fn attach(
     life: &Arc<Life>,
-    coordinator: &str,
+    coordinator: &Coordinator,
     tls: Option<&TlsPem>,
     backoff: &mut Backoff,
 ) -> Result<std::convert::Infallible, AttachError> {
@@ -78,7 +99,7 @@ async fn attach(
         .connect()
         .await
         .map_err(|error| AttachError::Unreachable(chain(&error)))?;
-    let served = life.role.serves(coordinator);
+    let served = life.role.serves(&coordinator.address);
     let (outbox, frames) = Outbox::open(life.hello());
     // Whichever way this ends, the stream ends with it.
     let _close = CloseOnDrop(outbox.clone());
@@ -94,7 +115,8 @@ async fn attach(
     })
     .await
     .map_err(|_| AttachError::NoAnswer)??;
-    tracing::info!(coordinator, epoch = %life.epoch, "attached");
+    let _attached = life.counters.attached.one();
+    tracing::info!(%coordinator, epoch = %life.epoch, "attached");
     backoff.reset();
     serve(life, &mut stream, welcome, outbox, served).await
 }
@@ -106,9 +128,16 @@ async fn serve(
     outbox: Outbox,
     mut served: Served,
 ) -> Result<std::convert::Infallible, AttachError> {
+    if let Some(pacing) = life.engine.pacing() {
+        pacing.set_itl_target_ms(welcome.itl_target_ms.into());
+    }
     let jobs = Jobs::new(life.clone(), outbox.clone());
     let every = Duration::from_millis(u64::from(welcome.report_interval_ms.max(10)));
     let mut kv_events = KvTelling::new(life);
+    let mut leaving = life.leaving.clone();
+    if *leaving.borrow_and_update() {
+        outbox.leaving();
+    }
     let mut reports = interval(every);
     reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -131,6 +160,7 @@ async fn serve(
                 Frame::Refusal(refusal) => return Err(AttachError::Displaced(refusal.reason)),
                 Frame::Welcome(_) => {}
             },
+            Ok(()) = leaving.changed() => outbox.leaving(),
             _ = reports.tick() => outbox.report(report(life, &served)),
             () = served.changed() => outbox.report(report(life, &served)),
             message = kv_events.next(&outbox) => outbox.kv_events(message),
@@ -200,9 +230,12 @@ impl TlsPem {
     }
 }
 
-fn endpoint(coordinator: &str, tls: Option<&TlsPem>) -> Result<Endpoint, tonic::transport::Error> {
+fn endpoint(
+    coordinator: &Coordinator,
+    tls: Option<&TlsPem>,
+) -> Result<Endpoint, tonic::transport::Error> {
     let scheme = if tls.is_some() { "https" } else { "http" };
-    let mut endpoint = Endpoint::from_shared(format!("{scheme}://{coordinator}"))?
+    let mut endpoint = Endpoint::from_shared(format!("{scheme}://{}", coordinator.address))?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .initial_stream_window_size(WINDOW_BYTES)
@@ -212,11 +245,13 @@ fn endpoint(coordinator: &str, tls: Option<&TlsPem>) -> Result<Endpoint, tonic::
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true);
     if let Some(tls) = tls {
-        endpoint = endpoint.tls_config(
-            ClientTlsConfig::new()
-                .ca_certificate(Certificate::from_pem(&tls.ca))
-                .identity(Identity::from_pem(&tls.certificate, &tls.private_key)),
-        )?;
+        let mut config = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(&tls.ca))
+            .identity(Identity::from_pem(&tls.certificate, &tls.private_key));
+        if let Some(name) = &coordinator.name {
+            config = config.domain_name(name);
+        }
+        endpoint = endpoint.tls_config(config)?;
     }
     Ok(endpoint)
 }

@@ -22,6 +22,12 @@ pub(crate) struct Counters {
     pub(crate) handoffs_bypassed: Count,
     /// Jobs under way, of all coordinators.
     pub(crate) jobs_running: Gauge,
+    /// Those, and prefills that are through but whose blocks are still here.
+    pub(crate) jobs_open: Gauge,
+    /// 1 while the engine serves and its KV side is there.
+    pub(crate) lives: Gauge,
+    /// Coordinators that this worker is attached to.
+    pub(crate) attached: Gauge,
 }
 
 /// A number that only grows.

@@ -12,7 +12,7 @@ use tracing::Instrument;
 
 use crate::{
     handoff::{Consuming, Producer, Producing},
-    legs::{self, KvParameters, Part},
+    legs::{self, Asked, KvParameters, Part},
     life::{KvSide, Life, engine_fault},
     outbox::{Outbox, Pace},
     relay::{self, Relay},
@@ -49,11 +49,17 @@ impl Jobs {
             return;
         }
         let job = start.job;
-        let span = tracing::info_span!("job", job, leg = start.leg().as_str_name());
+        let span = tracing::info_span!(
+            "job",
+            request_id = %request_id(&start),
+            job,
+            leg = start.leg().as_str_name()
+        );
         let entry = Entry { job, running: self.running.clone() };
         let (life, outbox) = (self.life.clone(), self.outbox.clone());
         let task = async move {
             let _entry = entry;
+            let _open = life.counters.jobs_open.one();
             run(start, &life, &outbox).await;
         };
         running.insert(job, tokio::spawn(task.instrument(span)).abort_handle());
@@ -68,6 +74,15 @@ impl Jobs {
             task.abort();
         }
     }
+}
+
+/// As the coordinator writes it down; a client's own may be no text.
+fn request_id(start: &StartJob) -> String {
+    let mut headers = start.headers.iter();
+    headers
+        .find(|header| header.name.eq_ignore_ascii_case("x-request-id"))
+        .map(|header| String::from_utf8_lossy(&header.value).into_owned())
+        .unwrap_or_default()
 }
 
 /// A job's place in the table.
@@ -100,9 +115,10 @@ async fn run(start: StartJob, life: &Life, outbox: &Outbox) {
 async fn aggregated(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fault> {
     let _counted = life.counters.jobs_running.one();
     let job = start.job;
-    let body = start.body.clone();
+    let (body, hides_usage) = asking(life, &start, &start.body, true)?;
     let answer = ask_engine(life, start, body).await?;
-    Relay { job, outbox, consuming: None, counters: &life.counters }.stream(answer).await
+    let relay = Relay { job, outbox, consuming: None, counters: &life.counters, hides_usage };
+    relay.stream(answer).await
 }
 
 async fn decode(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fault> {
@@ -118,7 +134,9 @@ async fn decode(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fau
         }
     };
     let body = legs::decode_body(&start.body, &kv).map_err(|error| not_an_object(&error))?;
-    let relay = Relay { job, outbox, consuming: consuming.as_ref(), counters: &life.counters };
+    let (body, hides_usage) = asking(life, &start, &body, true)?;
+    let (consumed, counters) = (consuming.as_ref(), &life.counters);
+    let relay = Relay { job, outbox, consuming: consumed, counters, hides_usage };
     let answering = async {
         let answer = ask_engine(life, start, body).await?;
         relay.stream(answer).await
@@ -145,6 +163,7 @@ async fn prefill(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fa
         }
     };
     let body = legs::prefill_body(&start.body, &kv).map_err(|error| not_an_object(&error))?;
+    let (body, _) = asking(life, &start, &body, false)?;
     let answering = async {
         let answer = ask_engine(life, start, body).await?;
         relay::prefill_answer(job, answer, producing_of_engine(life)).await
@@ -260,6 +279,19 @@ fn refused(error: &WireError) -> Fault {
 
 fn not_an_object(error: &legs::BodyError) -> Fault {
     Fault::new(Origin::Client, FaultKind::Refused, error.to_string())
+}
+
+/// The body that this engine is to be given: see [`legs::asking`].
+fn asking(
+    life: &Life,
+    start: &StartJob,
+    body: &Bytes,
+    streams: bool,
+) -> Result<(Bytes, bool), Fault> {
+    let engine = &life.engine;
+    let due_ms = engine.takes_priority().then(|| life.due_ms(start.deadline_ms));
+    let asked = Asked { due_ms, usage: streams && engine.wants_usage_asked() };
+    legs::asking(&start.path, body, asked).map_err(|error| not_an_object(&error))
 }
 
 async fn ask_engine(life: &Life, start: StartJob, body: Bytes) -> Result<Answer, Fault> {

@@ -9,9 +9,16 @@ use serde::{
     Deserialize, Deserializer,
     de::{Error, MapAccess, Visitor},
 };
-use serde_json::value::RawValue;
+use serde_json::{Value, value::RawValue};
 
 const KV_PARAMETERS: &str = "kv_transfer_params";
+const PRIORITY: &str = "priority";
+const STREAM_OPTIONS: &str = "stream_options";
+/// Those of the engine's paths whose JSON has a priority and stream options.
+const PATHS_OF_TEXT: [&str; 2] = ["/v1/completions", "/v1/chat/completions"];
+/// One step of a client's own priority outweighs any deadline: 34 years.
+const CLIENT_PRIORITY_MS: i64 = 1 << 40;
+const CLIENT_PRIORITIES: i64 = 1 << 20;
 
 /// Of no use to a leg whose single token nobody sees, or refused together with `"stream": false`.
 const NOT_FOR_PREFILL: [&str; 6] =
@@ -65,6 +72,73 @@ impl KvParameters {
             Self::EngineConsume(parameters) => json.extend_from_slice(parameters),
         }
     }
+}
+
+/// What an engine is to be asked beyond what the client asks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Asked {
+    /// When the first token is due, on a clock that is the same for all requests to this engine: of two
+    /// that their clients gave the same priority, the one that is due first goes first.
+    pub(crate) due_ms: Option<i64>,
+    /// How many tokens a stream had, at its end.
+    pub(crate) usage: bool,
+}
+
+/// A body, and whether it asks for a stream's usage although the client did not.
+pub(crate) fn asking(path: &str, body: &Bytes, asked: Asked) -> Result<(Bytes, bool), BodyError> {
+    let path = path.split('?').next().unwrap_or_default();
+    if !PATHS_OF_TEXT.contains(&path) || (asked.due_ms.is_none() && !asked.usage) {
+        return Ok((body.clone(), false));
+    }
+    let members = Members::of(body)?;
+    let priority = asked.due_ms.and_then(|due_ms| priority(members.last(PRIORITY), due_ms));
+    let streams = members.last("stream").is_some_and(|value| value.get() == "true");
+    let options =
+        (asked.usage && streams).then(|| with_usage(members.last(STREAM_OPTIONS))).flatten();
+    if priority.is_none() && options.is_none() {
+        return Ok((body.clone(), false));
+    }
+    let mut rewritten = Object::with_capacity(body.len() + 96);
+    for (name, key, value) in &members.0 {
+        let is_replaced = match name.as_ref() {
+            PRIORITY => priority.is_some(),
+            STREAM_OPTIONS => options.is_some(),
+            _ => false,
+        };
+        if !is_replaced {
+            rewritten.member(key.get(), value.get().as_bytes());
+        }
+    }
+    if let Some(priority) = priority {
+        rewritten.member(r#""priority""#, priority.to_string().as_bytes());
+    }
+    if let Some(options) = &options {
+        rewritten.member(r#""stream_options""#, options.as_bytes());
+    }
+    Ok((rewritten.end(), options.is_some()))
+}
+
+fn priority(clients: Option<&RawValue>, due_ms: i64) -> Option<i64> {
+    let clients: i64 = match clients {
+        None => 0,
+        // What is no number is for the engine to refuse.
+        Some(value) => serde_json::from_str(value.get()).ok()?,
+    };
+    let clients = clients.clamp(-CLIENT_PRIORITIES, CLIENT_PRIORITIES);
+    Some(clients * CLIENT_PRIORITY_MS + due_ms)
+}
+
+/// `None` where the client asks for it, or for what the engine is to refuse.
+fn with_usage(clients: Option<&RawValue>) -> Option<String> {
+    let mut options: serde_json::Map<String, Value> = match clients.map(RawValue::get) {
+        None | Some("null") => serde_json::Map::new(),
+        Some(options) => serde_json::from_str(options).ok()?,
+    };
+    let asks = options.get("include_usage").is_some_and(|value| *value != Value::Bool(false));
+    // Without the other it has no effect, which must stay so.
+    options.remove("continuous_usage_stats");
+    options.insert("include_usage".to_owned(), Value::Bool(true));
+    (!asks).then(|| Value::Object(options).to_string())
 }
 
 /// The body that computes the prompt and one token, which is thrown away.
@@ -121,6 +195,10 @@ impl Object {
     fn finish(mut self, kv: &KvParameters) -> Bytes {
         self.key(r#""kv_transfer_params""#);
         kv.append_to(&mut self.0);
+        self.end()
+    }
+
+    fn end(mut self) -> Bytes {
         self.0.push(b'}');
         self.0.into()
     }
@@ -133,6 +211,11 @@ impl<'a> Members<'a> {
     fn of(body: &'a [u8]) -> Result<Self, BodyError> {
         serde_json::from_slice(body)
             .map_err(|error| BodyError::NotAnObject { line: error.line(), column: error.column() })
+    }
+
+    /// Of several members of one name the last counts.
+    fn last(&self, wanted: &str) -> Option<&'a RawValue> {
+        self.0.iter().rev().find(|(name, ..)| name == wanted).map(|(.., value)| *value)
     }
 }
 
@@ -171,8 +254,6 @@ fn name(key: &RawValue) -> serde_json::Result<Cow<'_, str>> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
-
     use super::*;
 
     fn fenced(part: Part) -> KvParameters {
@@ -219,6 +300,58 @@ mod tests {
         assert_eq!(json["kv_transfer_params"]["do_remote_decode"], true);
         assert!(text(&prefill).starts_with(r#"{"caf\u00e9":2,"max_tokens":1"#));
         assert_eq!(text(&prefill).matches("max_tok").count(), 1);
+    }
+
+    fn ask(body: &'static str, asked: Asked) -> (Value, bool) {
+        let body = Bytes::from_static(body.as_bytes());
+        let (body, added) = asking("/v1/completions?x", &body, asked).unwrap();
+        (serde_json::from_slice(&body).unwrap(), added)
+    }
+
+    #[test]
+    fn the_first_due_goes_first_among_those_of_one_priority() {
+        let priority = |body, due_ms| {
+            let asked = Asked { due_ms: Some(due_ms), usage: false };
+            ask(body, asked).0["priority"].clone()
+        };
+        let number = |body, due_ms| priority(body, due_ms).as_i64().unwrap();
+        assert_eq!(number(r#"{"prompt":"x"}"#, 1500), 1500);
+        assert!(number("{}", 1500) < number("{}", 1501));
+        assert!(number(r#"{"priority":-1}"#, 1 << 39) < number("{}", 0));
+        assert!(number(r#"{"priority":1}"#, 0) > number("{}", 1 << 39));
+        assert!(number(r#"{"priority":9223372036854775807}"#, 7) > 0);
+        assert_eq!(priority(r#"{"priority":"high"}"#, 7), "high");
+        let asked = Asked { due_ms: Some(3), usage: true };
+        let body = Bytes::from_static(br#"{"a": 1.50,"priority":0}"#);
+        let (other, _) = asking("/v1/chat/completions", &body, asked).unwrap();
+        assert_eq!(text(&other), r#"{"a":1.50,"priority":3}"#);
+        assert_eq!(asking("/v1/responses", &body, asked).unwrap(), (body, false));
+    }
+
+    #[test]
+    fn a_stream_says_its_usage_asked_or_not() {
+        let asked = Asked { due_ms: None, usage: true };
+        for (body, options) in [
+            (r#"{"stream":true}"#, r#"{"include_usage":true}"#),
+            (r#"{"stream":true,"stream_options":null}"#, r#"{"include_usage":true}"#),
+            (
+                r#"{"stream":true,"stream_options":{"include_usage":false,"continuous_usage_stats":true,"x":1}}"#,
+                r#"{"include_usage":true,"x":1}"#,
+            ),
+        ] {
+            let (body, added) = ask(body, asked);
+            assert!(added);
+            assert_eq!(body["stream_options"], serde_json::from_str::<Value>(options).unwrap());
+        }
+        for body in [
+            "{}",
+            r#"{"stream":false}"#,
+            r#"{"stream":true,"stream_options":{"include_usage":true}}"#,
+            r#"{"stream":true,"stream_options":7}"#,
+        ] {
+            let same: Value = serde_json::from_str(body).unwrap();
+            assert_eq!(ask(body, asked), (same, false));
+        }
     }
 
     #[test]

@@ -5,7 +5,9 @@
 mod answer_text;
 mod attach;
 mod counters;
+mod discover;
 mod handoff;
+mod health;
 mod jobs;
 mod kv_telling;
 mod legs;

@@ -1,11 +1,12 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
-use baton_proto::{Hello, KvCache, Peer, Report};
+use baton_proto::{Hello, KvCache, Peer, Report, StepModel};
 use baton_transfer::Ledger;
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin};
 use bytes::Bytes;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::{counters::Counters, handoff::Handoffs, role::RoleKeeper};
 
@@ -19,6 +20,9 @@ pub(crate) struct Life {
     pub(crate) description: EngineDescription,
     pub(crate) counters: Arc<Counters>,
     pub(crate) load: Mutex<EngineLoad>,
+    /// Turns true when this worker takes nothing new.
+    pub(crate) leaving: watch::Receiver<bool>,
+    pub(crate) born: Instant,
 }
 
 /// How this engine's KV can get to others.
@@ -70,6 +74,12 @@ impl Life {
         self.counters.jobs_running.get() == 0 && handoffs_open == 0
     }
 
+    /// A time so many milliseconds from now, on this life's own clock.
+    pub(crate) fn due_ms(&self, in_ms: u32) -> i64 {
+        let now_ms = i64::try_from(self.born.elapsed().as_millis()).unwrap_or(i64::MAX);
+        now_ms.saturating_add(in_ms.into())
+    }
+
     pub(crate) fn hello(&self) -> Hello {
         let mut hello = Hello {
             protocol_version: baton_proto::PROTOCOL_VERSION,
@@ -83,7 +93,13 @@ impl Life {
             kv_cache: self.engine.kv_cache().map(|cache| KvCache {
                 block_size_tokens: cache.block_size_tokens,
                 adapters: self.description.adapters.clone(),
+                capacity_tokens: cache.capacity_tokens.unwrap_or_default(),
             }),
+            step_model: self
+                .engine
+                .pacing()
+                .and_then(|pacing| pacing.cold_start())
+                .map(|model| StepModel::fitted(&model, 0)),
             ..Hello::default()
         };
         match &self.kv {
@@ -121,6 +137,11 @@ impl Life {
                 .engine
                 .kv_cache()
                 .map_or(0, |cache| cache.log.len() as u64),
+            step_model: self
+                .engine
+                .pacing()
+                .and_then(|pacing| pacing.fitted())
+                .map(|(model, samples)| StepModel::fitted(&model, samples)),
             ..Report::default()
         };
         if let KvSide::Fenced(fenced) = &self.kv {

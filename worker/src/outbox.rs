@@ -5,7 +5,9 @@ use std::{
     time::Duration,
 };
 
-use baton_proto::{Event, EventBatch, Hello, KvEvents, Report, WorkerFrame, worker_frame::Frame};
+use baton_proto::{
+    Event, EventBatch, Hello, KvEvents, Leaving, Report, WorkerFrame, worker_frame::Frame,
+};
 use futures::Stream;
 use parking_lot::Mutex;
 use tokio::{
@@ -55,6 +57,7 @@ struct State {
     hello: Option<Hello>,
     events: Vec<Event>,
     report: Option<Report>,
+    leaving: bool,
     kv_events: Option<KvEvents>,
     held_bytes: usize,
     at_once: bool,
@@ -72,6 +75,7 @@ impl Outbox {
             hello: Some(hello),
             events: Vec::new(),
             report: None,
+            leaving: false,
             kv_events: None,
             held_bytes: 0,
             at_once: false,
@@ -105,6 +109,13 @@ impl Outbox {
     pub(crate) fn report(&self, report: Report) {
         let mut state = self.shared.state.lock();
         state.report = Some(report);
+        state.wake();
+    }
+
+    /// Tells the coordinator that this worker takes nothing new.
+    pub(crate) fn leaving(&self) {
+        let mut state = self.shared.state.lock();
+        state.leaving = true;
         state.wake();
     }
 
@@ -222,6 +233,9 @@ impl Stream for Frames {
                 return frame(Frame::Events(batch));
             }
             state.timer_runs = true;
+        }
+        if std::mem::take(&mut state.leaving) {
+            return frame(Frame::Leaving(Leaving {}));
         }
         if let Some(report) = state.report.take() {
             return frame(Frame::Report(report));

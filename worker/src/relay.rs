@@ -38,6 +38,8 @@ pub(crate) struct Relay<'a> {
     /// Of a decode leg.
     pub(crate) consuming: Option<&'a Consuming>,
     pub(crate) counters: &'a Counters,
+    /// The engine was asked for the stream's usage, and the client did not ask.
+    pub(crate) hides_usage: bool,
 }
 
 impl Relay<'_> {
@@ -49,7 +51,7 @@ impl Relay<'_> {
             .get(header::CONTENT_TYPE)
             .is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"));
         if answer.status.is_server_error() {
-            return Err(server_error(answer).await);
+            return Err(server_error(&answer));
         }
         if is_events { self.events(answer).await } else { self.whole(answer).await }
     }
@@ -57,7 +59,7 @@ impl Relay<'_> {
     async fn events(&self, answer: Answer) -> Result<(), Fault> {
         let mut head = Some((answer.status, answer.headers));
         let mut body = answer.body;
-        let mut has_token = false;
+        let mut tokens_told = 0;
         let mut next = body.next().await;
         while let Some(chunk) = next {
             let mut chunk = chunk.map_err(|error| engine_fault(&error))?;
@@ -69,9 +71,14 @@ impl Relay<'_> {
                 // The last chunk and the end of the answer come together most of the time.
                 let after = body.next().now_or_never().filter(|_| failed.is_none());
                 let ends = matches!(after, Some(None));
-                let tokens = answer_text::streamed_tokens(&chunk);
-                let first_token = tokens > 0 && !has_token;
-                has_token |= tokens > 0;
+                let streamed = answer_text::streamed_tokens(&chunk);
+                let rest = streamed.total.map_or(0, |total: u32| total.saturating_sub(tokens_told));
+                let tokens = streamed.events.max(rest);
+                if streamed.total.is_some() && self.hides_usage {
+                    chunk = answer_text::without_usage(&chunk);
+                }
+                let first_token = tokens > 0 && tokens_told == 0;
+                tokens_told += tokens;
                 let at_once = head.is_some() || first_token || ends;
                 let event = self.event(head.take(), chunk, tokens, ends);
                 self.outbox.push(event, if at_once { Pace::AtOnce } else { Pace::Paced });
@@ -174,7 +181,7 @@ pub(crate) async fn prefill_answer(
     with_engine_parameters: bool,
 ) -> Result<Event, Fault> {
     if answer.status.is_server_error() {
-        return Err(server_error(answer).await);
+        return Err(server_error(&answer));
     }
     let Answer { status, headers, mut body } = answer;
     let mut held = BytesMut::new();
@@ -218,12 +225,8 @@ fn engine_parameters(body: &[u8]) -> Result<Bytes, Fault> {
         })
 }
 
-/// The engine's own failure. What it wrote may quote the prompt: that goes no further than debug.
-async fn server_error(mut answer: Answer) -> Fault {
-    if tracing::enabled!(tracing::Level::DEBUG) {
-        let first = answer.body.next().await.and_then(Result::ok).unwrap_or_default();
-        tracing::debug!(body = %String::from_utf8_lossy(&first), "the engine failed");
-    }
+/// The engine's own failure. What it wrote may quote the prompt, and stays with it.
+fn server_error(answer: &Answer) -> Fault {
     Fault::new(Origin::Engine, FaultKind::Failed, format!("the engine answered {}", answer.status))
 }
 

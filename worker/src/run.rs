@@ -1,16 +1,26 @@
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use baton_config::{EngineConfig, WorkerConfig};
 use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
 use baton_transfer::{Interpose, Ledger};
 use baton_types::{Compatibility, Epoch};
-use futures::future::join_all;
-use tokio::{sync::mpsc, time::MissedTickBehavior};
+use futures::{FutureExt, future::join_all};
+use tokio::{
+    sync::{mpsc, watch},
+    time::MissedTickBehavior,
+};
 
 use crate::{
-    attach::{self, TlsPem},
+    attach::{self, Coordinator, TlsPem},
     counters::Counters,
+    discover,
     handoff::{Handoffs, PortLoop, Transfer},
+    health::Health,
     life::{Fenced, KvSide, Life},
     role::RoleKeeper,
     transport::{self, OpenTransport, TransportError},
@@ -24,6 +34,9 @@ const EXPIRE_INTERVAL: Duration = Duration::from_millis(500);
 const LOAD_INTERVAL: Duration = Duration::from_secs(1);
 /// An engine whose connector has not come by then is worth a word in the log.
 const CONNECTOR_PATIENCE: Duration = Duration::from_secs(10);
+/// A job that was sent to a worker which leaves comes within this time.
+const LAST_JOBS: Duration = Duration::from_millis(300);
+const LEAVE_INTERVAL: Duration = Duration::from_millis(20);
 /// A worker that was let go looks this often whether its last handoffs have ended.
 const IDLE_INTERVAL: Duration = Duration::from_millis(10);
 const FIRST_RESTART_DELAY: Duration = Duration::from_millis(500);
@@ -39,13 +52,16 @@ pub enum WorkerError {
     Transfer(#[from] TransportError),
     #[error("cannot read {path}: {source}", path = path.display())]
     Tls { path: PathBuf, source: std::io::Error },
+    #[error("cannot listen on {address} (health_listen): {source}")]
+    Health { address: SocketAddr, source: std::io::Error },
 }
 
 /// Runs one worker until `shutdown` is ready: its engine, its handoffs, and its streams to the
 /// coordinators. To be run on a current-thread runtime.
 ///
 /// An engine that ends is started again, after a wait that grows, with a new epoch. On shutdown the
-/// streams are closed first, which cancels their jobs; then the engine is stopped.
+/// coordinators are asked for nothing new, and what there is may go on for the configured time; then the
+/// streams are closed, which cancels what is left, and the engine is stopped.
 pub async fn run(
     config: WorkerConfig,
     shutdown: impl Future<Output = ()>,
@@ -60,7 +76,8 @@ pub async fn run_through(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), WorkerError> {
     let worker = Worker::new(config, interpose)?;
-    let mut shutdown = std::pin::pin!(shutdown);
+    let _health = Health::serve(&worker.config, &worker.counters, worker.leaving.subscribe())?;
+    let mut shutdown = std::pin::pin!(shutdown.fuse());
     let mut delay = FIRST_RESTART_DELAY;
     let mut has_served = false;
     loop {
@@ -79,35 +96,32 @@ pub async fn run_through(
         };
         let served = tokio::select! {
             served = worker.serve(&engine) => Some(served),
-            () = &mut shutdown => None,
+            () = async { (&mut shutdown).await; worker.leave().await } => None,
         };
         engine.stop().await;
-        match served {
-            None => {
+        // Whoever was told to stop meanwhile starts no other.
+        let Some(Ended { error, was_ready }) = served.filter(|_| !*worker.leaving.borrow()) else {
+            worker.close().await;
+            return Ok(());
+        };
+        if !was_ready && !has_served {
+            worker.close().await;
+            return Err(error.into());
+        }
+        if was_ready {
+            has_served = true;
+            delay = FIRST_RESTART_DELAY;
+        }
+        tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
+        drop(engine);
+        tokio::select! {
+            () = &mut shutdown => {
                 worker.close().await;
                 return Ok(());
             }
-            Some(Ended { error, was_ready }) => {
-                if !was_ready && !has_served {
-                    worker.close().await;
-                    return Err(error.into());
-                }
-                if was_ready {
-                    has_served = true;
-                    delay = FIRST_RESTART_DELAY;
-                }
-                tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
-                drop(engine);
-                tokio::select! {
-                    () = &mut shutdown => {
-                        worker.close().await;
-                        return Ok(());
-                    }
-                    () = tokio::time::sleep(delay) => {}
-                }
-                delay = (2 * delay).min(LAST_RESTART_DELAY);
-            }
+            () = tokio::time::sleep(delay) => {}
         }
+        delay = (2 * delay).min(LAST_RESTART_DELAY);
     }
 }
 
@@ -128,6 +142,7 @@ struct Worker {
     tls: Option<TlsPem>,
     role: RoleKeeper,
     counters: Arc<Counters>,
+    leaving: watch::Sender<bool>,
     /// Absent where Baton does no handoffs.
     transfer: Option<WorkerTransfer>,
 }
@@ -165,7 +180,8 @@ impl Worker {
         let transfer =
             is_fenced(&config).then(|| WorkerTransfer::bind(&config, interpose)).transpose()?;
         let role = RoleKeeper::new(config.role);
-        Ok(Self { config, tls, role, counters: Arc::default(), transfer })
+        let leaving = watch::Sender::new(false);
+        Ok(Self { config, tls, role, counters: Arc::default(), leaving, transfer })
     }
 
     /// Serves with one engine until it ends.
@@ -259,14 +275,20 @@ impl Worker {
             description: description.clone(),
             counters: self.counters.clone(),
             load: parking_lot::Mutex::default(),
+            leaving: self.leaving.subscribe(),
+            born: std::time::Instant::now(),
         }
     }
 
     /// Attached to every coordinator until the worker takes another role.
     async fn live(&self, life: Arc<Life>) {
-        let attached = join_all(self.config.coordinators.iter().map(|coordinator| {
-            attach::keep_attached(life.clone(), coordinator, self.tls.as_ref())
-        }));
+        let _lives = self.counters.lives.one();
+        let attached = join_all(
+            self.config
+                .coordinators
+                .iter()
+                .map(|coordinator| self.keep_attached(life.clone(), coordinator)),
+        );
         tokio::select! {
             // Both for ever.
             _ = attached => {}
@@ -274,6 +296,36 @@ impl Worker {
             () = takes_another_role(&life) => {
                 tracing::info!(role = %life.role.role(), "has another role");
             }
+        }
+    }
+
+    async fn keep_attached(&self, life: Arc<Life>, coordinator: &str) {
+        let tls = self.tls.as_ref();
+        if self.config.every_address {
+            discover::keep_attached_to_all(life, coordinator, tls).await;
+        } else {
+            let coordinator = Coordinator { address: coordinator.to_owned(), name: None };
+            attach::keep_attached(life, &coordinator, tls, || true).await;
+        }
+    }
+
+    /// Takes nothing new, and waits for what there is.
+    async fn leave(&self) {
+        self.leaving.send_replace(true);
+        let open = || self.counters.jobs_open.get();
+        tracing::info!(jobs_open = open(), "told to stop; finishing what there is");
+        let finished = async {
+            let mut idle_since = Instant::now();
+            // What a coordinator sent before it heard of it still comes.
+            while open() > 0 || idle_since.elapsed() < LAST_JOBS {
+                if open() > 0 {
+                    idle_since = Instant::now();
+                }
+                tokio::time::sleep(LEAVE_INTERVAL).await;
+            }
+        };
+        if tokio::time::timeout(self.config.drain_timeout, finished).await.is_err() {
+            tracing::warn!(jobs_open = open(), "not all was finished in time");
         }
     }
 

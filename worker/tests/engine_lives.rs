@@ -69,6 +69,7 @@ fn vllm(address: SocketAddr, connector_socket: Option<&Path>) -> VllmConfig {
         connector_socket: connector_socket.map(Into::into),
         engine_handoff: false,
         start_timeout: Duration::from_secs(30),
+        profile: None,
     }
 }
 
@@ -84,7 +85,7 @@ async fn connect(socket: &Path) -> (UnixStream, Value) {
     })
     .await;
     let hello = json!({
-        "type": "hello", "protocol": 2, "connector_version": "1", "vllm_version": "0",
+        "type": "hello", "protocol": 3, "connector_version": "1", "vllm_version": "0",
         "compatibility": {
             "model": "m", "revision": "", "kv_dtype": "float32", "kv_layout": "NHD",
             "block_size_tokens": 16, "block_bytes": 4096,
@@ -153,7 +154,7 @@ async fn an_engine_that_goes_away_is_out_until_it_is_back() {
 
 #[tokio::test]
 async fn an_engine_that_never_serves_ends_its_worker_with_a_reason() {
-    let mut fleet = Fleet::start().await;
+    let fleet = Fleet::start().await;
     let command = ["sh", "-c", "echo no such model >&2; exit 3"].map(str::to_owned).to_vec();
     let source = VllmSource::Command { command, environment: [].into(), port: 0 };
     let engine = VllmConfig { source, ..vllm(any_port(), None) };

@@ -24,8 +24,11 @@ const PACKAGE: &[(&str, &str)] = package!(
     "layout.py"
     "link.py"
     "loads.py"
+    "pacing.py"
     "plan.py"
+    "scheduler.py"
     "scheduler_side.py"
+    "steps.py"
     "version.py"
     "worker_side.py"
 );

@@ -12,8 +12,9 @@ use std::{
 
 use anyhow::Context as _;
 use baton_config::{
-    AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig, EngineConfig,
-    LimitsConfig, SimConfig, SloConfig, TransferConfig, WorkerConfig,
+    AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
+    EngineConfig, LimitsConfig, PlacementConfig, PlacementMode, SimConfig, SloConfig,
+    TelemetryConfig, TransferConfig, WorkerConfig,
 };
 use baton_types::Role;
 use tempfile::TempDir;
@@ -39,6 +40,8 @@ pub(super) struct Plan {
     _arenas: TempDir,
 }
 
+/// Whoever stops what stands on their own desk does not want to wait.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 const SIM_START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Room for the longest prompt of the embedded engine, of which a block has 16 KiB.
 const SIM_ARENA_BYTES: u64 = 64 << 20;
@@ -86,6 +89,9 @@ pub(super) fn plan(
             name,
             role,
             coordinators: vec![workers_listen.to_string()],
+            every_address: false,
+            health_listen: None,
+            drain_timeout: DRAIN_TIMEOUT,
             tls: None,
             engine,
             arena: arena.clone(),
@@ -101,8 +107,12 @@ pub(super) fn plan(
             limits: LimitsConfig::default(),
         },
         slo: SloConfig::default(),
+        // To show both pools at work, whatever a laptop's load would make of them.
+        placement: PlacementConfig { mode: PlacementMode::Always, ..PlacementConfig::default() },
+        admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
         admin: Some(admin.clone()),
+        telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
         workers,

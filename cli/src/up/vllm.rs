@@ -140,6 +140,7 @@ impl VllmPlan {
             connector_socket: Some(self.socket(worker_name)),
             engine_handoff: false,
             start_timeout: START_TIMEOUT,
+            profile: None,
         }
     }
 

@@ -1,11 +1,17 @@
+mod admitting;
 mod balance;
 mod role_change;
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use baton_types::{Fault, FaultKind, Generation, HandoffId, Leg, Origin, Role};
 
 use crate::{
+    admission::{Accounts, AdmissionSettings, WaitingRoom},
+    decision::{Chosen, Considered},
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{Fleet, HandoffMode, Worker, WorkerDescription, WorkerKey, WorkerView},
     keyed::Keyed,
@@ -44,6 +50,22 @@ pub struct Settings {
     pub role_change_timeout: Duration,
     /// How often a request may be tried again before its first token.
     pub retries: u32,
+    /// What becomes of requests that could be split, while the prefill pool is empty.
+    pub on_no_prefill: OnNoPrefill,
+    /// Without it nobody waits for a turn.
+    pub admission: Option<AdmissionSettings>,
+    /// So long a request waits for a worker that could take it, where there is none.
+    pub wait_for_worker: Duration,
+    /// Keep what was predicted of each request, and of whom it was chosen among.
+    pub keeps_decisions: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnNoPrefill {
+    /// Decode workers do all of it.
+    #[default]
+    Local,
+    Reject,
 }
 
 impl Default for Settings {
@@ -58,6 +80,10 @@ impl Default for Settings {
             first_token_timeout: Duration::from_secs(300),
             role_change_timeout: Duration::from_secs(120),
             retries: 1,
+            on_no_prefill: OnNoPrefill::default(),
+            admission: None,
+            wait_for_worker: Duration::ZERO,
+            keeps_decisions: false,
         }
     }
 }
@@ -69,18 +95,31 @@ impl Default for Settings {
 /// - every job runs on a worker that is attached, and belongs to a request that is not over;
 /// - each request ends in exactly one of `Finish`, `Reject`, `BreakOff`, or its client's going;
 /// - a handoff's name is used for one attempt only: each retry is of the next generation;
-/// - a request that has no job waits in the queue of exactly one worker;
+/// - a request that has no job waits in the queue of exactly one worker, or for its turn in the one
+///   waiting room of its model;
 /// - a worker's count of jobs is the number of jobs that were started on it and not ended.
 #[derive(Debug)]
 pub struct Core {
     settings: Settings,
     policy: Box<dyn Policy>,
+    /// For requests whose paths cannot be predicted.
+    fallback: Box<dyn Policy>,
     fleet: Fleet,
     requests: Keyed<Request>,
     jobs: Keyed<Job>,
     /// Of the requests that have no answer yet.
     deadlines: BTreeSet<(Duration, RequestKey)>,
     late_shares: LateShares,
+    /// Who waits for a turn, by model.
+    rooms: BTreeMap<Option<String>, WaitingRoom>,
+    accounts: Accounts,
+    /// Until when each of them waits.
+    patience: BTreeSet<(Duration, RequestKey)>,
+    is_admitting: bool,
+    /// Of the one that was admitted last.
+    last_turn: Duration,
+    /// When prefills of answers that come whole are predicted to be done.
+    unseen_prefills: BTreeSet<(Duration, JobId)>,
     balancing: Option<Balancing>,
     /// Kept for its memory.
     candidates: Vec<WorkerKey>,
@@ -91,14 +130,14 @@ pub struct Core {
 impl Core {
     /// With the policy `least-load`.
     pub fn new(settings: Settings) -> Self {
-        let least_load = POLICIES.iter().find(|entry| entry.name == "least-load");
-        Self::with_policy(settings, (least_load.unwrap_or(&POLICIES[0]).make)(0))
+        Self::with_policy(settings, least_load())
     }
 
     pub fn with_policy(settings: Settings, policy: Box<dyn Policy>) -> Self {
         Self {
             settings,
             policy,
+            fallback: least_load(),
             balancing: None,
             candidates: Vec::new(),
             late_shares: LateShares::default(),
@@ -107,6 +146,12 @@ impl Core {
             requests: Keyed::default(),
             jobs: Keyed::default(),
             deadlines: BTreeSet::new(),
+            rooms: BTreeMap::new(),
+            accounts: Accounts::default(),
+            patience: BTreeSet::new(),
+            is_admitting: false,
+            last_turn: Duration::ZERO,
+            unseen_prefills: BTreeSet::new(),
         }
     }
 
@@ -121,7 +166,9 @@ impl Core {
             actions.push(Action::Disconnect { worker: former });
             self.handle(Event::WorkerLost { worker: former }, now, actions);
         }
-        self.fleet.attach(description, now)
+        let worker = self.fleet.attach(description, now);
+        self.admit(now, actions);
+        worker
     }
 
     /// A client asks. `handoff` names the handoff, should there be one.
@@ -141,7 +188,12 @@ impl Core {
             arrived: now,
             is_counted: false,
             avoid: Vec::new(),
+            split: self.settings.split,
             plan: Plan::Split,
+            admitted: false,
+            waits_until: None,
+            queued_ms: 0.0,
+            decision: None,
             waits_for: None,
             handoff,
             generation: Generation::default(),
@@ -153,7 +205,9 @@ impl Core {
             answering: None,
         }));
         self.deadlines.insert((first_token_deadline, key));
-        self.start_attempt(key, now, actions);
+        if !self.rejects_early(key, now, actions) {
+            self.start_attempt(key, now, actions);
+        }
         key
     }
 
@@ -161,8 +215,12 @@ impl Core {
         match event {
             Event::WorkerLost { worker } => self.worker_lost(worker, now, actions),
             Event::Drain { worker } => self.drain(worker, now, actions),
-            Event::Undrain { worker } => self.fleet.set_drains(worker, false),
+            Event::Undrain { worker } => {
+                self.fleet.set_drains(worker, false);
+                self.admit(now, actions);
+            }
             Event::Report { worker, report } => self.fleet.report(worker, &report, now),
+            Event::ModelChanged { worker, model } => self.fleet.model_changed(worker, model),
             Event::PrefillDone { job } => self.prefill_done(job, now, actions),
             Event::Answered { job } => self.answered(job, now, actions),
             Event::Ended { job } => self.ended(job, now, actions),
@@ -223,46 +281,57 @@ impl Core {
     /// By the SLO.
     fn due(&self, shape: &RequestShape, now: Duration) -> Duration {
         let Settings { ttft, ttft_prefill_factor, .. } = self.settings;
-        let model = self.fleet.iter().find_map(|(_, worker)| worker.description.model);
+        let model = self.fleet.iter().find_map(|(_, worker)| worker.load.model);
         let alone_ms = model.map_or(0.0, |model| model.prefill_alone_ms(0, shape.prompt_tokens));
         now + ttft + milliseconds(ttft_prefill_factor * alone_ms)
     }
 
     /// Chooses the worker of the first leg, and puts the request into its queue.
     fn start_attempt(&mut self, key: RequestKey, now: Duration, actions: &mut Vec<Action>) {
-        let Some(request) = self.requests.get(key.0) else { return };
+        let split = self.split_now();
+        let Some(request) = self.requests.get_mut(key.0) else { return };
+        request.split = split;
         let mut candidates = std::mem::take(&mut self.candidates);
-        let plan = placement::plan(
-            &self.fleet,
-            &request.shape,
-            &request.avoid,
-            self.settings.split,
-            &mut candidates,
-        );
+        let Request { shape, avoid, .. } = request;
+        let plan = placement::plan(&self.fleet, shape, avoid, split, &mut candidates);
         match plan {
+            Err(NoRoute::NoWorker) if self.waits_for_workers() => {
+                self.wait(key, now + self.settings.wait_for_worker, now, actions);
+            }
+            Ok(Plan::Aggregated(AggregatedReason::NoPrefillWorker)) if self.rejects_local() => {
+                if self.waits_for_workers() {
+                    self.wait(key, now + self.settings.wait_for_worker, now, actions);
+                } else {
+                    self.reject(key, Rejection::NoPrefillWorker, now, actions);
+                }
+            }
+            Ok(_) if self.has_to_wait(key, &candidates, now) => {
+                let max_wait = self.settings.admission.unwrap_or_default().max_wait;
+                self.wait(key, now + max_wait, now, actions);
+            }
             Err(reason) => {
                 let rejection = match reason {
                     NoRoute::NoWorker => Rejection::NoWorker,
-                    NoRoute::UnknownModel => Rejection::UnknownModel {
-                        model: request.shape.model.clone().unwrap_or_default(),
-                    },
+                    NoRoute::UnknownModel => self.unknown_model(key),
                 };
                 self.reject(key, rejection, now, actions);
             }
             Ok(plan) => {
+                self.decide(key, plan, now);
                 let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
                 self.fleet.placed(worker);
                 if self.balancing.is_some()
                     && let (Some(request), Some(on)) =
                         (self.requests.get(key.0), self.fleet.get(worker))
                 {
-                    let hit_tokens = hit_tokens(&on.prefixes, &request.shape);
+                    let hit_tokens = hit_tokens(worker, &on.prefixes, &request.shape);
                     self.count_arrival(key, worker, hit_tokens);
                 }
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.plan = plan;
                 }
                 match self.settings.order {
+                    _ if !self.is_held(key, worker) => self.dispatch(key, worker, now, actions),
                     Order::Arrival => self.dispatch(key, worker, now, actions),
                     Order::LateLast => {
                         self.enqueue(key, worker, now);
@@ -283,7 +352,8 @@ impl Core {
         candidates: &[WorkerKey],
         now: Duration,
     ) -> WorkerKey {
-        if let [only] = candidates {
+        let keeps = self.settings.keeps_decisions;
+        if let ([only], false) = (candidates, keeps) {
             return *only;
         }
         let Some(request) = self.requests.get(key.0) else { return candidates[0] };
@@ -294,7 +364,9 @@ impl Core {
             .filter_map(|worker| Some((*worker, self.fleet.get(*worker)?)))
             .map(|(worker, on)| candidate(request, worker, on, here, &holders, targets, now))
             .collect();
-        let place = self.policy.choose(&Choice {
+        let by_prediction = request.split == self.settings.split;
+        let policy = if by_prediction { &mut self.policy } else { &mut self.fallback };
+        let place = policy.choose(&Choice {
             now,
             leg,
             request: &request.shape,
@@ -303,6 +375,17 @@ impl Core {
             candidates: &shown,
         });
         debug_assert!(place < shown.len(), "a policy chooses one of the candidates");
+        if keeps {
+            let (tokens, prefills) = (request.shape.prompt_tokens, leg == Leg::Prefill);
+            let predict = if prefills { Considered::to_prefill } else { Considered::to_decode };
+            let considered = shown.iter().map(|one| predict(one, tokens, targets)).collect();
+            let chosen = Chosen::new(considered, place);
+            if let Some(request) = self.requests.get_mut(key.0)
+                && let Some(decision) = &mut request.decision
+            {
+                *(if prefills { &mut decision.first } else { &mut decision.decode }) = chosen;
+            }
+        }
         candidates[place.min(candidates.len() - 1)]
     }
 
@@ -337,14 +420,15 @@ impl Core {
         };
         let tokens = request.shape.prompt_tokens;
         let work_ms = on.load.prefill_ms(cached_tokens, tokens);
-        request.turn = request.due;
-        if self.late_shares.are_spent(tokens) {
+        let due = request.turn;
+        if self.settings.admission.is_none() && self.late_shares.are_spent(tokens) {
             let takes_ms = work_ms / on.load.prefill_rate(&self.settings.targets);
-            request.turn = request.turn.saturating_sub(milliseconds(HEAD_START * takes_ms));
+            request.turn = due.saturating_sub(milliseconds(HEAD_START * takes_ms));
         }
-        on.queue.push(key, request.turn, Waiting { work_ms, tokens, due: request.due });
+        on.queue.push(key, request.turn, Waiting { work_ms, tokens, due });
+        on.queued_ms += work_ms;
         on.queue_changed();
-        request.waits_for = Some(worker);
+        (request.waits_for, request.queued_ms) = (Some(worker), work_ms);
     }
 
     /// Gives a worker's engine what it has room for.
@@ -378,9 +462,15 @@ impl Core {
             }
             if let Some(request) = self.requests.get_mut(key.0) {
                 request.waits_for = None;
+                on.queued_ms -= request.queued_ms;
+            }
+            if on.queue.len() == 0 {
+                // Nothing is left of rounding.
+                on.queued_ms = 0.0;
             }
             self.dispatch(key, worker, now, actions);
         }
+        self.admit(now, actions);
     }
 
     /// Starts the legs of a request whose first worker is chosen.
@@ -400,7 +490,7 @@ impl Core {
                     &self.fleet,
                     &request.shape,
                     &request.avoid,
-                    self.settings.split,
+                    request.split,
                     worker,
                     &mut partners,
                 );
@@ -492,6 +582,7 @@ impl Core {
             on.prefixes.used(&shape.prefix_blocks, shape.prefix_block_tokens);
         }
         let id = JobId(self.jobs.insert(job));
+        self.foresee_unseen(id, &job, now);
         self.fleet.job_started(&job, now);
         actions.push(Action::Start { worker, job: id, request: key, leg, handoff, pull });
         id
@@ -530,12 +621,15 @@ impl Core {
     fn withdraw(&mut self, key: RequestKey, now: Duration, actions: &mut Vec<Action>) {
         let Some(request) = self.requests.get_mut(key.0) else { return };
         let (jobs, turn) = ([request.prefill, request.answering], request.turn);
+        let queued_ms = request.queued_ms;
         if let Some(worker) = request.waits_for.take()
             && let Some(on) = self.fleet.get_mut(worker)
         {
             on.queue.remove(key, turn);
+            on.queued_ms = if on.queue.len() == 0 { 0.0 } else { on.queued_ms - queued_ms };
             on.queue_changed();
         }
+        self.stop_waiting(key);
         for job in jobs.into_iter().flatten() {
             self.cancel(job, now, actions);
         }
@@ -589,9 +683,9 @@ impl Core {
             return Some(chosen);
         }
         let is_there = known.is_some();
-        let Request { shape, avoid, .. } = self.requests.get(key.0)?;
+        let Request { shape, avoid, split, .. } = self.requests.get(key.0)?;
         let mut partners = Vec::new();
-        placement::partners(&self.fleet, shape, avoid, self.settings.split, prefill, &mut partners);
+        placement::partners(&self.fleet, shape, avoid, *split, prefill, &mut partners);
         partners.retain(|worker| *worker != prefill);
         if partners.is_empty() {
             return is_there.then_some(chosen);
@@ -664,7 +758,7 @@ impl Core {
         actions: &mut Vec<Action>,
     ) {
         let Some(request) = self.requests.get_mut(key.0) else { return };
-        actions.push(Action::Blame { leg, fault: fault.clone() });
+        actions.push(Action::Blame { request: key, leg, fault: fault.clone() });
 
         if request.phase == Phase::Relaying {
             if request.answering.is_some() {
@@ -700,6 +794,7 @@ impl Core {
             self.start_attempt(key, now, actions);
         } else if let Some(worker) = in_one.filter(|worker| self.fleet.get(*worker).is_some()) {
             let reason = AggregatedReason::HandoffFailed;
+            self.decide(key, Plan::Aggregated(reason), now);
             self.start_aggregated(key, worker, reason, now, actions);
         } else {
             self.reject(key, Rejection::LegFailed { leg, fault }, now, actions);
@@ -734,6 +829,7 @@ impl Core {
     fn empty_queue(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
         let Some(on) = self.fleet.get_mut(worker) else { return };
         let queue = std::mem::take(&mut on.queue);
+        on.queued_ms = 0.0;
         on.queue_changed();
         self.place_anew(queue.keys(), now, actions);
     }
@@ -753,6 +849,11 @@ impl Core {
         }
     }
 
+    fn unknown_model(&self, key: RequestKey) -> Rejection {
+        let model = self.requests.get(key.0).and_then(|request| request.shape.model.clone());
+        Rejection::UnknownModel { model: model.unwrap_or_default() }
+    }
+
     fn reject(
         &mut self,
         key: RequestKey,
@@ -770,6 +871,9 @@ impl Core {
         {
             self.reject(key, Rejection::FirstTokenTimeout, now, actions);
         }
+        self.prefills_unseen(now, actions);
+        self.lose_patience(now, actions);
+        self.admit(now, actions);
     }
 
     /// The request is over.
@@ -798,7 +902,9 @@ impl Core {
         for (key, request) in self.requests.iter() {
             let jobs = [request.prefill, request.answering];
             let has_jobs = jobs.iter().any(Option::is_some);
-            assert!(has_jobs != request.waits_for.is_some(), "request {key} waits for something");
+            let waits = [request.waits_for.is_some(), request.waits_until.is_some()];
+            let places = [has_jobs, waits[0], waits[1]].into_iter().filter(|place| *place).count();
+            assert_eq!(places, 1, "request {key} waits for something");
             if let Some(worker) = request.waits_for {
                 let worker = self.fleet.get(worker).expect("a queue is a worker's");
                 let places = worker.queue.keys().filter(|waiting| waiting.0 == key).count();
@@ -811,6 +917,15 @@ impl Core {
         let waiting: usize = self.fleet.iter().map(|(_, worker)| worker.queue.len()).sum();
         let waits = |(_, request): &(u64, &Request)| request.waits_for.is_some();
         assert_eq!(waiting, self.requests.iter().filter(waits).count(), "nobody gone is queued");
+        let in_rooms: usize = self.rooms.values().map(WaitingRoom::len).sum();
+        let waits = |(_, request): &(u64, &Request)| request.waits_until.is_some();
+        assert_eq!(in_rooms, self.requests.iter().filter(waits).count(), "rooms have who waits");
+        assert_eq!(in_rooms, self.patience.len(), "who waits does not wait for ever");
+        for (_, worker) in self.fleet.iter() {
+            let waiting = worker.queue.keys().filter_map(|key| self.requests.get(key.0));
+            let queued_ms: f64 = waiting.map(|request| request.queued_ms).sum();
+            assert!((queued_ms - worker.queued_ms).abs() < 1e-3, "a queue's work adds up");
+        }
         let running: u32 = self.fleet.iter().map(|(_, worker)| worker.jobs_running).sum();
         let computing = self.jobs.iter().filter(|(_, job)| job.stage.is_running()).count();
         assert_eq!(running as usize, computing, "counts agree");
@@ -846,7 +961,7 @@ fn candidate<'a>(
     targets: &Targets,
     now: Duration,
 ) -> Candidate<'a> {
-    let hit_tokens = hit_tokens(&worker.prefixes, &request.shape);
+    let hit_tokens = hit_tokens(key, &worker.prefixes, &request.shape);
     Candidate {
         worker: key,
         load: &worker.load,
@@ -859,13 +974,19 @@ fn candidate<'a>(
 }
 
 /// Tokens of the prompt's start whose KV a worker is believed to hold.
-pub(crate) fn hit_tokens(prefixes: &RecentPrefixes, shape: &RequestShape) -> u32 {
+pub(crate) fn hit_tokens(worker: WorkerKey, prefixes: &RecentPrefixes, shape: &RequestShape) -> u32 {
+    let told = shape.held_by(worker);
     if shape.prefix_blocks.is_empty() {
-        return 0;
+        return told.min(shape.prompt_tokens.saturating_sub(1));
     }
     let blocks = u32::try_from(prefixes.matched(&shape.prefix_blocks)).unwrap_or(u32::MAX);
-    let tokens = blocks.saturating_mul(shape.prefix_block_tokens);
+    let tokens = blocks.saturating_mul(shape.prefix_block_tokens).max(told);
     tokens.min(shape.prompt_tokens.saturating_sub(1))
+}
+
+fn least_load() -> Box<dyn Policy> {
+    let least_load = POLICIES.iter().find(|entry| entry.name == "least-load");
+    (least_load.unwrap_or(&POLICIES[0]).make)(0)
 }
 
 fn milliseconds(milliseconds: f64) -> Duration {

@@ -4,12 +4,12 @@ use baton_types::{Epoch, StepModel};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{AggregatedReason, AnnouncedChange, HandoffMode, WorkerReport};
+use crate::{AggregatedReason, AnnouncedChange, HandoffMode, OnNoPrefill, Tenant, WorkerReport};
 
-const NOW: Duration = Duration::from_secs(1);
+pub(super) const NOW: Duration = Duration::from_secs(1);
 const FENCED: HandoffMode = HandoffMode::Fenced { compatibility: [1; 32] };
 
-fn worker(name: &str, role: Role) -> WorkerDescription {
+pub(super) fn worker(name: &str, role: Role) -> WorkerDescription {
     WorkerDescription {
         name: name.into(),
         epoch: Epoch::from_u128(1),
@@ -22,13 +22,13 @@ fn worker(name: &str, role: Role) -> WorkerDescription {
     }
 }
 
-fn shape() -> RequestShape {
+pub(super) fn shape() -> RequestShape {
     RequestShape { model: Some("m".into()), ..RequestShape::default() }
 }
 
-struct Fixture {
-    core: Core,
-    actions: Vec<Action>,
+pub(super) struct Fixture {
+    pub(super) core: Core,
+    pub(super) actions: Vec<Action>,
 }
 
 impl Fixture {
@@ -38,21 +38,21 @@ impl Fixture {
         (fixture, keys)
     }
 
-    fn attach(&mut self, description: WorkerDescription) -> WorkerKey {
+    pub(super) fn attach(&mut self, description: WorkerDescription) -> WorkerKey {
         self.core.attach(description, NOW, &mut self.actions)
     }
 
-    fn arrive(&mut self, shape: RequestShape) -> (RequestKey, Vec<Action>) {
+    pub(super) fn arrive(&mut self, shape: RequestShape) -> (RequestKey, Vec<Action>) {
         let key = self.core.arrive(shape, HandoffId::from_u128(7), NOW, &mut self.actions);
         (key, self.taken())
     }
 
-    fn handle(&mut self, event: Event) -> Vec<Action> {
+    pub(super) fn handle(&mut self, event: Event) -> Vec<Action> {
         self.core.handle(event, NOW, &mut self.actions);
         self.taken()
     }
 
-    fn taken(&mut self) -> Vec<Action> {
+    pub(super) fn taken(&mut self) -> Vec<Action> {
         self.core.check_invariants();
         std::mem::take(&mut self.actions)
     }
@@ -62,7 +62,7 @@ impl Fixture {
     }
 }
 
-fn started(actions: &[Action]) -> Vec<(WorkerKey, JobId, Leg, Option<HandoffPlan>)> {
+pub(super) fn started(actions: &[Action]) -> Vec<(WorkerKey, JobId, Leg, Option<HandoffPlan>)> {
     let start = |action: &Action| match *action {
         Action::Start { worker, job, leg, handoff, .. } => Some((worker, job, leg, handoff)),
         _ => None,
@@ -457,8 +457,9 @@ fn a_worker_that_drains_ends_what_it_has_and_gets_nothing_new() {
 fn what_waits_for_a_worker_that_drains_waits_elsewhere() {
     let settings = Settings { order: Order::LateLast, ..Settings::default() };
     let mut f = Fixture { core: Core::new(settings), actions: Vec::new() };
-    let keys = ["p0", "p1"].map(|name| f.attach(worker(name, Role::Prefill)));
-    f.attach(worker("d", Role::Decode));
+    let predictable = |name, role| WorkerDescription { model: Some(MODEL), ..worker(name, role) };
+    let keys = ["p0", "p1"].map(|name| f.attach(predictable(name, Role::Prefill)));
+    f.attach(predictable("d", Role::Decode));
     let long = || RequestShape { prompt_tokens: 5000, ..shape() };
     for _ in 0..12 {
         f.arrive(long());
@@ -498,6 +499,7 @@ enum Step {
     Fail(u8, bool),
     ClientGone(u8),
     Report(u8, u16),
+    Learn(u8, u8),
     Drain(u8, bool),
     SetRole(u8, Role),
     Announce(u8, Option<Role>),
@@ -517,6 +519,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (any::<u8>(), any::<bool>()).prop_map(|(job, retryable)| Step::Fail(job, retryable)),
         2 => any::<u8>().prop_map(Step::ClientGone),
         2 => (any::<u8>(), any::<u16>()).prop_map(|(worker, tokens)| Step::Report(worker, tokens)),
+        1 => (any::<u8>(), 1..9u8).prop_map(|(worker, slower)| Step::Learn(worker, slower)),
         1 => any::<(u8, bool)>().prop_map(|(worker, drains)| Step::Drain(worker, drains)),
         1 => (any::<u8>(), role()).prop_map(|(worker, role)| Step::SetRole(worker, role)),
         1 => (any::<u8>(), prop::option::of(role())).prop_map(|(worker, to)| Step::Announce(worker, to)),
@@ -536,6 +539,20 @@ fn splits() -> impl Strategy<Value = Split> {
     prop_oneof![Just(Split::Always), Just(Split::Never), Just(Split::PerRequest)]
 }
 
+/// Little room to wait in, and little that goes on to workers.
+fn admissions() -> impl Strategy<Value = (Option<AdmissionSettings>, OnNoPrefill, u64)> {
+    let admission = (1..6usize, 0..3000u64, prop::option::of(-2..2i32)).prop_map(
+        |(max_waiting, backlog_ms, early_rejection)| AdmissionSettings {
+            max_waiting,
+            max_wait: Duration::from_secs(60),
+            backlog: Duration::from_millis(backlog_ms),
+            early_rejection,
+        },
+    );
+    let on_no_prefill = prop_oneof![Just(OnNoPrefill::Local), Just(OnNoPrefill::Reject)];
+    (prop::option::weighted(0.7, admission), on_no_prefill, 0..100u64)
+}
+
 const MODEL: StepModel = StepModel {
     prefill_ms: [20.0, 0.05, 1e-6],
     decode_ms: [10.0, 0.05, 1e-5],
@@ -546,9 +563,18 @@ proptest! {
     #[test]
     fn every_request_ends_once_and_every_count_returns_to_zero(
         (split, order, policy) in cores(),
+        (admission, on_no_prefill, patience) in admissions(),
         steps in steps(),
     ) {
-        let settings = Settings { split, order, ..Settings::default() };
+        let settings = Settings {
+            split,
+            order,
+            admission,
+            on_no_prefill,
+            wait_for_worker: Duration::from_secs(patience),
+            keeps_decisions: patience % 2 == 0,
+            ..Settings::default()
+        };
         let mut core = Core::with_policy(settings, (POLICIES[policy].make)(1));
         let mut now = NOW;
         let mut workers: Vec<WorkerKey> = Vec::new();
@@ -592,6 +618,12 @@ proptest! {
                         prompt_tokens: 1 + u32::try_from(arrivals * 977 % 9000).unwrap(),
                         prefix_blocks: [1, 2, 3 + u64::try_from(arrivals % 4).unwrap()].into(),
                         prefix_block_tokens: 512,
+                        answers_whole: arrivals % 3 == 0,
+                        priority: i32::try_from(arrivals % 4).unwrap() - 2,
+                        tenant: Tenant {
+                            name: if arrivals % 5 == 0 { "a" } else { "b" }.into(),
+                            weight: 1.0,
+                        },
                         ..RequestShape::default()
                     };
                     arrivals += 1;
@@ -623,6 +655,11 @@ proptest! {
                     let report =
                         WorkerReport { decode_context_tokens: tokens, kv_used_tokens: tokens };
                     core.handle(Event::Report { worker: workers[at], report }, now, &mut actions);
+                },
+                Step::Learn(at, slower) => if let Some(at) = pick(at, workers.len()) {
+                    let decode_ms = MODEL.decode_ms.map(|value| value * f64::from(slower));
+                    let model = StepModel { decode_ms, ..MODEL };
+                    core.handle(Event::ModelChanged { worker: workers[at], model }, now, &mut actions);
                 },
                 Step::Drain(at, drains) => if let Some(at) = pick(at, workers.len()) {
                     let worker = workers[at];
@@ -686,4 +723,22 @@ proptest! {
         prop_assert!(core.workers().all(|worker| worker.jobs_running == 0));
         core.check_invariants();
     }
+}
+
+#[test]
+fn a_worker_without_a_model_takes_its_peers_until_it_has_its_own() {
+    let known = WorkerDescription { model: Some(MODEL), ..worker("p", Role::Prefill) };
+    let stranger = WorkerDescription {
+        handoff: HandoffMode::Fenced { compatibility: [9; 32] },
+        ..worker("x", Role::Decode)
+    };
+    let (mut f, keys) = Fixture::new([worker("d", Role::Decode), known, stranger]);
+    let model = |f: &Fixture, at: usize| f.core.worker(keys[at]).unwrap().load.model;
+    assert_eq!([0, 1, 2].map(|at| model(&f, at)), [Some(MODEL), Some(MODEL), None]);
+
+    let slower = StepModel { decode_ms: [30.0, 0.1, 1e-5], ..MODEL };
+    f.handle(Event::ModelChanged { worker: keys[1], model: slower });
+    assert_eq!([0, 1].map(|at| model(&f, at)), [Some(slower), Some(slower)]);
+    f.handle(Event::ModelChanged { worker: keys[0], model: MODEL });
+    assert_eq!([0, 1].map(|at| model(&f, at)), [Some(MODEL), Some(slower)]);
 }

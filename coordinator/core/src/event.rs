@@ -1,6 +1,9 @@
-use baton_types::{Fault, Generation, HandoffId, Leg, Role};
+use std::time::Duration;
+
+use baton_types::{Fault, Generation, HandoffId, Leg, Role, StepModel};
 
 use crate::{
+    admission::ShedReason,
     core::AnnouncedChange,
     fleet::{WorkerKey, WorkerReport},
     placement::{PrefixPull, Route},
@@ -42,6 +45,11 @@ pub enum Event {
     Report {
         worker: WorkerKey,
         report: WorkerReport,
+    },
+    /// What is known of how long a worker's steps take is better known now.
+    ModelChanged {
+        worker: WorkerKey,
+        model: StepModel,
     },
     /// The prefill leg is through: its engine has computed the prompt.
     PrefillDone {
@@ -92,7 +100,7 @@ pub enum Action {
     /// The answer is complete.
     Finish { request: RequestKey },
     /// A leg failed: for the record.
-    Blame { leg: Leg, fault: Fault },
+    Blame { request: RequestKey, leg: Leg, fault: Fault },
     /// Tell a worker which role it shall have.
     SetRole { worker: WorkerKey, role: Role },
     /// Tell a worker that on account of this coordinator it can change its role: nothing of ours is
@@ -123,6 +131,14 @@ pub enum Rejection {
         model: String,
     },
     NoWorker,
+    /// No worker of the prefill pool is there, and decode workers are not to prefill.
+    NoPrefillWorker,
+    /// Not now: there is more to do than can be done.
+    Overloaded {
+        reason: ShedReason,
+        /// When the work that is here now is predicted to be done.
+        retry_after: Duration,
+    },
     /// Every try failed; the last one like this.
     LegFailed {
         leg: Leg,

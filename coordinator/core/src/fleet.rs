@@ -34,11 +34,18 @@ pub struct WorkerDescription {
     pub role: Role,
     pub models: Vec<String>,
     pub handoff: HandoffMode,
-    /// How long its engine's steps take, where that is known.
+    /// How long its engine's steps take, where that is known of this worker itself.
     pub model: Option<StepModel>,
     pub kv_capacity_tokens: Option<u64>,
     /// It can copy a prompt's cached start from a peer that can, before it computes the rest.
     pub pulls_prefixes: bool,
+}
+
+impl WorkerDescription {
+    /// The same model in engines that can take each other's KV: likely the same hardware too.
+    fn is_peer_of(&self, other: &Self) -> bool {
+        self.handoff == other.handoff && self.models == other.models
+    }
 }
 
 /// What a worker says of its engine, now and then.
@@ -59,6 +66,7 @@ pub struct Load {
     pub decodes: u32,
     /// Prompts that wait for it here.
     pub queued: u32,
+    /// Its own model, or that of a peer as long as it has none.
     pub model: Option<StepModel>,
     /// When it was last given work, counted in placements: equals take turns.
     pub last_placed: u64,
@@ -212,6 +220,8 @@ pub(crate) struct Worker {
     pub(crate) description: WorkerDescription,
     pub(crate) load: Load,
     pub(crate) queue: Queue,
+    /// Milliseconds of prefill of all who wait in it, those who are late too.
+    pub(crate) queued_ms: f64,
     pub(crate) prefixes: RecentPrefixes,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
@@ -229,6 +239,13 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn serves(&self, model: Option<&str>) -> bool {
         model.is_none_or(|model| self.description.models.iter().any(|name| name == model))
+    }
+
+    /// Milliseconds until it is through with the prompts it has, as far as that can be predicted.
+    pub(crate) fn backlog_ms(&self, now: Duration, targets: &Targets) -> Option<f64> {
+        self.load.model?;
+        let work_ms = self.load.dispatched_left_ms(now, targets) + self.queued_ms;
+        Some(work_ms / self.load.prefill_rate(targets))
     }
 
     /// Whether it may be given requests for this model.
@@ -268,6 +285,8 @@ pub struct WorkerView<'a> {
 pub(crate) struct Fleet {
     workers: Keyed<Worker>,
     placements: u64,
+    /// Workers of which nothing is known that their steps could be predicted by.
+    without_model: usize,
     /// Workers that an operator took out, by name, and the life for which this holds.
     drained: BTreeMap<String, Epoch>,
 }
@@ -275,20 +294,22 @@ pub(crate) struct Fleet {
 impl Fleet {
     pub(crate) fn attach(&mut self, description: WorkerDescription, now: Duration) -> WorkerKey {
         let load = Load {
-            model: description.model,
+            model: description.model.or_else(|| self.model_of_a_peer(&description)),
             kv_capacity_tokens: description.kv_capacity_tokens,
             ..Load::default()
         };
+        self.without_model += usize::from(load.model.is_none());
         let prefixes = RecentPrefixes::new(description.kv_capacity_tokens);
         // One that only lost its stream is the same that was taken out.
         let drains = self.drained.get(&description.name) == Some(&description.epoch);
         if !drains {
             self.drained.remove(&description.name);
         }
-        WorkerKey(self.workers.insert(Worker {
+        let key = WorkerKey(self.workers.insert(Worker {
             description,
             load,
             queue: Queue::default(),
+            queued_ms: 0.0,
             prefixes,
             jobs_running: 0,
             jobs_open: 0,
@@ -297,11 +318,52 @@ impl Fleet {
             follows: true,
             heard_at: now,
             gaps: Gaps::default(),
-        }))
+        }));
+        if let Some(model) = self.workers.get(key.0).and_then(|worker| worker.description.model) {
+            self.lend(key, model);
+        }
+        key
     }
 
     pub(crate) fn detach(&mut self, key: WorkerKey) -> Option<Worker> {
-        self.workers.remove(key.0)
+        let worker = self.workers.remove(key.0)?;
+        self.without_model -= usize::from(worker.load.model.is_none());
+        Some(worker)
+    }
+
+    /// The steps of every worker can be predicted.
+    pub(crate) fn is_predictable(&self) -> bool {
+        self.without_model == 0
+    }
+
+    pub(crate) fn model_changed(&mut self, key: WorkerKey, model: StepModel) {
+        let Some(worker) = self.workers.get_mut(key.0) else { return };
+        if worker.description.model == Some(model) {
+            return;
+        }
+        worker.description.model = Some(model);
+        self.without_model -= usize::from(worker.load.model.is_none());
+        worker.load.model = Some(model);
+        self.lend(key, model);
+    }
+
+    /// A worker that was not observed yet is taken to be like its peers that were.
+    fn lend(&mut self, from: WorkerKey, model: StepModel) {
+        let Some(lender) = self.workers.get(from.0).map(|worker| worker.description.clone()) else {
+            return;
+        };
+        for worker in self.workers.iter_mut() {
+            if worker.description.model.is_none() && worker.description.is_peer_of(&lender) {
+                self.without_model -= usize::from(worker.load.model.is_none());
+                worker.load.model = Some(model);
+            }
+        }
+    }
+
+    fn model_of_a_peer(&self, description: &WorkerDescription) -> Option<StepModel> {
+        let mut peers =
+            self.iter().filter(|(_, worker)| worker.description.is_peer_of(description));
+        peers.find_map(|(_, worker)| worker.description.model)
     }
 
     pub(crate) fn get(&self, key: WorkerKey) -> Option<&Worker> {

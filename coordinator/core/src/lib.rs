@@ -8,8 +8,10 @@
 //! Whatever drives it (the coordinator on tokio, a simulator in virtual time, a property test) carries
 //! the actions out in their order. See [`Core`] for the invariants that hold in between.
 
+mod admission;
 pub mod balancer;
 mod core;
+mod decision;
 mod event;
 mod fleet;
 mod keyed;
@@ -22,8 +24,10 @@ mod recent_prefixes;
 mod request;
 
 pub use crate::{
-    balancer::{BalancerSettings, Decision, Verdict},
-    core::{AnnouncedChange, Core, Settings},
+    admission::{AdmissionSettings, OLDEST_EVERY, OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant},
+    balancer::{BalancerSettings, Decision, PoolFigures, Reason, Verdict},
+    core::{AnnouncedChange, Core, OnNoPrefill, Settings},
+    decision::{Chosen, Considered, DecisionReason, PlacementDecision, Prediction},
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
     placement::{AggregatedReason, PrefixPull, Route, Split},

@@ -232,11 +232,11 @@ struct Holder {
 impl Holders {
     pub(crate) fn of(fleet: &Fleet, shape: &RequestShape) -> Self {
         let mut holders = Self::default();
-        if shape.prefix_blocks.is_empty() {
+        if shape.prefix_blocks.is_empty() && shape.held_tokens.is_empty() {
             return holders;
         }
         for (key, worker) in fleet.iter().filter(|(_, worker)| worker.description.pulls_prefixes) {
-            let tokens = hit_tokens(&worker.prefixes, shape);
+            let tokens = hit_tokens(key, &worker.prefixes, shape);
             if tokens > 0 && worker.serves(shape.model.as_deref()) {
                 let handoff = worker.description.handoff;
                 holders.add(Holder { worker: key, handoff, tokens });

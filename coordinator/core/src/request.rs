@@ -3,8 +3,10 @@ use std::{sync::Arc, time::Duration};
 use baton_types::{Generation, HandoffId, Leg};
 
 use crate::{
+    admission::Tenant,
+    decision::PlacementDecision,
     fleet::WorkerKey,
-    placement::{Plan, Route},
+    placement::{Plan, Route, Split},
 };
 
 /// One request, from its arrival to the last byte of its answer.
@@ -29,6 +31,20 @@ pub struct RequestShape {
     pub prefix_blocks: Arc<[u64]>,
     /// Tokens of one of them.
     pub prefix_block_tokens: u32,
+    /// Tokens from the prompt's first on that workers told they hold, in the order of the workers.
+    pub held_tokens: Arc<[(WorkerKey, u32)]>,
+    /// The answer comes in one piece: nobody sees when its first token is there.
+    pub answers_whole: bool,
+    /// Smaller numbers are served first.
+    pub priority: i32,
+    pub tenant: Tenant,
+}
+
+impl RequestShape {
+    pub(crate) fn held_by(&self, worker: WorkerKey) -> u32 {
+        let place = self.held_tokens.binary_search_by_key(&worker, |(worker, _)| *worker);
+        place.map_or(0, |place| self.held_tokens[place].1)
+    }
 }
 
 #[derive(Debug)]
@@ -47,7 +63,16 @@ pub(crate) struct Request {
     pub(crate) is_counted: bool,
     /// Workers that failed it.
     pub(crate) avoid: Vec<WorkerKey>,
+    /// Which requests were split when this attempt began.
+    pub(crate) split: Split,
     pub(crate) plan: Plan,
+    /// It had its turn.
+    pub(crate) admitted: bool,
+    /// Until then it waits for its turn, or for a worker.
+    pub(crate) waits_until: Option<Duration>,
+    /// Milliseconds of its prefill, while it waits in a worker's queue.
+    pub(crate) queued_ms: f64,
+    pub(crate) decision: Option<Box<PlacementDecision>>,
     /// The worker in whose queue it waits.
     pub(crate) waits_for: Option<WorkerKey>,
     pub(crate) route: Option<Route>,

@@ -1,7 +1,7 @@
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, Path, Request, State},
+    extract::{DefaultBodyLimit, Path, Query, Request, State, rejection::QueryRejection},
     middleware::{self, Next},
     response::{IntoResponse, Redirect, Response},
     routing::{get, post},
@@ -16,7 +16,10 @@ use super::{
     state::{ClusterState, Mode, TransferState, UnknownMode},
     token::AdminToken,
 };
-use crate::shell::{Shell, UnknownWorker};
+use crate::{
+    placed::Explanation,
+    shell::{Shell, UnknownWorker},
+};
 
 const MAX_BODY_BYTES: usize = 16 << 10;
 
@@ -35,6 +38,7 @@ pub(crate) fn router(shell: Shell, token: AdminToken) -> Router {
         .route("/admin/workers/{name}/drain", post(drain))
         .route("/admin/workers/{name}/undrain", post(undrain))
         .route("/admin/workers/{name}/role", post(set_role))
+        .route("/debug/placement", get(placement))
         .route("/debug/transfer", get(transfer))
         .route("/metrics", get(metrics))
         .route_layer(middleware::from_fn_with_state(admin.clone(), only_with_token));
@@ -61,6 +65,19 @@ async fn only_with_token(State(admin): State<Admin>, request: Request, next: Nex
 
 async fn state(State(admin): State<Admin>) -> Json<ClusterState> {
     Json(admin.shell.cluster_state())
+}
+
+#[derive(Deserialize)]
+struct OfRequest {
+    request: String,
+}
+
+async fn placement(
+    State(admin): State<Admin>,
+    query: Result<Query<OfRequest>, QueryRejection>,
+) -> Result<Json<Explanation>, AdminError> {
+    let Query(OfRequest { request }) = query.map_err(|_| AdminError::NoRequest)?;
+    admin.shell.explain(&request).map(Json).ok_or(AdminError::UnknownRequest)
 }
 
 async fn transfer(State(admin): State<Admin>) -> Json<Vec<TransferState>> {
@@ -159,6 +176,10 @@ enum AdminError {
     Role(#[from] ParseRoleError),
     #[error(transparent)]
     Worker(#[from] UnknownWorker),
+    #[error("give the x-request-id of the request: /debug/placement?request=ID")]
+    NoRequest,
+    #[error("no request of this id is open, or among the last that ended")]
+    UnknownRequest,
     #[error("there is no {method} {path} here")]
     NoSuchPath { method: Method, path: String },
     #[error("{path} does not take {method}")]
@@ -184,6 +205,8 @@ impl IntoResponse for AdminError {
             Self::Role(_) => (StatusCode::BAD_REQUEST, "unknown_role"),
             Self::Mode(_) => (StatusCode::BAD_REQUEST, "unknown_mode"),
             Self::Worker(_) => (StatusCode::NOT_FOUND, "unknown_worker"),
+            Self::NoRequest => (StatusCode::BAD_REQUEST, "no_request"),
+            Self::UnknownRequest => (StatusCode::NOT_FOUND, "unknown_request"),
             Self::NoSuchPath { .. } => (StatusCode::NOT_FOUND, "no_such_path"),
             Self::MethodNotAllowed { .. } => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
         };

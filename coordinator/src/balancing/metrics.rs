@@ -5,8 +5,9 @@ use baton_types::Role;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
-    registry::Registry,
 };
+
+use crate::metrics::Catalogue;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PoolLabels {
@@ -47,7 +48,7 @@ pub(crate) struct BalancerMetrics {
 }
 
 impl BalancerMetrics {
-    pub(crate) fn register(&self, registry: &mut Registry) {
+    pub(crate) fn register(&self, registry: &mut Catalogue) {
         registry.register(
             "pool_pressure",
             "Of a pool's least pressed worker, or as arrivals predict: pressed from 1 on",

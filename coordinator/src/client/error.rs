@@ -1,4 +1,6 @@
-use baton_core::Rejection;
+use std::time::Duration;
+
+use baton_core::{Rejection, ShedReason};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
@@ -17,6 +19,8 @@ pub(crate) enum ClientError {
     BodyTooSlow { seconds: u64 },
     #[error("the request body broke off")]
     BodyBrokeOff,
+    #[error("the header x-baton-priority is no whole number: smaller ones come first, 0 is usual")]
+    Priority,
     #[error("there is no {method} {path} here")]
     NoSuchPath { method: http::Method, path: String },
     #[error("{path} does not take {method}")]
@@ -27,6 +31,12 @@ pub(crate) enum ClientError {
     NoWorker,
     #[error("the {leg} leg of this request failed and was tried again in vain")]
     LegFailed { leg: baton_types::Leg },
+    #[error(
+        "no prefill worker is ready, and requests are not to be served without; try again shortly"
+    )]
+    NoPrefillWorker,
+    #[error("there is more to do than can be done in time; try again in {} s", seconds(.retry_after))]
+    Overloaded { reason: ShedReason, retry_after: Duration },
     #[error("no worker gave a first token in time")]
     FirstTokenTimeout,
     #[error("the server is shutting down")]
@@ -38,10 +48,19 @@ impl From<Rejection> for ClientError {
         match rejection {
             Rejection::UnknownModel { model } => Self::UnknownModel { model },
             Rejection::NoWorker => Self::NoWorker,
+            Rejection::NoPrefillWorker => Self::NoPrefillWorker,
+            Rejection::Overloaded { reason, retry_after } => {
+                Self::Overloaded { reason, retry_after }
+            }
             Rejection::LegFailed { leg, .. } => Self::LegFailed { leg },
             Rejection::FirstTokenTimeout => Self::FirstTokenTimeout,
         }
     }
+}
+
+/// Whole ones, as `Retry-After` has them.
+fn seconds(time: &Duration) -> u64 {
+    time.as_secs() + u64::from(time.subsec_nanos() > 0)
 }
 
 #[derive(Serialize)]
@@ -75,6 +94,7 @@ impl ClientError {
             Self::BodyTooSlow { .. } => {
                 (StatusCode::REQUEST_TIMEOUT, INVALID, None, "body_timeout")
             }
+            Self::Priority => (StatusCode::BAD_REQUEST, INVALID, Some("priority"), "bad_priority"),
             Self::BodyBrokeOff => (StatusCode::BAD_REQUEST, INVALID, None, "body_incomplete"),
             Self::NoSuchPath { .. } => (StatusCode::NOT_FOUND, INVALID, None, "no_such_path"),
             Self::MethodNotAllowed { .. } => {
@@ -84,6 +104,13 @@ impl ClientError {
                 (StatusCode::NOT_FOUND, INVALID, Some("model"), "model_not_found")
             }
             Self::NoWorker => (StatusCode::SERVICE_UNAVAILABLE, SERVER, None, "no_worker"),
+            Self::NoPrefillWorker => {
+                (StatusCode::SERVICE_UNAVAILABLE, SERVER, None, "no_prefill_worker")
+            }
+            // OpenAI's word for it; the code says which limit.
+            Self::Overloaded { reason, .. } => {
+                (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", None, reason.as_str())
+            }
             Self::LegFailed { .. } => (StatusCode::BAD_GATEWAY, SERVER, None, "leg_failed"),
             Self::FirstTokenTimeout => {
                 (StatusCode::GATEWAY_TIMEOUT, SERVER, None, "first_token_timeout")
@@ -107,7 +134,9 @@ impl ClientError {
     pub(crate) fn to_parts(&self) -> (Head, Bytes) {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if self.status() == StatusCode::SERVICE_UNAVAILABLE {
+        if let Self::Overloaded { retry_after, .. } = self {
+            headers.insert(header::RETRY_AFTER, seconds(retry_after).into());
+        } else if self.status() == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         (Head { status: self.status(), headers }, Bytes::from(self.json()))

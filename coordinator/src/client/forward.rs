@@ -2,6 +2,7 @@ use std::{future::poll_fn, time::Instant};
 
 use axum::{body::Body, extract::Request, response::Response};
 use baton_config::LimitsConfig;
+use baton_core::Tenant;
 use baton_proto as wire;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
@@ -11,7 +12,7 @@ use uuid::Uuid;
 use super::{
     answer::AnswerBody,
     error::ClientError,
-    peek::{Endpoint, peek},
+    peek::{Endpoint, clamped, peek},
     server::Front,
 };
 use crate::{
@@ -20,6 +21,7 @@ use crate::{
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const PRIORITY: HeaderName = HeaderName::from_static("x-baton-priority");
 
 /// Takes a request to the workers and their answer back.
 pub(super) async fn forward(front: &Front, endpoint: Endpoint, request: Request) -> Response {
@@ -50,18 +52,26 @@ async fn try_forward(
     let body = read_body(body, &parts.headers, &front.limits).await?;
     let is_json = endpoint == Endpoint::Generation || content_is_json(&parts.headers);
     // What is not JSON (an upload of speech, say) is the engine's to read.
-    let (shape, streams) = if is_json {
+    let (mut shape, streams) = if is_json {
         let peeked = peek(endpoint, &body)?;
         (peeked.shape, peeked.streams)
     } else {
         let unsplittable = Some("endpoint");
         (baton_core::RequestShape { unsplittable, ..Default::default() }, false)
     };
+    if let Some(priority) = priority(&parts.headers)? {
+        shape.priority = priority;
+    }
+    if let Some(tenant) = front.tenant_header.as_ref().and_then(|name| parts.headers.get(name)) {
+        shape.tenant = tenant_of(tenant);
+    }
     let prompt = match endpoint {
         Endpoint::Generation => prompt::read(&body, front.tokenizer.as_ref()).await,
         Endpoint::Whole => None,
     };
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
+    let tracer = front.shell.tracer.as_ref();
+    let trace = tracer.and_then(|tracer| tracer.begin(&parts.headers, &path)).map(Box::new);
     let headers = forwarded_headers(&parts.headers, &request_id);
     let (answer, in_flight) = front.shell.arrive(IncomingRequest {
         shape,
@@ -69,6 +79,7 @@ async fn try_forward(
         streams,
         request_id,
         arrived,
+        trace,
         forward: ForwardedRequest { path, headers, body },
     });
     let head =
@@ -77,6 +88,20 @@ async fn try_forward(
     *response.status_mut() = head.status;
     *response.headers_mut() = head.headers;
     Ok(response)
+}
+
+/// Of the header, which comes before the JSON's.
+fn priority(headers: &HeaderMap) -> Result<Option<i32>, ClientError> {
+    let Some(value) = headers.get(&PRIORITY) else { return Ok(None) };
+    let number = value.to_str().ok().and_then(|value| value.trim().parse().ok());
+    number.map(|number| Some(clamped(number))).ok_or(ClientError::Priority)
+}
+
+/// What a proxy in front says; longer names than anybody needs are cut.
+fn tenant_of(value: &HeaderValue) -> Tenant {
+    const LONGEST: usize = 128;
+    let name = String::from_utf8_lossy(value.as_bytes());
+    Tenant { name: name.chars().take(LONGEST).collect::<String>().into(), ..Tenant::default() }
 }
 
 async fn read_body(

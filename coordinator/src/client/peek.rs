@@ -1,5 +1,6 @@
 use std::{borrow::Cow, fmt};
 
+use baton_config::MAX_PRIORITY;
 use baton_core::RequestShape;
 use serde::{
     Deserialize, Deserializer,
@@ -19,6 +20,8 @@ pub(super) fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError>
                     max_output_tokens: fields.max_completion_tokens.or(fields.max_tokens),
                     unsplittable: fields.unsplittable(),
                     model: fields.model.map(Cow::into_owned),
+                    priority: clamped(fields.priority.unwrap_or_default()),
+                    answers_whole: fields.stream != Some(true),
                     ..RequestShape::default()
                 },
             })
@@ -37,6 +40,12 @@ pub(super) fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError>
             })
         }
     }
+}
+
+/// Clients' numbers are without bounds; the classes are few.
+pub(super) fn clamped(priority: i64) -> i32 {
+    let most = i64::from(MAX_PRIORITY);
+    i32::try_from(priority.clamp(-most, most)).unwrap_or_default()
 }
 
 fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, PeekError> {
@@ -96,6 +105,9 @@ struct GenerationFields<'a> {
     max_tokens: Option<u64>,
     #[serde(default)]
     max_completion_tokens: Option<u64>,
+    /// vLLM's: smaller numbers first.
+    #[serde(default)]
+    priority: Option<i64>,
     #[serde(default)]
     n: Option<u64>,
     #[serde(default)]
@@ -285,7 +297,11 @@ mod tests {
                 "stream":true,"max_tokens":5,"max_completion_tokens":7,"temperature":0.0}"#,
         )
         .unwrap();
-        assert!(peeked.streams);
+        assert!(peeked.streams && !peeked.shape.answers_whole);
+        assert_eq!(
+            [0, 3, -70].map(|n| shape(&format!(r#"{{"priority":{n}}}"#)).priority),
+            [0, 3, -10]
+        );
         assert_eq!(peeked.shape.model.as_deref(), Some("m1"));
         assert_eq!(peeked.shape.max_output_tokens, Some(7));
         assert_eq!(peeked.shape.unsplittable, None);

@@ -8,7 +8,7 @@ use axum::{
 };
 use baton_config::LimitsConfig;
 use baton_tokens::PromptTokenizer;
-use http::Method;
+use http::{HeaderName, Method};
 use tokio::net::TcpListener;
 
 use super::{
@@ -27,6 +27,8 @@ use crate::{
 pub(super) struct Front {
     pub(super) shell: Shell,
     pub(super) limits: Arc<LimitsConfig>,
+    /// Names the tenant of requests that are nobody's otherwise.
+    pub(super) tenant_header: Option<HeaderName>,
     /// Where prompts are tokenized here.
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
 }
@@ -35,6 +37,7 @@ pub(super) struct Front {
 pub(crate) async fn serve(
     shell: Shell,
     limits: LimitsConfig,
+    tenant_header: Option<String>,
     tokenizer: Option<PromptTokenizer>,
     listener: TcpListener,
 ) {
@@ -43,7 +46,9 @@ pub(crate) async fn serve(
         header_timeout: limits.header_timeout,
     };
     let tokenizer = tokenizer.map(Arc::new);
-    let front = Front { shell, limits: Arc::new(limits), tokenizer };
+    // The configuration takes nothing that is no header's name.
+    let tenant_header = tenant_header.and_then(|name| HeaderName::try_from(name).ok());
+    let front = Front { shell, limits: Arc::new(limits), tenant_header, tokenizer };
     listener::serve(router(front), listener, connections).await;
 }
 

@@ -26,8 +26,8 @@ struct State {
 }
 
 impl Link {
-    pub(crate) fn welcome(report_interval_ms: u32) -> Arc<Self> {
-        let first = wire::coordinator_frame::Frame::Welcome(wire::Welcome { report_interval_ms });
+    pub(crate) fn welcome(welcome: wire::Welcome) -> Arc<Self> {
+        let first = wire::coordinator_frame::Frame::Welcome(welcome);
         Arc::new(Self { state: Mutex::new(State { first: Some(first), ..State::default() }) })
     }
 
@@ -134,7 +134,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_gathers_goes_as_one_message_and_what_was_cancelled_in_time_not_at_all() {
-        let link = Link::welcome(500);
+        let link = Link::welcome(wire::Welcome { report_interval_ms: 500, itl_target_ms: 50.0 });
         let mut stream = LinkStream(link.clone());
         let welcome = stream.next().await.unwrap().unwrap().frame.unwrap();
         assert!(matches!(welcome, wire::coordinator_frame::Frame::Welcome(_)));

@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, warn};
 
 use super::link::{Link, LinkStream};
-use crate::shell::Shell;
+use crate::shell::{Shell, usable_model};
 
 const REPORT_INTERVAL_MS: u32 = 500;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -47,7 +47,10 @@ impl Fleet for FleetService {
                 return Ok(Response::new(LinkStream(Link::refusal(reason))));
             }
         };
-        let link = Link::welcome(REPORT_INTERVAL_MS);
+        let link = Link::welcome(wire::Welcome {
+            report_interval_ms: REPORT_INTERVAL_MS,
+            itl_target_ms: self.shell.itl_target_ms(),
+        });
         let worker = self.shell.attach(description, link.clone(), peer, &hello);
         tokio::spawn(read(self.shell.clone(), worker, frames, link.clone()));
         Ok(Response::new(LinkStream(link)))
@@ -69,6 +72,7 @@ async fn read(
                 Some(wire::worker_frame::Frame::KvEvents(events)) => {
                     shell.kv_events(worker, &events);
                 }
+                Some(wire::worker_frame::Frame::Leaving(_)) => shell.worker_leaves(worker),
                 Some(wire::worker_frame::Frame::Hello(_)) | None => {
                     warn!("a worker sent a frame that has no place here: its stream is closed");
                     break;
@@ -119,8 +123,12 @@ fn introduce(hello: &wire::Hello) -> Result<(WorkerDescription, Option<PeerInfo>
         role: Role::try_from(hello.role())?,
         models: hello.models.clone(),
         handoff,
-        model: None,
-        kv_capacity_tokens: None,
+        model: hello.step_model.as_ref().and_then(usable_model),
+        kv_capacity_tokens: hello
+            .kv_cache
+            .as_ref()
+            .map(|cache| cache.capacity_tokens)
+            .filter(|capacity| *capacity > 0),
         pulls_prefixes: false,
     };
     Ok((description, peer))

@@ -14,8 +14,9 @@ use crate::{
         ArenaState, ClusterState, EndedRequest, EngineState, HandoffCounters, HandoffPair,
         Handoffs, InFlightRequest, LoadState, Mode, SloState, TransferState, WorkerState,
     },
-    journal::unix_ms,
+    journal::{Ended, unix_ms, unix_ms_of},
     metrics::{Outcome, Path},
+    spans::Ending,
 };
 
 /// Shown at once, whatever there is.
@@ -66,7 +67,7 @@ impl Shell {
             requests_split: state.journal.ended_split(),
             requests_open: open,
             requests: oldest.into_iter().map(|key| in_flight(&state, key, now)).collect(),
-            ended: state.journal.ended_requests(),
+            ended: state.journal.ended_last().map(|e| ended_request(&state, e)).collect(),
             workers,
             handoffs: handoffs(&state, self.metrics.handoff_bytes()),
             decisions: state.journal.decisions(),
@@ -153,22 +154,86 @@ impl Shell {
         Ok(())
     }
 
-    /// A request is over: what it leaves behind.
+    /// A request is over: what it leaves behind. Words are made of it when somebody looks.
     pub(super) fn request_ended(&self, state: &mut State, client: &Client, outcome: Outcome) {
-        self.metrics.request_ended(client.path(), outcome, client.timeline.arrived.elapsed());
-        let route = client.relaying.as_ref().map(|relaying| relaying.route);
-        let [prefill_worker, decode_worker] = route_names(state, route);
-        let ended = EndedRequest {
-            id: shown(&client.request_id),
-            path: client.path().as_str().to_owned(),
-            outcome: outcome.as_str().to_owned(),
-            prefill_worker,
-            decode_worker,
-            attempts: client.timeline.attempts,
-            ended_unix_ms: unix_ms(),
-            phases: client.timeline.phases(client.path() == Path::Disaggregated, Instant::now()),
+        let ended = Ended {
+            request_id: client.request_id.clone(),
+            path: client.path(),
+            outcome,
+            timeline: client.timeline,
+            at: Instant::now(),
         };
-        state.journal.ended(outcome.as_str(), ended);
+        self.metrics.request_ended(ended.path, outcome, ended.at - ended.timeline.arrived);
+        if outcome != Outcome::Ok || tracing::enabled!(tracing::Level::DEBUG) {
+            client.log_span().in_scope(|| log_end(&ended_request(state, &ended), outcome));
+        }
+        if let (Some(tracer), Some(trace)) = (&self.tracer, &client.trace) {
+            let request = ended_request(state, &ended);
+            let relaying = client.relaying.as_ref();
+            let reason = match relaying.map(|relaying| relaying.route) {
+                Some(Route::Aggregated { reason, .. }) => reason.as_str(),
+                _ => "",
+            };
+            let ending = Ending {
+                request: &request,
+                model: client.model.as_deref().unwrap_or_default(),
+                reason,
+                is_error: matches!(
+                    outcome,
+                    Outcome::ServerError | Outcome::BrokenOff | Outcome::TooSlow
+                ),
+                status_code: relaying.map_or(0, |relaying| relaying.status.as_u16()),
+                at: ended.at,
+            };
+            tracer.end(trace, &ended.timeline, &ending);
+        }
+        state.journal.ended(ended);
+    }
+}
+
+fn ended_request(state: &State, ended: &Ended) -> EndedRequest {
+    let timeline = &ended.timeline;
+    let name = |worker: Option<WorkerKey>| worker.map_or(String::new(), |key| name_of(state, key));
+    EndedRequest {
+        id: shown(&ended.request_id),
+        path: ended.path.as_str().to_owned(),
+        outcome: ended.outcome.as_str().to_owned(),
+        prefill_worker: name(timeline.prefill_worker),
+        decode_worker: name(timeline.answering_worker),
+        attempts: timeline.attempts,
+        ended_unix_ms: unix_ms_of(ended.at),
+        phases: timeline.phases(ended.path == Path::Disaggregated, ended.at),
+    }
+}
+
+fn name_of(state: &State, worker: WorkerKey) -> String {
+    match state.core.worker(worker) {
+        Some(view) => view.description.name.clone(),
+        None => state.journal.departed(worker).unwrap_or_default().to_owned(),
+    }
+}
+
+/// A line for each request that did not end well; at `debug` for every one.
+fn log_end(ended: &EndedRequest, outcome: Outcome) {
+    macro_rules! line {
+        ($level:ident) => {
+            tracing::$level!(
+                path = ended.path,
+                outcome = ended.outcome,
+                prefill_worker = ended.prefill_worker,
+                decode_worker = ended.decode_worker,
+                attempts = ended.attempts,
+                queue_ms = ended.phases.queue_ms,
+                prefill_ms = ended.phases.prefill_ms,
+                handoff_ms = ended.phases.handoff_ms,
+                decode_ms = ended.phases.decode_ms,
+                "request ended"
+            )
+        };
+    }
+    match outcome {
+        Outcome::Ok => line!(debug),
+        _ => line!(info),
     }
 }
 
@@ -230,9 +295,7 @@ fn in_flight(state: &State, key: RequestKey, now: Instant) -> InFlightRequest {
 
 /// The two workers' names; of an aggregated request only the second.
 fn route_names(state: &State, route: Option<Route>) -> [String; 2] {
-    let name = |worker: WorkerKey| {
-        state.core.worker(worker).map(|view| view.description.name.clone()).unwrap_or_default()
-    };
+    let name = |worker: WorkerKey| name_of(state, worker);
     match route {
         None => [String::new(), String::new()],
         Some(Route::Disaggregated { prefill, decode, .. }) => [name(prefill), name(decode)],
@@ -296,13 +359,10 @@ fn handoff_counters(report: &wire::Report) -> HandoffCounters {
 }
 
 fn handoffs(state: &State, bytes: u64) -> Handoffs {
-    let name = |worker: WorkerKey| {
-        state.core.worker(worker).map(|view| view.description.name.clone()).unwrap_or_default()
-    };
     let pairs = state.handoffs.busiest(MOST_PAIRS).into_iter();
     let busiest = pairs.map(|((prefill, decode), pair)| HandoffPair {
-        prefill: name(prefill),
-        decode: name(decode),
+        prefill: name_of(state, prefill),
+        decode: name_of(state, decode),
         handoffs: pair.handoffs,
         blocks: pair.blocks,
         bytes: pair.bytes,

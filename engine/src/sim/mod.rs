@@ -47,6 +47,7 @@ use crate::{
     },
     kv_cache::KvCacheLog,
     kv_port::KvPort,
+    pacing::Pacing,
     vllm::arena_files,
 };
 
@@ -71,6 +72,7 @@ pub struct SimEngine {
     gauges: Arc<Gauges>,
     kv_blocks: u32,
     kv_cache: KvCache,
+    pacing: Pacing,
     ports: Mutex<Option<mpsc::Receiver<KvPort>>>,
 }
 
@@ -129,10 +131,13 @@ impl SimEngine {
         let log = KvCacheLog::default();
         let mut scheduler = Scheduler::new(limits);
         scheduler.tell(log.clone());
+        let pacing =
+            Pacing::new((config.time_scale > 0.0).then(|| profile.model.slowed(config.time_scale)));
         let stepper = Stepper {
             core: Core::new(scheduler, store, arena),
             profile,
             time_scale: config.time_scale,
+            pacing: pacing.clone(),
             commands: commands_receiver,
             from_engine,
             to_engine: to_engine_receiver,
@@ -151,7 +156,14 @@ impl SimEngine {
             },
             gauges,
             kv_blocks: config.kv_blocks,
-            kv_cache: KvCache { block_size_tokens: config.block_size_tokens, log },
+            kv_cache: KvCache {
+                block_size_tokens: config.block_size_tokens,
+                capacity_tokens: Some(
+                    u64::from(config.kv_blocks) * u64::from(config.block_size_tokens),
+                ),
+                log,
+            },
+            pacing,
             ports: Mutex::new(Some(ports_receiver)),
         })
     }
@@ -200,6 +212,10 @@ impl Engine for SimEngine {
 
     fn kv_cache(&self) -> Option<KvCache> {
         Some(self.kv_cache.clone())
+    }
+
+    fn pacing(&self) -> Option<Pacing> {
+        Some(self.pacing.clone())
     }
 }
 
@@ -254,7 +270,7 @@ fn arena_layout(config: &SimConfig, arena: &ArenaConfig) -> Result<ArenaLayout, 
 fn compatibility(config: &SimConfig, layout: ArenaLayout) -> Compatibility {
     Compatibility {
         model: config.model.clone(),
-        revision: String::new(),
+        revision: config.revision.clone().unwrap_or_default(),
         kv_dtype: "sim".to_owned(),
         kv_layout: "token-major".to_owned(),
         block_size_tokens: config.block_size_tokens,

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use baton_types::{StepLoad, StepModel};
+use baton_types::{StepLoad, StepModel, StepWork};
 
 use super::block_pool::{BlockHash, BlockId, BlockPool};
 use crate::kv_cache::KvCacheLog;
@@ -97,6 +97,19 @@ impl Step {
             }
         }
         load
+    }
+
+    /// What the step computes, for an engine that learns what its steps cost.
+    pub fn computed(&self) -> StepWork {
+        let mut computed = StepWork {
+            decode_sequences: self.decode_sequences,
+            decode_context_tokens: self.decode_context_tokens,
+            ..StepWork::default()
+        };
+        for work in self.work.iter().filter(|work| !work.is_decode()) {
+            computed.add_chunk(work.first_token, work.first_token + work.tokens, false);
+        }
+        StepWork { prompts_begun: self.prompts_begun, ..computed }
     }
 
     /// Tokens before those of this step, over all its decodes.

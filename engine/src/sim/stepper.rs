@@ -15,11 +15,20 @@ use tokio::{
 use super::{
     core::{Core, Submission},
     profile::Profile,
+    scheduler::PrefillPace,
 };
-use crate::kv_port::{FromEngine, KvPort, ToEngine};
+use crate::{
+    kv_port::{FromEngine, KvPort, ToEngine},
+    pacing::{Pacing, StepPace},
+};
 
 /// A machine that lags by more than this does not try to catch up.
 const MOST_LAG: Duration = Duration::from_millis(50);
+
+/// Smaller chunks cost more than they bring.
+const MIN_CHUNK_TOKENS: u32 = 32;
+/// Without decodes, short prompts are computed together up to so many tokens.
+const BATCH_TOKENS: u32 = 1024;
 
 #[derive(Debug)]
 pub(super) enum Command {
@@ -36,12 +45,30 @@ pub(super) struct Gauges {
     pub(super) export_slots_used: AtomicU32,
 }
 
+/// `decodes` are those of the step before: their sequences, and the tokens before theirs.
+fn prefill_pace(pace: StepPace, decodes: (u32, u64), max_step_tokens: u32) -> PrefillPace {
+    let StepPace { step_ms, model } = pace;
+    let (sequences, context_tokens) = decodes;
+    // A prompt that waits for idle decodes might wait for ever.
+    let least_work_ms =
+        model.prefill_work_ms(max_step_tokens, max_step_tokens + 2 * MIN_CHUNK_TOKENS);
+    let least_ms = model.decode_step_ms(sequences, context_tokens + u64::from(sequences))
+        + model.prefill_interference_factor * least_work_ms;
+    PrefillPace {
+        step_ms: step_ms.max(least_ms),
+        model,
+        min_chunk_tokens: MIN_CHUNK_TOKENS,
+        batch_tokens: BATCH_TOKENS,
+    }
+}
+
 /// Gives the core its time: plans a step, lets the profile's time for it pass, finishes it.
 #[derive(Debug)]
 pub(super) struct Stepper {
     pub(super) core: Core,
     pub(super) profile: Profile,
     pub(super) time_scale: f64,
+    pub(super) pacing: Pacing,
     pub(super) commands: UnboundedReceiver<Command>,
     pub(super) from_engine: mpsc::Sender<FromEngine>,
     pub(super) to_engine: mpsc::Receiver<ToEngine>,
@@ -64,11 +91,18 @@ impl Stepper {
     /// Runs until nobody is left who could ask for anything.
     pub(super) async fn run(mut self) {
         let mut step_end = Instant::now();
+        // Of the step before, where this one follows on it.
+        let mut last_end = None;
+        let mut decodes = (0, 0);
         loop {
             while let Ok(command) = self.commands.try_recv() {
                 self.command(command);
             }
             self.take_messages();
+            let max_step_tokens = self.core.scheduler.limits().max_step_tokens;
+            let pace = self.pacing.pace();
+            let pace = pace.map(|pace| prefill_pace(pace, decodes, max_step_tokens));
+            self.core.scheduler.set_pace(pace);
             let step = self.core.begin_step();
             self.publish();
             if step.work.is_empty() {
@@ -77,8 +111,10 @@ impl Stepper {
                 }
                 // Idle time is no lag to be made up for.
                 step_end = Instant::now();
+                last_end = None;
                 continue;
             }
+            let begun = last_end.unwrap_or_else(Instant::now);
             let seconds = self.profile.step_seconds(&step) * self.time_scale;
             if seconds > 0.0 {
                 let now = Instant::now();
@@ -91,6 +127,13 @@ impl Stepper {
                 tokio::task::yield_now().await;
             }
             self.core.end_step(&step);
+            let end = Instant::now();
+            // A step that makes up for lost time is shorter than the engine that it stands for.
+            let took = end.duration_since(begun).as_secs_f64().max(seconds);
+            let computed = step.computed();
+            decodes = (computed.decode_sequences, computed.decode_context_tokens);
+            self.pacing.observe(&computed, 1000.0 * took);
+            last_end = Some(end);
             self.publish();
         }
     }

@@ -1,8 +1,4 @@
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process,
-};
+use std::{fs, path::PathBuf, process};
 
 use baton_arena::ArenaLayout;
 use baton_config::ArenaConfig;
@@ -47,8 +43,19 @@ pub(super) fn layout(config: &ArenaConfig, block_bytes: u64) -> Result<ArenaLayo
 
 /// A name that no other arena has, and that shows whose it is.
 pub(crate) fn fresh_path(config: &ArenaConfig, worker_name: &str) -> PathBuf {
-    let name = format!("{}{}-{}", prefix(worker_name), process::id(), Epoch::random());
+    let pid = process::id();
+    let start = start_of(pid).unwrap_or_default();
+    let name = format!("{}{pid}.{start}-{}", prefix(worker_name), Epoch::random());
     config.directory.join(name)
+}
+
+/// When a process that is there was started, in clock ticks since boot (proc_pid_stat(5)). In a
+/// container every life of a worker has the same process id.
+fn start_of(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, after_command) = stat.rsplit_once(')')?;
+    // The third field of all comes first here, the start is the 22nd.
+    after_command.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
 /// Removes what workers of this name left behind when they were killed.
@@ -61,9 +68,10 @@ pub(crate) fn remove_stale(config: &ArenaConfig, worker_name: &str) {
             .to_str()
             .and_then(|name| name.strip_prefix(&prefix))
             .and_then(|rest| rest.split_once('-'))
-            .and_then(|(owner, _)| owner.parse::<u32>().ok());
-        if let Some(owner) = owner
-            && !Path::new("/proc").join(owner.to_string()).exists()
+            .and_then(|(owner, _)| owner.split_once('.'))
+            .and_then(|(pid, start)| Some((pid.parse().ok()?, start.parse::<u64>().ok()?)));
+        if let Some((pid, start)) = owner
+            && start_of(pid) != Some(start)
             && fs::remove_file(entry.path()).is_ok()
         {
             tracing::info!(arena = %entry.path().display(), "removed the arena of a worker that is gone");
@@ -106,12 +114,14 @@ mod tests {
         let config = ArenaConfig { directory: dir.path().into(), ..ArenaConfig::default() };
         let live = fresh_path(&config, "p0");
         // Above the largest pid of Linux (2^22).
-        let dead = dir.path().join("baton-kv.p0.99999999-x");
-        let other = dir.path().join("baton-kv.p01.99999999-x");
-        for path in [&live, &dead, &other] {
+        let dead = dir.path().join("baton-kv.p0.99999999.1-x");
+        let other = dir.path().join("baton-kv.p01.99999999.1-x");
+        // Of an earlier process of the same number.
+        let former = dir.path().join(format!("baton-kv.p0.{}.1-x", process::id()));
+        for path in [&live, &dead, &other, &former] {
             fs::write(path, "").unwrap();
         }
         remove_stale(&config, "p0");
-        assert!(live.exists() && other.exists() && !dead.exists());
+        assert!(live.exists() && other.exists() && !dead.exists() && !former.exists());
     }
 }

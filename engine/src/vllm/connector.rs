@@ -11,24 +11,25 @@ use baton_config::ArenaConfig;
 use baton_types::Compatibility;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    net::UnixListener,
+    net::{UnixListener, UnixStream},
     sync::mpsc,
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
 };
 
 use super::{
     arena_files::{self, ArenaTooSmall},
-    frames::{self, Answer, FrameError, FromConnector},
+    frames::{self, Answer, FrameError, Hello},
+    scheduler,
 };
-use crate::{EngineError, FromEngine, KvPort, ToEngine};
+use crate::{EngineError, FromEngine, KvPort, ToEngine, pacing::Pacing};
 
 /// A connector says hello as soon as it has connected.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Messages on their way to or from the connector.
 const QUEUE_MESSAGES: usize = 1024;
 
-/// Listens for our connector inside vLLM. Each connection is one [`KvPort`]; a newer one ends the one
-/// before it.
+/// Listens for our connector and our scheduler inside vLLM. Each connection of the connector is one
+/// [`KvPort`]; a newer one of the same kind ends the one before it.
 #[derive(Debug)]
 pub(super) struct ConnectorListener {
     accepting: JoinHandle<()>,
@@ -48,13 +49,14 @@ impl ConnectorListener {
         arena: &ArenaConfig,
         worker_name: &str,
         ports: mpsc::Sender<KvPort>,
+        pacing: Pacing,
     ) -> Result<Self, EngineError> {
         let listener = listen(path).map_err(|error| {
             EngineError::NotStarted(format!("cannot listen at {}: {error}", path.display()))
         })?;
         arena_files::remove_stale(arena, worker_name);
-        let host =
-            Arc::new(Host { arena: arena.clone(), worker_name: worker_name.to_owned(), ports });
+        let worker_name = worker_name.to_owned();
+        let host = Arc::new(Host { arena: arena.clone(), worker_name, ports, pacing });
         Ok(Self { accepting: tokio::spawn(accept(listener, host)), path: path.to_owned() })
     }
 }
@@ -82,41 +84,65 @@ struct Host {
     arena: ArenaConfig,
     worker_name: String,
     ports: mpsc::Sender<KvPort>,
+    pacing: Pacing,
 }
 
 async fn accept(listener: UnixListener, host: Arc<Host>) {
-    let mut current: Option<AbortOnDrop> = None;
+    let mut greeting = JoinSet::new();
+    let (mut connector, mut scheduler) = (AbortOnDrop(None), AbortOnDrop(None));
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of file descriptors, most likely: others may give some back.
-                tracing::warn!(%error, "cannot accept the connector");
-                tokio::time::sleep(Duration::from_millis(100)).await;
+        let visitor = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    greeting.spawn(greet(stream));
+                    continue;
+                }
+                Err(error) => {
+                    // Out of file descriptors, most likely: others may give some back.
+                    tracing::warn!(%error, "cannot accept the connector");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+            Some(greeted) = greeting.join_next() => greeted,
+        };
+        let (hello, stream) = match visitor {
+            Ok(Ok(Some(visitor))) => visitor,
+            Ok(Ok(None)) | Err(_) => continue,
+            Ok(Err(error)) => {
+                tracing::error!(worker = host.worker_name, %error, "a connection was closed");
                 continue;
             }
         };
+        let (what, place) = match &hello {
+            Hello::Connector { .. } => ("the connector", &mut connector),
+            Hello::Scheduler { .. } => ("the scheduler", &mut scheduler),
+        };
         // The older port goes before the newer makes its arena.
-        if let Some(older) = current.take() {
-            older.ended().await;
-        }
+        place.end().await;
         let host = host.clone();
-        current = Some(AbortOnDrop(Some(tokio::spawn(async move {
-            let (read, write) = stream.into_split();
-            match serve(read, write, &host).await {
-                Ok(()) => tracing::info!(worker = host.worker_name, "the connector has gone"),
-                Err(error) => {
-                    tracing::error!(worker = host.worker_name, %error, "the connector's connection was closed");
-                }
+        place.0 = Some(tokio::spawn(async move {
+            let worker = &host.worker_name;
+            match serve(hello, stream, &host).await {
+                Ok(()) => tracing::info!(worker, "{what} has gone"),
+                Err(error) => tracing::error!(worker, %error, "{what}'s connection was closed"),
             }
-        }))));
+        }));
     }
+}
+
+/// Who has come. Nothing where they went without a word.
+async fn greet(mut stream: UnixStream) -> Result<Option<(Hello, UnixStream)>, ConnectorError> {
+    let mut buffer = Vec::new();
+    let hello = tokio::time::timeout(HELLO_TIMEOUT, frames::read(&mut stream, &mut buffer)).await;
+    let hello: Option<Hello> = hello.map_err(|_| ConnectorError::NoHello)??;
+    Ok(hello.map(|hello| (hello, stream)))
 }
 
 struct AbortOnDrop(Option<JoinHandle<()>>);
 
 impl AbortOnDrop {
-    async fn ended(mut self) {
+    async fn end(&mut self) {
         if let Some(task) = self.0.take() {
             task.abort();
             let _ = task.await;
@@ -158,18 +184,21 @@ enum Refused {
     Stopping,
 }
 
-async fn serve(
-    mut read: impl AsyncRead + Unpin,
-    mut write: impl AsyncWrite + Unpin,
-    host: &Host,
-) -> Result<(), ConnectorError> {
-    let mut buffer = Vec::new();
-    let hello = tokio::time::timeout(HELLO_TIMEOUT, frames::read(&mut read, &mut buffer)).await;
-    let hello: FromConnector = match hello.map_err(|_| ConnectorError::NoHello)?? {
-        Some(hello) => hello,
-        None => return Ok(()),
+async fn serve(hello: Hello, stream: UnixStream, host: &Host) -> Result<(), ConnectorError> {
+    let (mut read, mut write) = stream.into_split();
+    let welcomed = match hello {
+        Hello::Scheduler { protocol } => match speaks(protocol) {
+            Ok(()) => return Ok(scheduler::serve(read, write, &host.pacing).await?),
+            Err(refused) => Err(refused),
+        },
+        Hello::Connector { protocol, connector_version, vllm_version, compatibility } => {
+            match speaks(protocol) {
+                Ok(()) => welcome(&connector_version, &vllm_version, compatibility, host).await,
+                Err(refused) => Err(refused),
+            }
+        }
     };
-    let (compatibility, arena) = match welcome(hello, host).await {
+    let (compatibility, arena) = match welcomed {
         Ok(welcomed) => welcomed,
         Err(refused) => {
             send(&Answer::Refused { reason: refused.to_string() }, &mut write).await?;
@@ -191,16 +220,21 @@ async fn serve(
     let port = KvPort { compatibility, arena, from_engine, to_engine };
     host.ports.send(port).await.map_err(|_| Refused::Stopping)?;
     tokio::select! {
-        read = upwards(&mut read, buffer, &to_worker) => read,
+        read = upwards(&mut read, &to_worker) => read,
         written = downwards(&mut from_worker, &mut write) => written,
     }
 }
 
-async fn welcome(hello: FromConnector, host: &Host) -> Result<(Compatibility, Arena), Refused> {
-    let FromConnector::Hello { protocol, connector_version, vllm_version, compatibility } = hello;
-    if protocol != frames::PROTOCOL {
-        return Err(Refused::Protocol { theirs: protocol });
-    }
+fn speaks(protocol: u32) -> Result<(), Refused> {
+    if protocol == frames::PROTOCOL { Ok(()) } else { Err(Refused::Protocol { theirs: protocol }) }
+}
+
+async fn welcome(
+    connector_version: &str,
+    vllm_version: &str,
+    compatibility: Compatibility,
+    host: &Host,
+) -> Result<(Compatibility, Arena), Refused> {
     if compatibility.block_bytes == 0 {
         return Err(Refused::Zero("block_bytes"));
     }
@@ -233,9 +267,9 @@ async fn send(answer: &Answer, write: &mut (impl AsyncWrite + Unpin)) -> io::Res
 
 async fn upwards(
     read: &mut (impl AsyncRead + Unpin),
-    mut buffer: Vec<u8>,
     to_worker: &mpsc::Sender<FromEngine>,
 ) -> Result<(), ConnectorError> {
+    let mut buffer = Vec::new();
     while let Some(message) = frames::read(read, &mut buffer).await? {
         if to_worker.send(message).await.is_err() {
             break; // The worker has done with this port.

@@ -1,27 +1,59 @@
 //! What passes over the connector's socket: frames of a `u32` length (little-endian) and that much
-//! JSON. First a hello from the connector and its answer, then [`crate::FromEngine`] up and
-//! [`crate::ToEngine`] down.
+//! JSON. First a hello and its answer; then, of the connector, [`crate::FromEngine`] up and
+//! [`crate::ToEngine`] down, and of the scheduler, [`FromScheduler`] up and [`ToScheduler`] down.
 
 use std::{io, path::PathBuf};
 
-use baton_types::Compatibility;
+use baton_types::{Compatibility, StepWork};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
+use crate::pacing::StepPace;
+
 /// Raised with every change that an older connector would misunderstand.
-pub(super) const PROTOCOL: u32 = 2;
+pub(super) const PROTOCOL: u32 = 3;
 
 /// A longer frame is refused.
 pub(super) const MAX_FRAME_BYTES: usize = 16 << 20;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
-pub(super) enum FromConnector {
-    Hello {
+pub(super) enum Hello {
+    /// Of the connector's half in a worker process of vLLM.
+    #[serde(rename = "hello")]
+    Connector {
         protocol: u32,
         connector_version: String,
         vllm_version: String,
         compatibility: Compatibility,
+    },
+    /// Of our scheduler in vLLM's engine core.
+    Scheduler { protocol: u32 },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub(super) enum FromScheduler {
+    Steps { steps: Vec<ObservedStep> },
+}
+
+/// One step of the engine, as it was.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ObservedStep {
+    pub(super) ms: f64,
+    #[serde(flatten)]
+    pub(super) work: StepWork,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub(super) enum ToScheduler {
+    Attached {
+        protocol: u32,
+    },
+    /// None: steps are as large as vLLM itself would make them.
+    Pace {
+        pace: Option<StepPace>,
     },
 }
 

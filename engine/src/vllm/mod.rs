@@ -8,6 +8,7 @@ mod http;
 mod kv_events;
 mod probe;
 mod process;
+mod scheduler;
 mod sse;
 
 use std::{path::Path, sync::OnceLock, time::Duration};
@@ -19,7 +20,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest, KvCache, KvCacheLog,
-    KvPort,
+    KvPort, Pacing, sim::Profile,
 };
 use connector::ConnectorListener;
 use http::EngineHttp;
@@ -31,6 +32,9 @@ const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
 /// It has ended when it does not answer this many times in a row.
 const HEALTH_FAILURES: u32 = 3;
 
+/// Ours, in the connector's package: keeps the pace that it is told.
+const SCHEDULER_CLASS: &str = "baton_connector.scheduler.PacedScheduler";
+
 /// Drives one vLLM server. Made inside a tokio runtime.
 #[derive(Debug)]
 pub struct VllmEngine {
@@ -41,6 +45,9 @@ pub struct VllmEngine {
     ports: Mutex<Option<mpsc::Receiver<KvPort>>>,
     /// Where it was told to publish KV events.
     event_sockets: Option<EventSockets>,
+    pacing: Pacing,
+    takes_priority: bool,
+    wants_usage_asked: bool,
     /// Known once the engine serves.
     kv_cache: OnceLock<(KvCache, KvEventsFollower)>,
     _connector: Option<ConnectorListener>,
@@ -53,31 +60,37 @@ impl VllmEngine {
         arena: &ArenaConfig,
         worker_name: &str,
     ) -> Result<Self, EngineError> {
+        let profile = config.profile.as_deref().map(Profile::read).transpose();
+        let profile = profile.map_err(|error| EngineError::NotStarted(error.to_string()))?;
+        let pacing = Pacing::new(profile.map(|profile| profile.model));
         let (ports, connector) = match &config.connector_socket {
             None => (None, None),
             Some(socket) => {
                 let (sender, receiver) = mpsc::channel(1);
-                let listener = ConnectorListener::bind(socket, arena, worker_name, sender)?;
+                let listener =
+                    ConnectorListener::bind(socket, arena, worker_name, sender, pacing.clone())?;
                 (Some(receiver), Some(listener))
             }
         };
         let event_sockets = match &config.source {
-            VllmSource::Command { command, .. } if !has_own_events(command) => {
+            VllmSource::Command { command, .. } if !sets(command, "--kv-events-config") => {
                 EventSockets::beside(&arena.directory, worker_name)
             }
             VllmSource::Command { .. } | VllmSource::Url(_) => None,
         };
+        let (mut takes_priority, mut wants_usage_asked) = (false, false);
         let (address, process) = match &config.source {
             VllmSource::Url(url) => (http::authority(url)?, None),
             VllmSource::Command { command, environment, port } => {
                 let socket = config.connector_socket.as_deref();
-                let launch = process::Launch {
-                    command,
-                    environment,
-                    arguments: serve_arguments(*port, socket, event_sockets.as_ref()),
-                    port: *port,
-                    worker_name,
-                };
+                let mut arguments = serve_arguments(*port, socket, event_sockets.as_ref());
+                let order = order_arguments(command, socket);
+                takes_priority = order.iter().chain(command).any(|word| word == "priority");
+                arguments.extend(order);
+                // With it all clients are told the usage.
+                wants_usage_asked = !sets(command, "--enable-force-include-usage");
+                let launch =
+                    process::Launch { command, environment, arguments, port: *port, worker_name };
                 (format!("127.0.0.1:{port}"), Some(EngineProcess::spawn(&launch)?))
             }
         };
@@ -87,6 +100,9 @@ impl VllmEngine {
             process,
             ports: Mutex::new(ports),
             event_sockets,
+            pacing,
+            takes_priority,
+            wants_usage_asked,
             kv_cache: OnceLock::new(),
             _connector: connector,
         })
@@ -96,8 +112,8 @@ impl VllmEngine {
         let (Some(sockets), Some(model)) = (&self.event_sockets, description.models.first()) else {
             return;
         };
-        let block_size_tokens = match probe::block_size_tokens(&self.http).await {
-            Ok(block_size_tokens) => block_size_tokens,
+        let cache = match probe::cache_config(&self.http).await {
+            Ok(cache) => cache,
             Err(error) => {
                 tracing::warn!(%error, "vLLM's prefix cache is not followed");
                 return;
@@ -105,13 +121,14 @@ impl VllmEngine {
         };
         self.kv_cache.get_or_init(|| {
             let log = KvCacheLog::default();
+            let probe::CacheConfig { block_size_tokens, capacity_tokens } = cache;
             let follower = KvEventsFollower::start(
                 sockets.clone(),
                 model.clone(),
                 block_size_tokens,
                 log.clone(),
             );
-            (KvCache { block_size_tokens, log }, follower)
+            (KvCache { block_size_tokens, capacity_tokens, log }, follower)
         });
     }
 
@@ -150,9 +167,27 @@ fn serve_arguments(
     arguments
 }
 
-/// Somebody else follows the events of this vLLM, who may count on their address.
-fn has_own_events(command: &[String]) -> bool {
-    command.iter().any(|argument| argument.starts_with("--kv-events-config"))
+/// Who goes first, and how much of a prompt each step takes in: ours to say, unless the user's command
+/// says it.
+fn order_arguments(command: &[String], connector_socket: Option<&Path>) -> Vec<String> {
+    let mut arguments = Vec::new();
+    if !sets(command, "--scheduling-policy") {
+        arguments.extend(["--scheduling-policy".to_owned(), "priority".to_owned()]);
+    }
+    if connector_socket.is_some() && !sets(command, "--scheduler-cls") {
+        arguments.extend(["--scheduler-cls".to_owned(), SCHEDULER_CLASS.to_owned()]);
+    }
+    arguments
+}
+
+/// Whether the user's command says it. Of KV events: then somebody else follows them, who may count on
+/// their address.
+fn sets(command: &[String], flag: &str) -> bool {
+    command.iter().any(|argument| {
+        // vLLM takes names with underscores too.
+        let name = argument.split_once('=').map_or(argument.as_str(), |(name, _)| name);
+        name.replace('_', "-") == flag
+    })
 }
 
 #[async_trait]
@@ -193,6 +228,19 @@ impl Engine for VllmEngine {
         self.kv_cache.get().map(|(cache, _)| cache.clone())
     }
 
+    fn pacing(&self) -> Option<Pacing> {
+        Some(self.pacing.clone())
+    }
+
+    /// Tokens that come while its server is busy go out together.
+    fn wants_usage_asked(&self) -> bool {
+        self.wants_usage_asked
+    }
+
+    fn takes_priority(&self) -> bool {
+        self.takes_priority
+    }
+
     async fn ended(&self) -> EngineError {
         if self.process.is_some() {
             return self.process_ended().await;
@@ -231,5 +279,18 @@ mod tests {
         let config: serde_json::Value = serde_json::from_str(&with[5]).unwrap();
         assert_eq!(config["kv_load_failure_policy"], "fail");
         assert_eq!(config["kv_connector_extra_config"]["socket"], "/run/baton/p0.sock");
+    }
+
+    #[test]
+    fn order_is_ours_unless_the_command_says_otherwise() {
+        let command = |arguments: &[&str]| -> Vec<String> {
+            arguments.iter().map(|argument| (*argument).to_owned()).collect()
+        };
+        let socket = Some(Path::new("/run/baton/p0.sock"));
+        let ours = ["--scheduling-policy", "priority", "--scheduler-cls", SCHEDULER_CLASS];
+        assert_eq!(order_arguments(&command(&["vllm", "serve"]), socket), ours);
+        assert_eq!(order_arguments(&command(&["vllm", "serve"]), None), ours[..2]);
+        let users = command(&["vllm", "--scheduling_policy=fcfs", "--scheduler-cls", "mine.Own"]);
+        assert!(order_arguments(&users, socket).is_empty());
     }
 }

@@ -64,22 +64,35 @@ pub(super) async fn load(engine: &EngineHttp) -> Result<EngineLoad, EngineError>
     Ok(parse_load(&String::from_utf8_lossy(&metrics)))
 }
 
-/// Tokens of one KV block.
-pub(super) async fn block_size_tokens(engine: &EngineHttp) -> Result<u32, EngineError> {
+/// A KV cache: tokens of one block, and of all where vLLM says how many there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct CacheConfig {
+    pub(super) block_size_tokens: u32,
+    pub(super) capacity_tokens: Option<u64>,
+}
+
+pub(super) async fn cache_config(engine: &EngineHttp) -> Result<CacheConfig, EngineError> {
     let (status, metrics) = engine.ask("/metrics").await?;
     if !status.is_success() {
         return Err(unexpected("/metrics", status));
     }
-    parse_block_size(&String::from_utf8_lossy(&metrics)).ok_or(EngineError::Unexpected {
+    parse_cache_config(&String::from_utf8_lossy(&metrics)).ok_or(EngineError::Unexpected {
         what: "/metrics",
         reason: "no block_size in vllm:cache_config_info".to_owned(),
     })
 }
 
-fn parse_block_size(metrics: &str) -> Option<u32> {
+fn parse_cache_config(metrics: &str) -> Option<CacheConfig> {
     let info = metrics.lines().find(|line| line.starts_with("vllm:cache_config_info{"))?;
-    let (_, rest) = info.split_once("{block_size=\"").or(info.split_once(",block_size=\""))?;
-    rest.split('"').next()?.parse().ok()
+    let label = |name: &str| {
+        let [first, later] = ["{", ","].map(|before| format!("{before}{name}=\""));
+        let (_, rest) = info.split_once(&first).or(info.split_once(&later))?;
+        rest.split('"').next()?.parse::<u32>().ok()
+    };
+    let block_size_tokens = label("block_size")?;
+    let capacity = |blocks| u64::from(blocks) * u64::from(block_size_tokens);
+    let capacity_tokens = label("num_gpu_blocks").filter(|blocks| *blocks > 0).map(capacity);
+    Some(CacheConfig { block_size_tokens, capacity_tokens })
 }
 
 /// With several engines behind one server (data parallel), requests add up and the fullest cache
@@ -127,13 +140,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_block_size_is_read_from_vllms_metrics() {
+    fn the_caches_size_is_read_from_vllms_metrics() {
         let metrics = "# TYPE vllm:cache_config_info gauge\n\
             vllm:cache_config_info{_block_size_resolved=\"True\",block_size=\"128\",\
-            cache_dtype=\"auto\",hash_block_size=\"None\"} 1.0\n";
-        assert_eq!(parse_block_size(metrics), Some(128));
-        assert_eq!(parse_block_size("vllm:cache_config_info{block_size=\"16\"} 1.0"), Some(16));
-        assert_eq!(parse_block_size("vllm:cache_config_info{} 1.0"), None);
+            cache_dtype=\"auto\",hash_block_size=\"None\",num_gpu_blocks=\"100\",\
+            num_gpu_blocks_override=\"None\"} 1.0\n";
+        let expected = CacheConfig { block_size_tokens: 128, capacity_tokens: Some(12_800) };
+        assert_eq!(parse_cache_config(metrics), Some(expected));
+        let unknown = "vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"None\"} 1.0";
+        let expected = CacheConfig { block_size_tokens: 16, capacity_tokens: None };
+        assert_eq!(parse_cache_config(unknown), Some(expected));
+        assert_eq!(parse_cache_config("vllm:cache_config_info{} 1.0"), None);
     }
 
     #[test]

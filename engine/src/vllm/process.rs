@@ -21,6 +21,10 @@ use crate::EngineError;
 
 /// vLLM ends its requests and its child processes in this time, or is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Once its server has ended, the others of vLLM's processes clean up after it in this time, or are
+/// killed.
+const CLEAN_UP_TIMEOUT: Duration = Duration::from_secs(3);
+const CLEAN_UP_INTERVAL: Duration = Duration::from_millis(50);
 /// What a dead process said last is part of its error.
 const LAST_LINES: usize = 20;
 const MAX_LINE_BYTES: u64 = 16 << 10;
@@ -142,11 +146,38 @@ async fn watch_over(
         )
     });
     let how = child.wait().await.map_or_else(|error| error.to_string(), describe);
-    // vLLM's engine cores are no good without their server.
-    let _ = kill_process_group(group, Signal::KILL);
+    clean_up(group).await;
     let _ = timeout(LAST_OUTPUT_TIMEOUT, output).await;
     let lines: Vec<String> = last_lines.lock().drain(..).collect();
     ended.send_replace(Some(format!("{how}; it wrote last:\n{}", lines.join("\n"))));
+}
+
+/// vLLM's engine cores are no good without their server. What they leave in shared memory is removed by
+/// Python's resource tracker, a process of the same group, which does so when all others have gone: killed
+/// together with them, it leaves hundreds of MiB behind.
+async fn clean_up(group: Pid) {
+    let _ = kill_process_group(group, Signal::TERM);
+    let gone = async {
+        while has_live_process(group) {
+            tokio::time::sleep(CLEAN_UP_INTERVAL).await;
+        }
+    };
+    let _ = timeout(CLEAN_UP_TIMEOUT, gone).await;
+    let _ = kill_process_group(group, Signal::KILL);
+}
+
+/// As `/proc` has it; where there is none, nobody lives.
+fn has_live_process(group: Pid) -> bool {
+    let group = group.as_raw_nonzero().to_string();
+    let is_of_group = |process: std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(process.path().join("stat")).ok()?;
+        // `pid (name) state parent group …`, and the name may have anything in it.
+        let (_, rest) = stat.rsplit_once(") ")?;
+        let mut fields = rest.split(' ');
+        (fields.next()? != "Z" && fields.nth(1)? == group).then_some(())
+    };
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.filter_map(is_of_group).next().is_some()
 }
 
 fn describe(status: ExitStatus) -> String {

@@ -2,7 +2,7 @@
 /// First a Hello, then the others in any order.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WorkerFrame {
-    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "worker_frame::Frame", tags = "1, 2, 3, 4, 5")]
     pub frame: ::core::option::Option<worker_frame::Frame>,
 }
 /// Nested message and enum types in `WorkerFrame`.
@@ -17,8 +17,13 @@ pub mod worker_frame {
         Report(super::Report),
         #[prost(message, tag = "4")]
         KvEvents(super::KvEvents),
+        #[prost(message, tag = "5")]
+        Leaving(super::Leaving),
     }
 }
+/// This worker was told to stop: it finishes what it has and takes nothing new.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Leaving {}
 /// First a Welcome or a Refusal, then Commands; last a Refusal, where another worker took the name.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CoordinatorFrame {
@@ -37,7 +42,7 @@ pub mod coordinator_frame {
         Commands(super::Commands),
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Hello {
     #[prost(uint32, tag = "1")]
     pub protocol_version: u32,
@@ -67,9 +72,26 @@ pub struct Hello {
     /// Present where this worker tells of its prefix cache.
     #[prost(message, optional, tag = "11")]
     pub kv_cache: ::core::option::Option<KvCache>,
+    /// How long its engine's steps take, as a profile says: to begin with. Absent where nobody knows.
+    #[prost(message, optional, tag = "12")]
+    pub step_model: ::core::option::Option<StepModel>,
     /// Present where this worker is on its way to another role.
     #[prost(message, optional, tag = "20")]
     pub role_change: ::core::option::Option<RoleChange>,
+}
+/// `baton_types::StepModel`.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StepModel {
+    /// Three each.
+    #[prost(double, repeated, tag = "1")]
+    pub prefill_ms: ::prost::alloc::vec::Vec<f64>,
+    #[prost(double, repeated, tag = "2")]
+    pub decode_ms: ::prost::alloc::vec::Vec<f64>,
+    #[prost(double, tag = "3")]
+    pub prefill_interference_factor: f64,
+    /// Observed steps that it was fitted to.
+    #[prost(uint64, tag = "4")]
+    pub samples: u64,
 }
 /// A worker goes over to the other pool: it takes nothing new, finishes what it has, and once every
 /// coordinator has let go of it comes back with a new epoch.
@@ -88,6 +110,9 @@ pub struct KvCache {
     /// Those of Hello.models that are LoRA adapters.
     #[prost(string, repeated, tag = "2")]
     pub adapters: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of the whole cache; 0 where nobody knows.
+    #[prost(uint64, tag = "3")]
+    pub capacity_tokens: u64,
 }
 /// How another worker reaches this one to take KV over.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -125,11 +150,15 @@ pub struct Compatibility {
     #[prost(string, tag = "9")]
     pub connector_version: ::prost::alloc::string::String,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct Welcome {
     /// Reports are wanted this often.
     #[prost(uint32, tag = "1")]
     pub report_interval_ms: u32,
+    /// The time between two tokens that the engine's steps shall keep to: as much prefill as decodes can
+    /// bear beside them, no more. 0: the engine's own budget of tokens.
+    #[prost(float, tag = "2")]
+    pub itl_target_ms: f32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refusal {
@@ -175,6 +204,10 @@ pub struct StartJob {
     /// Decode leg of an engine's own handoff: the JSON of kv_transfer_params that prefill answered.
     #[prost(bytes = "bytes", tag = "7")]
     pub engine_handoff_params: ::prost::bytes::Bytes,
+    /// The request's first token is due in so long, counted from when this is sent: 1 where that is past,
+    /// 0 where nobody says. An engine with a queue serves first what is due first.
+    #[prost(uint32, tag = "8")]
+    pub deadline_ms: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Header {
@@ -313,6 +346,9 @@ pub struct Report {
     /// The balancer of this coordinator may change this worker's role. One of all that it serves may.
     #[prost(bool, tag = "21")]
     pub leads: bool,
+    /// How long the engine's steps take, as they were observed. Absent where it does not tell of them.
+    #[prost(message, optional, tag = "16")]
+    pub step_model: ::core::option::Option<StepModel>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

@@ -29,9 +29,14 @@ fn broke_off() -> Result<&'static str, EngineError> {
 }
 
 async fn relay(answer: Answer) -> (Result<(), Fault>, Vec<Event>) {
+    relay_as(answer, false).await
+}
+
+async fn relay_as(answer: Answer, hides_usage: bool) -> (Result<(), Fault>, Vec<Event>) {
     let (outbox, mut frames) = Outbox::open(Hello::default());
     let counters = Counters::default();
-    let relay = Relay { job: 7, outbox: &outbox, consuming: None, counters: &counters };
+    let (outbox, counters) = (&outbox, &counters);
+    let relay = Relay { job: 7, outbox, consuming: None, counters, hides_usage };
     let relayed = relay.stream(answer).await;
     (relayed, events(&mut frames).await)
 }
@@ -155,5 +160,24 @@ async fn a_prefills_answer_is_thrown_away_and_its_refusal_is_not() {
     for failed in [answer(503, "text/plain", vec![]), answer(200, "text/plain", vec![broke_off()])]
     {
         assert!(prefill_answer(7, failed, false).await.unwrap_err().is_retryable());
+    }
+}
+
+/// As vLLM does it where its server is busy: three events, and seven tokens.
+#[tokio::test(start_paused = true)]
+async fn tokens_that_were_joined_are_counted_by_the_usage_at_the_end() {
+    let text = "data: {\"choices\":[{\"text\":\"a b\"}]}\n\n";
+    let usage = "data: {\"choices\":[],\"usage\":{\"completion_tokens\":7}}\n\n";
+    let done = "data: [DONE]\n\n";
+    let last: &'static str = [text, usage, done].concat().leak();
+    for (hides_usage, told) in [
+        (false, [text, text, text, usage, done].concat()),
+        (true, [text, text, text, done].concat()),
+    ] {
+        let chunks = vec![Ok(text), Ok(text), Ok(last)];
+        let (relayed, events) = relay_as(answer(200, EVENT_STREAM, chunks), hides_usage).await;
+        relayed.unwrap();
+        assert_eq!(events.iter().map(|event| event.tokens).sum::<u32>(), 7, "{events:?}");
+        assert_eq!(payloads(&events).concat(), told);
     }
 }

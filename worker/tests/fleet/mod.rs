@@ -20,7 +20,10 @@ pub async fn timeout<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.expect("within a minute")
 }
 
-struct Service(mpsc::Sender<Attached>);
+struct Service {
+    attached: mpsc::Sender<Attached>,
+    itl_target_ms: f32,
+}
 
 #[tonic::async_trait]
 impl fleet_server::Fleet for Service {
@@ -30,14 +33,17 @@ impl fleet_server::Fleet for Service {
         &self,
         request: Request<Streaming<WorkerFrame>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
+        let itl_target_ms = self.itl_target_ms;
         let mut stream = request.into_inner();
         let first = stream.message().await?.and_then(|frame| frame.frame);
         let Some(worker_frame::Frame::Hello(hello)) = first else { panic!("{first:?}") };
         let (commands, receiver) = mpsc::channel(16);
-        let welcome = coordinator_frame::Frame::Welcome(Welcome { report_interval_ms: 20 });
+        let welcome =
+            coordinator_frame::Frame::Welcome(Welcome { report_interval_ms: 20, itl_target_ms });
         commands.send(Ok(CoordinatorFrame { frame: Some(welcome) })).await.unwrap();
         let (events_in, events) = mpsc::unbounded_channel();
         let (reports_in, reports) = tokio::sync::watch::channel(Report::default());
+        let (leaving_in, leaving) = tokio::sync::watch::channel(false);
         tokio::spawn(async move {
             while let Ok(Some(frame)) = stream.message().await {
                 match frame.frame {
@@ -49,13 +55,17 @@ impl fleet_server::Fleet for Service {
                     Some(worker_frame::Frame::Report(report)) => {
                         reports_in.send_replace(report);
                     }
+                    Some(worker_frame::Frame::Leaving(_)) => {
+                        leaving_in.send_replace(true);
+                    }
+                    // What the engine's prefix cache holds.
                     Some(worker_frame::Frame::KvEvents(_)) => {}
                     other => panic!("{other:?}"),
                 }
             }
         });
-        let attached = Attached { hello, commands: Some(commands), events, reports };
-        self.0.send(attached).await.map_err(|_| Status::cancelled("the test is over"))?;
+        let attached = Attached { hello, commands: Some(commands), events, reports, leaving };
+        self.attached.send(attached).await.map_err(|_| Status::cancelled("the test is over"))?;
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 }
@@ -66,6 +76,7 @@ pub struct Attached {
     commands: Option<mpsc::Sender<Result<CoordinatorFrame, Status>>>,
     events: mpsc::UnboundedReceiver<Event>,
     reports: tokio::sync::watch::Receiver<Report>,
+    leaving: tokio::sync::watch::Receiver<bool>,
 }
 
 impl Attached {
@@ -82,6 +93,11 @@ impl Attached {
     /// Ends the stream, as a coordinator does that stops.
     pub fn close(&mut self) {
         self.commands = None;
+    }
+
+    /// Waits until the worker has said that it leaves.
+    pub async fn leaving(&mut self) {
+        timeout(self.leaving.wait_for(|leaving| *leaving)).await.unwrap();
     }
 
     /// Waits until the worker has closed the stream.
@@ -152,7 +168,7 @@ impl Drop for Fleet {
 
 pub struct Worker {
     pub attached: Attached,
-    running: Running,
+    pub running: Running,
 }
 
 impl Worker {
@@ -168,6 +184,10 @@ pub struct Running {
 }
 
 impl Running {
+    pub fn order_to_stop(&self) {
+        self.stop.notify_one();
+    }
+
     pub async fn stop(self) {
         self.stop.notify_one();
         timeout(self.running).await.unwrap().unwrap();
@@ -176,11 +196,17 @@ impl Running {
 
 impl Fleet {
     pub async fn start() -> Self {
+        Self::start_with_target(0.0).await
+    }
+
+    /// Whose workers are told a time between two tokens.
+    pub async fn start_with_target(itl_target_ms: f32) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (sender, attached) = mpsc::channel(4);
+        let service = Service { attached: sender, itl_target_ms };
         let server = tonic::transport::Server::builder()
-            .add_service(fleet_server::FleetServer::new(Service(sender)))
+            .add_service(fleet_server::FleetServer::new(service))
             .serve_with_incoming(TcpListenerStream::new(listener));
         let server = tokio::spawn(async move { server.await.unwrap() });
         Self { dir: tempfile::tempdir().unwrap(), address, attached, server }
@@ -192,12 +218,16 @@ impl Fleet {
         Worker { attached, running }
     }
 
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     pub fn address(&self) -> String {
         self.address.to_string()
     }
 
     pub fn spawn(&self, name: &str, role: Role, engine: EngineConfig) -> Running {
-        self.spawn_at(vec![self.address()], name, role, engine)
+        self.spawn_as(self.config(vec![self.address()], name, role, engine))
     }
 
     /// A worker of several coordinators.
@@ -209,20 +239,23 @@ impl Fleet {
         sim: SimConfig,
     ) -> Running {
         let coordinators = coordinators.iter().map(ToString::to_string).collect();
-        self.spawn_at(coordinators, name, role, EngineConfig::Sim(sim))
+        self.spawn_as(self.config(coordinators, name, role, EngineConfig::Sim(sim)))
     }
 
-    fn spawn_at(
+    pub fn config(
         &self,
         coordinators: Vec<String>,
         name: &str,
         role: Role,
         engine: EngineConfig,
-    ) -> Running {
-        let config = WorkerConfig {
+    ) -> WorkerConfig {
+        WorkerConfig {
             name: name.into(),
             role,
             coordinators,
+            every_address: false,
+            health_listen: None,
+            drain_timeout: Duration::from_secs(5),
             tls: None,
             engine,
             arena: ArenaConfig {
@@ -234,7 +267,10 @@ impl Fleet {
                 stall_timeout: Duration::from_secs(5),
                 ..TransferConfig::default()
             },
-        };
+        }
+    }
+
+    pub fn spawn_as(&self, config: WorkerConfig) -> Running {
         let stop = Arc::new(tokio::sync::Notify::new());
         let stopped = stop.clone();
         let running =

@@ -5,8 +5,6 @@ use std::time::Duration;
 
 use baton_types::StepModel;
 
-/// The long view is so many times the short one.
-const LONG_WINDOWS: u32 = 6;
 /// A rate is known after this part of its window,
 const KNOWN_AFTER: f64 = 0.5;
 /// from so many arrivals.
@@ -119,6 +117,7 @@ impl View {
 #[derive(Debug)]
 pub(super) struct Demand {
     pub(super) short: View,
+    /// Over a dwell: what is given away does not come back sooner.
     pub(super) long: View,
     /// Since the last look.
     fresh: Sums,
@@ -126,10 +125,10 @@ pub(super) struct Demand {
 }
 
 impl Demand {
-    pub(super) fn new(window: Duration) -> Self {
+    pub(super) fn new(window: Duration, dwell: Duration) -> Self {
         Self {
             short: View::new(window),
-            long: View::new(LONG_WINDOWS * window),
+            long: View::new(dwell.max(window)),
             fresh: Sums::default(),
             arrivals: 0.0,
         }
@@ -171,7 +170,7 @@ mod tests {
 
     #[test]
     fn rates_are_right_from_the_start_and_forget() {
-        let mut demand = Demand::new(Duration::from_secs(10));
+        let mut demand = Demand::new(Duration::from_secs(10), Duration::from_secs(60));
         let second = |demand: &mut Demand, requests: u32| {
             for _ in 0..requests {
                 demand.arrived(&Arrival { prompt_tokens: 100, hit_tokens: 20 });

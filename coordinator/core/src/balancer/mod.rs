@@ -31,8 +31,7 @@ pub struct BalancerSettings {
     pub dwell: Duration,
     /// How often it looks.
     pub interval: Duration,
-    /// How fast old arrivals are forgotten. A second view, six times as long, guards what is given
-    /// away.
+    /// How fast old arrivals are forgotten. A second view, over a dwell, guards what is given away.
     pub window: Duration,
 }
 
@@ -140,7 +139,7 @@ impl Balancer {
             settings,
             promise,
             clock: SteadyClock::new(settings.interval),
-            demand: Demand::new(settings.window),
+            demand: Demand::new(settings.window, settings.dwell),
             distrust_until: Duration::ZERO,
             workers: BTreeMap::new(),
             came: [None; 2],

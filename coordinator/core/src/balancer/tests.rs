@@ -253,7 +253,10 @@ fn it_holds_still_on_what_it_does_not_know() {
         (|scene| scene.workers[0].silent_for = Duration::from_secs(5), Missing::Reports),
         (|scene| scene.workers[1].model = None, Missing::StepModel),
         (|scene| scene.each(Role::Decode, |worker| worker.is_routable = false), Missing::Worker),
-        (|scene| scene.balancer.demand = Demand::new(Duration::from_secs(10)), Missing::Arrivals),
+        (
+            |scene| scene.balancer.demand = Demand::new(Duration::from_secs(10), Duration::ZERO),
+            Missing::Arrivals,
+        ),
     ];
     for (spoil, missing) in cases {
         let mut scene = Scene::new(2, 2);

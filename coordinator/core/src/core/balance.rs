@@ -39,7 +39,7 @@ impl Core {
     /// balancer. Nothing is done about it here; see [`crate::Event::SetRole`].
     pub fn balance(&mut self, now: Duration) -> Vec<Decision> {
         // Without pools there is nothing to balance.
-        if self.settings.split != Split::Always {
+        if self.split_now() != Split::Always {
             return Vec::new();
         }
         let Some(mut balancing) = self.balancing.take() else { return Vec::new() };

@@ -1,7 +1,7 @@
 //! A fake connector speaks the protocol over a real socket.
 
 use baton_arena::Slot;
-use baton_types::{Generation, HandoffId, PromptDigest};
+use baton_types::{Generation, HandoffId, PromptDigest, StepModel};
 use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, net::UnixStream};
 
@@ -13,6 +13,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Fixture {
     dir: tempfile::TempDir,
     ports: mpsc::Receiver<KvPort>,
+    pacing: Pacing,
     _listener: ConnectorListener,
 }
 
@@ -26,8 +27,10 @@ impl Fixture {
         };
         let (sender, ports) = mpsc::channel(1);
         let socket = dir.path().join("kv.sock");
-        let listener = ConnectorListener::bind(&socket, &arena, "p0", sender).unwrap();
-        Self { dir, ports, _listener: listener }
+        let pacing = Pacing::new(None);
+        let listener =
+            ConnectorListener::bind(&socket, &arena, "p0", sender, pacing.clone()).unwrap();
+        Self { dir, ports, pacing, _listener: listener }
     }
 
     async fn connect(&self) -> FakeConnector {
@@ -64,7 +67,7 @@ async fn timeout<T>(future: impl Future<Output = T>) -> T {
 fn hello() -> Value {
     json!({
         "type": "hello",
-        "protocol": 2,
+        "protocol": 3,
         "connector_version": "0.1.0",
         "vllm_version": "0.32.0",
         "compatibility": {
@@ -85,7 +88,7 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
     assert_eq!(
         welcome,
         json!({
-            "type": "welcome", "protocol": 2, "arena": port.arena.path(),
+            "type": "welcome", "protocol": 3, "arena": port.arena.path(),
             "slot_bytes": 8192, "export_slots": 4, "import_slots": 3,
         })
     );
@@ -196,7 +199,10 @@ async fn garbage_closes_the_connection_and_disturbs_nobody_after() {
 async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("new/kv.sock");
-    let bind = || ConnectorListener::bind(&path, &ArenaConfig::default(), "p0", mpsc::channel(1).0);
+    let bind = || {
+        let (ports, _) = mpsc::channel(1);
+        ConnectorListener::bind(&path, &ArenaConfig::default(), "p0", ports, Pacing::new(None))
+    };
     fs::create_dir(dir.path().join("new")).unwrap();
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let live = bind().unwrap();
@@ -205,4 +211,37 @@ async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     assert!(path.exists(), "the refused one must not take the socket away");
     drop(live);
     assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn a_scheduler_tells_its_steps_and_is_told_its_pace() {
+    let mut fixture = Fixture::new();
+    // Both come at once, and neither ends the other.
+    let (mut connector, mut scheduler) = (fixture.connect().await, fixture.connect().await);
+    scheduler.send(&json!({"type": "scheduler", "protocol": 3})).await;
+    connector.send(&hello()).await;
+    let _port = fixture.port().await;
+    assert_eq!(scheduler.receive().await.unwrap(), json!({"type": "attached", "protocol": 3}));
+
+    fixture.pacing.set_itl_target_ms(40.0);
+    let step = json!({
+        "ms": 12.0, "prompts_begun": 0, "prompts": 0, "prefill_tokens": 0, "prefill_squares": 0.0,
+        "decode_sequences": 3, "decode_context_tokens": 300,
+    });
+    scheduler.send(&json!({"type": "steps", "steps": vec![step; 40]})).await;
+    let paced = scheduler.receive().await.unwrap();
+    assert_eq!((&paced["type"], &paced["pace"]["step_ms"]), (&json!("pace"), &json!(38.0)));
+    let model: StepModel = serde_json::from_value(paced["pace"]["model"].clone()).unwrap();
+    assert!((model.decode_step_ms(3, 300) - 12.0).abs() < 1.0, "{model:?}");
+    assert_eq!(fixture.pacing.fitted().unwrap().1, 40);
+
+    fixture.pacing.set_itl_target_ms(0.0);
+    assert_eq!(scheduler.receive().await.unwrap(), json!({"type": "pace", "pace": null}));
+    connector.send(&json!({"type": "exported", "handoff": "no id"})).await;
+    assert!(connector.receive().await.is_some(), "the welcome");
+    assert!(connector.is_closed().await);
+
+    let mut other = fixture.connect().await;
+    other.send(&json!({"type": "scheduler", "protocol": 9})).await;
+    assert_eq!(other.receive().await.unwrap()["type"], "refused");
 }

@@ -61,6 +61,22 @@ async fn stopping_ends_the_children_too() {
     }
 }
 
+/// As Python's resource tracker does it: deaf to signals, until it is alone.
+#[tokio::test]
+async fn what_cleans_up_behind_the_others_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ready, cleaned) = (dir.path().join("ready"), dir.path().join("cleaned"));
+    let script = format!(
+        "(trap '' TERM; : > {}; while kill -0 $$; do sleep 0.05; done; : > {}) & exec sleep 600",
+        ready.display(),
+        cleaned.display()
+    );
+    let process = shell(&script, &BTreeMap::new()).unwrap();
+    until(|| ready.exists()).await;
+    timeout(PATIENCE, process.stop()).await.unwrap();
+    assert!(cleaned.exists());
+}
+
 #[tokio::test]
 async fn a_process_that_will_not_stop_is_killed() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,233 @@
+use baton_types::{Leg, Role};
+
+use super::{super::tests::*, *};
+use crate::{
+    AdmissionSettings, DecisionReason, Event, Order, RequestShape, Settings, WorkerDescription,
+    policy::policy,
+};
+
+/// 100 ms for each thousand tokens, and decode steps of 10 ms.
+const MODEL: baton_types::StepModel = baton_types::StepModel {
+    prefill_ms: [0.0, 0.1, 0.0],
+    decode_ms: [10.0, 0.0, 0.0],
+    prefill_interference_factor: 1.0,
+};
+
+fn predictable(name: &str, role: Role) -> WorkerDescription {
+    WorkerDescription { model: Some(MODEL), ..worker(name, role) }
+}
+
+fn prompt(prompt_tokens: u32) -> RequestShape {
+    RequestShape { prompt_tokens, ..shape() }
+}
+
+fn of(tenant: &str, priority: i32, prompt_tokens: u32) -> RequestShape {
+    let tenant = Tenant { name: tenant.into(), weight: 1.0 };
+    RequestShape { tenant, priority, ..prompt(prompt_tokens) }
+}
+
+/// As a live coordinator is set by default.
+fn adaptive() -> Settings {
+    Settings {
+        split: Split::PerRequest,
+        order: Order::LateLast,
+        admission: Some(AdmissionSettings::default()),
+        keeps_decisions: true,
+        ..Settings::default()
+    }
+}
+
+fn fixture(
+    settings: Settings,
+    workers: impl IntoIterator<Item = WorkerDescription>,
+) -> (Fixture, Vec<WorkerKey>) {
+    let slack = (policy("slack").unwrap().make)(0);
+    let mut fixture = Fixture { core: Core::with_policy(settings, slack), actions: Vec::new() };
+    let keys = workers.into_iter().map(|worker| fixture.attach(worker)).collect();
+    (fixture, keys)
+}
+
+#[test]
+fn a_burst_between_two_reports_does_not_pile_onto_one_worker() {
+    let names = ["a", "b", "c", "d"];
+    for order in [Order::Arrival, Order::LateLast] {
+        let workers = names.map(|name| predictable(name, Role::Decode));
+        let settings = Settings { order, admission: None, ..adaptive() };
+        let (mut f, _) = fixture(settings, workers);
+        for _ in 0..32 {
+            f.arrive(prompt(500));
+        }
+        let jobs = f.core.workers().map(|worker| worker.load.jobs());
+        let jobs: Vec<u32> = jobs.collect();
+        assert_eq!(jobs.iter().sum::<u32>(), 32, "{jobs:?}");
+        assert!(jobs.iter().all(|jobs| (6..=10).contains(jobs)), "{jobs:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_predicted_is_split_between_the_pools() {
+    let workers = [worker("p", Role::Prefill), worker("d", Role::Decode)];
+    let (mut f, keys) = fixture(adaptive(), workers);
+    let (request, actions) = f.arrive(prompt(500));
+    let legs: Vec<_> = started(&actions).iter().map(|start| (start.0, start.2)).collect();
+    assert_eq!(legs, [(keys[0], Leg::Prefill), (keys[1], Leg::Decode)]);
+    let decision = f.core.take_decision(request).unwrap();
+    assert_eq!((decision.reason, decision.first_token_at()), (DecisionReason::NoModel, None));
+
+    f.handle(Event::ModelChanged { worker: keys[1], model: MODEL });
+    let (request, actions) = f.arrive(prompt(500));
+    let [(_, _, Leg::Aggregated, None)] = started(&actions)[..] else { panic!("{actions:?}") };
+    let decision = f.core.take_decision(request).unwrap();
+    assert_eq!(decision.reason, DecisionReason::Predicted);
+    let first = decision.first.as_ref().unwrap();
+    assert_eq!((first.candidates, first.worker), (2, first.considered[0].worker));
+    assert_eq!(decision.itl_ms(), Some(10.0));
+    let ttft = decision.first_token_at().unwrap() - decision.at;
+    assert!(ttft >= Duration::from_millis(50), "{ttft:?}");
+}
+
+#[test]
+fn a_told_prefix_counts() {
+    let workers = ["a", "b", "c"].map(|name| predictable(name, Role::Decode));
+    let (mut f, keys) = fixture(adaptive(), workers);
+    let held_tokens = [(keys[1], 960), (keys[2], 16)].into();
+    let (request, actions) = f.arrive(RequestShape { held_tokens, ..prompt(1000) });
+    assert_eq!(started(&actions)[0].0, keys[1]);
+    let first = f.core.take_decision(request).unwrap().first.unwrap();
+    let hits: Vec<_> = first.considered.iter().map(|one| one.hit_tokens).collect();
+    assert_eq!(hits, [960, 16, 0], "the chosen one, then as they seemed quick");
+}
+
+#[test]
+fn when_all_have_enough_to_do_the_others_wait_here_for_their_turn() {
+    let (mut f, _) = fixture(adaptive(), [predictable("a", Role::Decode)]);
+    // A second's backlog: two in the engine, and others until ten are there.
+    let first: Vec<_> = (0..10).map(|_| f.arrive(of("large", 0, 1000))).collect();
+    assert!(f.core.rooms.is_empty());
+    let large: Vec<_> = (0..4).map(|_| f.arrive(of("large", 0, 1000)).0).collect();
+    let (small, _) = f.arrive(of("small", 0, 1000));
+    let (urgent, _) = f.arrive(of("large", -1, 1000));
+    assert_eq!(f.core.waiting_by_priority(), [(-1, 1), (0, 4 + 1 + 8)].into());
+
+    // Jobs end one by one.
+    let mut jobs: Vec<_> = first.iter().flat_map(|(_, actions)| started(actions)).collect();
+    let mut order = Vec::new();
+    while let Some((_, job, ..)) = jobs.pop() {
+        let mut actions = f.handle(Event::Answered { job });
+        actions.extend(f.handle(Event::Ended { job }));
+        for action in &actions {
+            if let Action::Start { request, .. } = action {
+                order.push(*request);
+            }
+        }
+        jobs.extend(started(&actions));
+    }
+    assert_eq!(f.core.requests_open(), 0);
+    let place = |request| order.iter().position(|one| *one == request).unwrap();
+    assert!(place(urgent) < place(large[0]), "a class before the other");
+    assert!(
+        place(small) < place(large[1]),
+        "a tenant that had nothing yet before one that had much"
+    );
+}
+
+#[test]
+fn whoever_is_shed_is_told_when_to_come_again() {
+    let admission = AdmissionSettings { max_waiting: 2, ..AdmissionSettings::default() };
+    let settings = Settings { admission: Some(admission), ..adaptive() };
+    let (mut f, _) = fixture(settings, [predictable("a", Role::Decode)]);
+    for _ in 0..10 {
+        f.arrive(of("t", 0, 1000));
+    }
+    let (first, _) = f.arrive(of("t", 1, 1000));
+    let (second, _) = f.arrive(of("t", 1, 1000));
+    let rejected = |actions: &[Action]| match actions {
+        [Action::Reject { request, rejection: Rejection::Overloaded { reason, retry_after } }] => {
+            (*request, *reason, *retry_after)
+        }
+        other => panic!("{other:?}"),
+    };
+    let (third, actions) = f.arrive(of("t", 1, 1000));
+    let (request, reason, retry_after) = rejected(&actions);
+    assert_eq!((request, reason), (third, ShedReason::QueueFull));
+    // 1.2 s of work, of a worker that has 95 % of its time for it.
+    assert!((1.2..1.4).contains(&retry_after.as_secs_f64()), "{retry_after:?}");
+    let (_, actions) = f.arrive(of("t", 0, 1000));
+    assert_eq!(rejected(&actions).0, second, "the last of the lowest class");
+    let mut actions = Vec::new();
+    f.core.handle(Event::Tick, NOW + admission.max_wait, &mut actions);
+    let shed = actions.iter().find_map(|action| match action {
+        Action::Reject { request, rejection: Rejection::Overloaded { reason, .. } } => {
+            Some((*request, *reason))
+        }
+        _ => None,
+    });
+    // By the clock its engine is through, but it was not heard of.
+    assert_eq!(shed, Some((first, ShedReason::WaitedTooLong)), "{actions:?}");
+}
+
+#[test]
+fn who_cannot_be_served_in_time_is_told_at_once_where_its_class_is_to_be() {
+    let early_rejection = Some(1);
+    let admission = AdmissionSettings { early_rejection, ..AdmissionSettings::default() };
+    let settings = Settings { admission: Some(admission), ..adaptive() };
+    let (mut f, _) = fixture(settings, [predictable("a", Role::Decode)]);
+    let (request, actions) = f.arrive(of("t", 1, 30_000));
+    let Rejection::Overloaded { reason, retry_after } = (match &actions[..] {
+        [Action::Reject { request: rejected, rejection }] if *rejected == request => {
+            rejection.clone()
+        }
+        other => panic!("{other:?}"),
+    }) else {
+        panic!("{actions:?}")
+    };
+    assert_eq!((reason, retry_after), (ShedReason::CannotMeetSlo, Duration::from_secs(1)));
+    assert_eq!(started(&f.arrive(of("t", 0, 30_000)).1).len(), 1, "other classes are served");
+    assert_eq!(started(&f.arrive(of("t", 1, 100)).1).len(), 0, "three seconds are before it");
+}
+
+#[test]
+fn a_request_waits_for_the_first_worker_and_not_for_ever() {
+    let wait_for_worker = Duration::from_secs(30);
+    let (mut f, _) = fixture(Settings { wait_for_worker, ..adaptive() }, []);
+    let (_, actions) = f.arrive(prompt(100));
+    assert_eq!(actions, []);
+    f.attach(worker("d", Role::Decode));
+    let actions = f.taken();
+    let [(_, job, Leg::Aggregated, None)] = started(&actions)[..] else { panic!("{actions:?}") };
+    let worker = f.core.job(job).unwrap().2;
+    f.handle(Event::Answered { job });
+    f.handle(Event::Ended { job });
+
+    f.handle(Event::WorkerLost { worker });
+    let (request, _) = f.arrive(prompt(100));
+    let mut actions = Vec::new();
+    f.core.handle(Event::Tick, NOW + wait_for_worker, &mut actions);
+    assert_eq!(actions, [Action::Reject { request, rejection: Rejection::NoWorker }]);
+}
+
+#[test]
+fn decode_workers_do_not_prefill_where_that_is_not_wanted() {
+    let on_no_prefill = OnNoPrefill::Reject;
+    let settings = Settings { split: Split::Always, on_no_prefill, ..Settings::default() };
+    let (mut f, _) = fixture(settings, [worker("d", Role::Decode)]);
+    let (request, actions) = f.arrive(prompt(100));
+    assert_eq!(actions, [Action::Reject { request, rejection: Rejection::NoPrefillWorker }]);
+
+    let wait_for_worker = Duration::from_secs(30);
+    let (mut f, _) = fixture(Settings { wait_for_worker, ..settings }, [worker("d", Role::Decode)]);
+    assert_eq!(f.arrive(prompt(100)).1, []);
+    f.attach(worker("p", Role::Prefill));
+    assert_eq!(started(&f.taken()).len(), 2);
+}
+
+#[test]
+fn answers_that_come_whole_do_not_hold_the_next_prompts_back() {
+    let (mut f, _) = fixture(adaptive(), [predictable("a", Role::Decode)]);
+    let whole = || RequestShape { answers_whole: true, ..prompt(5000) };
+    let begun: Vec<_> = (0..3).map(|_| started(&f.arrive(whole()).1).len()).collect();
+    assert_eq!(begun, [1, 1, 0], "the third waits behind two prompts");
+    let mut actions = Vec::new();
+    f.core.handle(Event::Tick, NOW + Duration::from_secs(1), &mut actions);
+    assert_eq!(started(&actions).len(), 1, "the first of them is computed by now: {actions:?}");
+}

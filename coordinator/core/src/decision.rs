@@ -1,0 +1,194 @@
+//! What was decided for a request, and what was predicted of it: for metrics, and for whoever asks why.
+
+use std::time::Duration;
+
+use crate::{
+    fleet::WorkerKey,
+    policy::{Candidate, Targets},
+};
+
+/// So many candidates are remembered of each choice, beside the one that was chosen.
+const REMEMBERED: usize = 8;
+
+/// One attempt at a request: what was chosen among what.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlacementDecision {
+    /// When the first worker was chosen. Before that the request waited for admission.
+    pub at: Duration,
+    /// When the first token is due, by the SLO.
+    pub due: Duration,
+    pub prompt_tokens: u32,
+    pub reason: DecisionReason,
+    /// Of the worker that prefills, and that decodes too where there is no `decode`.
+    pub first: Option<Chosen>,
+    pub decode: Option<Chosen>,
+}
+
+/// Why a request was to be split, or not, before its workers were chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DecisionReason {
+    /// All are split that can be.
+    Pools,
+    /// Each is decided by itself, but a worker's step times are not known: as under `Pools`.
+    NoModel,
+    /// By what was predicted of each path.
+    Predicted,
+    /// It runs on one worker, for a reason of [`AggregatedReason`](crate::AggregatedReason).
+    Aggregated(&'static str),
+}
+
+impl DecisionReason {
+    /// A name for metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pools => "pools",
+            Self::NoModel => "no_model",
+            Self::Predicted => "predicted",
+            Self::Aggregated(why) => why,
+        }
+    }
+}
+
+/// One leg's choice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chosen {
+    pub worker: WorkerKey,
+    pub candidates: usize,
+    /// The chosen one first, then others, from the one that seemed quickest on.
+    pub considered: Vec<Considered>,
+}
+
+/// One candidate for a leg.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Considered {
+    pub worker: WorkerKey,
+    /// Tokens of the prompt that it is believed to have cached.
+    pub hit_tokens: u32,
+    /// KV of the prompt fits, as far as is known.
+    pub has_kv_room: bool,
+    /// Absent where its step times are not known.
+    pub predicted: Option<Prediction>,
+}
+
+/// Milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Prediction {
+    /// Until its prefill begins.
+    pub queue_ms: f64,
+    /// From there until the prompt is computed, beside the decodes there.
+    pub prefill_ms: f64,
+    /// Of the KV that has to come from elsewhere.
+    pub handoff_ms: f64,
+    /// A decode step with this request in it: its ITL, to begin with.
+    pub step_ms: f64,
+}
+
+impl Considered {
+    pub(crate) fn to_prefill(
+        candidate: &Candidate<'_>,
+        prompt_tokens: u32,
+        targets: &Targets,
+    ) -> Self {
+        Self::new(candidate, prompt_tokens, |load, fixed_ms| {
+            let rate = load.prefill_rate(targets);
+            let work_ms = load.prefill_ms(candidate.hit_tokens, prompt_tokens);
+            Prediction {
+                queue_ms: candidate.work_ahead_ms / rate,
+                // Beside decodes it is their steps' fixed part that is paid, and the rate tells of it.
+                prefill_ms: if load.decodes == 0 { fixed_ms + work_ms } else { work_ms / rate },
+                handoff_ms: 0.0,
+                step_ms: load.decode_step_ms(1, prompt_tokens),
+            }
+        })
+    }
+
+    pub(crate) fn to_decode(
+        candidate: &Candidate<'_>,
+        prompt_tokens: u32,
+        targets: &Targets,
+    ) -> Self {
+        Self::new(candidate, prompt_tokens, |load, _| {
+            let missing = f64::from(prompt_tokens.saturating_sub(candidate.hit_tokens));
+            let handoff_ms =
+                targets.handoff_ms + targets.handoff_ms_per_thousand_tokens * missing / 1000.0;
+            Prediction {
+                handoff_ms: if candidate.is_here { 0.0 } else { handoff_ms },
+                step_ms: load.decode_step_ms(1, prompt_tokens),
+                ..Prediction::default()
+            }
+        })
+    }
+
+    fn new(
+        candidate: &Candidate<'_>,
+        prompt_tokens: u32,
+        predict: impl FnOnce(&crate::fleet::Load, f64) -> Prediction,
+    ) -> Self {
+        let load = candidate.load;
+        Self {
+            worker: candidate.worker,
+            hit_tokens: candidate.hit_tokens,
+            has_kv_room: load.has_kv_room(prompt_tokens, 1.0),
+            predicted: load.model.map(|model| predict(load, model.prefill_ms[0])),
+        }
+    }
+
+    fn delay_ms(&self) -> f64 {
+        self.predicted.map_or(f64::INFINITY, |predicted| {
+            predicted.queue_ms + predicted.prefill_ms + predicted.handoff_ms
+        })
+    }
+}
+
+impl Chosen {
+    /// `place` is that of the chosen one.
+    pub(crate) fn new(mut considered: Vec<Considered>, place: usize) -> Option<Self> {
+        let candidates = considered.len();
+        if place >= candidates {
+            return None;
+        }
+        considered.swap(0, place);
+        let others = &mut considered[1..];
+        if others.len() > REMEMBERED {
+            others.select_nth_unstable_by(REMEMBERED, by_delay);
+            considered.truncate(1 + REMEMBERED);
+        }
+        considered[1..].sort_by(by_delay);
+        considered.shrink_to_fit();
+        Some(Self { worker: considered[0].worker, candidates, considered })
+    }
+
+    pub fn predicted(&self) -> Option<Prediction> {
+        self.considered.first()?.predicted
+    }
+}
+
+fn by_delay(a: &Considered, b: &Considered) -> std::cmp::Ordering {
+    a.delay_ms().total_cmp(&b.delay_ms())
+}
+
+impl PlacementDecision {
+    /// When the first token is predicted to come.
+    pub fn first_token_at(&self) -> Option<Duration> {
+        let first = self.first.as_ref()?.predicted()?;
+        let mut delay_ms = first.queue_ms + first.prefill_ms;
+        if let Some(decode) = self.split_to() {
+            let decode = decode.predicted()?;
+            // The last token of the prompt is computed where its answer begins.
+            delay_ms += decode.handoff_ms + decode.step_ms;
+        }
+        Some(self.at + Duration::try_from_secs_f64(delay_ms / 1000.0).ok()?)
+    }
+
+    /// Time between two tokens, in milliseconds, as the worker was loaded when it was chosen.
+    pub fn itl_ms(&self) -> Option<f64> {
+        let decode = self.decode.as_ref().or(self.first.as_ref())?;
+        Some(decode.predicted()?.step_ms)
+    }
+
+    /// The choice of another worker for the decode leg.
+    pub fn split_to(&self) -> Option<&Chosen> {
+        let first = self.first.as_ref()?.worker;
+        self.decode.as_ref().filter(|decode| decode.worker != first)
+    }
+}

@@ -1,0 +1,316 @@
+//! Learns an engine's [`StepModel`] from the steps that it is seen to take.
+//!
+//! A step's time is linear in what it computed, so a Kalman filter follows the coefficients while they
+//! drift: recursive least squares whose memory is bounded (L. Ljung and T. Söderström, *Theory and
+//! Practice of Recursive Identification*, MIT Press 1983, ch. 2). Three things are added:
+//!
+//! - **What is not exercised is not forgotten without bound.** Each step moves the covariance a little
+//!   towards that of a cold start, instead of dividing it by a constant (R. Kulhavý and M. B. Zarrop, *On
+//!   a general concept of forgetting*, Int. J. Control 58(4), 1993).
+//! - **Outliers are refused** by the size of their innovation. Many in a row are no outliers: then the
+//!   engine has changed, and the filter opens up.
+//! - **No coefficient is below zero**: an estimate that is, is projected (D. Simon, *Kalman filtering
+//!   with state constraints*, IET Control Theory & Applications 4(8), 2010).
+
+use serde::{Deserialize, Serialize};
+
+use crate::{StepLoad, StepModel};
+
+/// A step's time strays from the model by this much of it (standard deviation): ±20 %, evenly spread.
+const NOISE: f64 = 0.12;
+/// Of clocks and of waking up, whatever the step's length.
+const JITTER_MS: f64 = 0.1;
+/// Longer than any step there is.
+const LONGEST_STEP_MS: f64 = 3_600_000.0;
+/// A step that is further than so many standard deviations from what was foreseen teaches nothing.
+const GATE: f64 = 3.0;
+/// With so many such steps, each [`USUAL_STEPS`] others making up for one, it is the engine that has
+/// changed: all of its steps, or those of one kind.
+const CHANGE_STEPS: u32 = 8;
+const USUAL_STEPS: u32 = 5;
+/// How far each step moves the covariance towards that of a cold start. With [`NOISE`], a coefficient
+/// that each step exercises is remembered for some 40 steps.
+const FORGETTING: f64 = 1e-5;
+/// A coefficient that is nearly zero may still come to make up this much of a typical step.
+const LEAST_SHARE: f64 = 0.05;
+
+const TYPICAL_PROMPT_TOKENS: f64 = 4096.0;
+const TYPICAL_SEQUENCES: f64 = 64.0;
+const TYPICAL_CONTEXT_TOKENS: f64 = 65_536.0;
+const TYPICAL_CHUNK_TOKENS: f64 = 512.0;
+
+/// What a step computed, said without a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepWork {
+    /// Prompts whose first chunk is in the step.
+    pub prompts_begun: u32,
+    /// Prompts with a chunk in the step.
+    pub prompts: u32,
+    /// Tokens of those chunks.
+    pub prefill_tokens: u64,
+    /// Σ(to² − from²) over the chunks, each of tokens `from..to` of its prompt.
+    pub prefill_squares: f64,
+    pub decode_sequences: u32,
+    /// Tokens that lie before those of this step, over all its decodes.
+    pub decode_context_tokens: u64,
+}
+
+impl StepWork {
+    /// Adds a chunk of tokens `from..to` of a prompt.
+    pub fn add_chunk(&mut self, from: u32, to: u32, begins: bool) {
+        self.prompts += 1;
+        self.prompts_begun += u32::from(begins);
+        self.prefill_tokens += u64::from(to.saturating_sub(from));
+        self.prefill_squares += f64::from(to).powi(2) - f64::from(from).powi(2);
+    }
+
+    /// Adds a sequence that is given one more token.
+    pub fn add_decode(&mut self, context_tokens: u32) {
+        self.decode_sequences += 1;
+        self.decode_context_tokens += u64::from(context_tokens);
+    }
+
+    /// What it costs by a model.
+    #[allow(clippy::cast_precision_loss)]
+    pub fn load(&self, model: &StepModel) -> StepLoad {
+        let [_, per_token, per_square] = model.prefill_ms;
+        StepLoad {
+            prompts_begun: self.prompts_begun,
+            prompts: self.prompts,
+            prefill_work_ms: per_token * self.prefill_tokens as f64
+                + per_square * self.prefill_squares,
+            decode_sequences: self.decode_sequences,
+            decode_context_tokens: self.decode_context_tokens,
+        }
+    }
+}
+
+/// A [`StepModel`] that follows what is observed. Deterministic, and a few hundred operations a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepFit {
+    /// Of steps without decodes: [`StepModel::prefill_ms`].
+    prefill: Filter<3>,
+    /// Of steps with decodes: [`StepModel::decode_ms`], then the interference factor, over the
+    /// prefill's cost by the filter above.
+    decode: Filter<4>,
+    samples: u64,
+}
+
+impl StepFit {
+    /// Begins with a model from a profile, or from a peer. A far-off one is unlearnt within some ten
+    /// steps of each kind.
+    pub fn new(cold_start: &StepModel) -> Self {
+        let [a, b, c] = cold_start.decode_ms;
+        let factor = cold_start.prefill_interference_factor;
+        Self {
+            prefill: Filter::new(
+                cold_start.prefill_ms,
+                [1.0, TYPICAL_PROMPT_TOKENS, TYPICAL_PROMPT_TOKENS.powi(2)],
+            ),
+            decode: Filter::new(
+                [a, b, c, factor],
+                [1.0, TYPICAL_SEQUENCES, TYPICAL_CONTEXT_TOKENS, chunk_ms(&cold_start.prefill_ms)],
+            ),
+            samples: 0,
+        }
+    }
+
+    /// Learns from one step that took `ms` milliseconds. False where it was taken for an outlier, or
+    /// says nothing: an empty step, a time that cannot be one.
+    #[allow(clippy::cast_precision_loss)]
+    pub fn observe(&mut self, work: &StepWork, ms: f64) -> bool {
+        if !(ms > 0.0 && ms < LONGEST_STEP_MS) {
+            return false;
+        }
+        let taken = match (work.decode_sequences, work.prompts) {
+            (0, 0) => return false,
+            (0, _) => {
+                let begins = if work.prompts_begun > 0 { 1.0 } else { 0.0 };
+                let features = [begins, work.prefill_tokens as f64, work.prefill_squares];
+                let before_ms = self.chunk_ms();
+                let taken = self.prefill.observe(&features, ms);
+                // What a prefill costs beside decodes is known from such steps, and stays as it was.
+                self.decode.rescale(3, before_ms / self.chunk_ms());
+                taken
+            }
+            (sequences, _) => {
+                let context_tokens = work.decode_context_tokens as f64;
+                let prefill_ms = work.load(&self.model()).prefill_work_ms;
+                let features = [1.0, f64::from(sequences), context_tokens, prefill_ms];
+                self.decode.observe(&features, ms)
+            }
+        };
+        self.samples += u64::from(taken);
+        taken
+    }
+
+    fn chunk_ms(&self) -> f64 {
+        chunk_ms(&self.prefill.coefficients)
+    }
+
+    /// As it is known now. Every coefficient is finite and at least zero.
+    pub fn model(&self) -> StepModel {
+        let [a, b, c, prefill_interference_factor] = self.decode.coefficients;
+        StepModel {
+            prefill_ms: self.prefill.coefficients,
+            decode_ms: [a, b, c],
+            prefill_interference_factor,
+        }
+    }
+
+    /// Steps that it learned from.
+    pub fn samples(&self) -> u64 {
+        self.samples
+    }
+}
+
+/// A usual chunk's, without the fixed part.
+fn chunk_ms(prefill_ms: &[f64; 3]) -> f64 {
+    let [_, per_token, per_square] = prefill_ms;
+    (per_token * TYPICAL_CHUNK_TOKENS + per_square * TYPICAL_CHUNK_TOKENS.powi(2)).max(1e-3)
+}
+
+type Matrix<const N: usize> = [[f64; N]; N];
+
+#[derive(Clone, Debug, PartialEq)]
+struct Filter<const N: usize> {
+    coefficients: [f64; N],
+    covariance: Matrix<N>,
+    /// What the features of a usual step are like.
+    typical: [f64; N],
+    /// [`USUAL_STEPS`] for each step refused lately, one less for each one taken.
+    refused: u32,
+    /// How many times as doubtful as at the start one must be to take in the nearest of them.
+    surprise: f64,
+}
+
+impl<const N: usize> Filter<N> {
+    fn new(coefficients: [f64; N], typical: [f64; N]) -> Self {
+        let coefficients = coefficients.map(|c| if c.is_finite() { c.max(0.0) } else { 0.0 });
+        let mut filter = Self {
+            coefficients,
+            covariance: [[0.0; N]; N],
+            typical,
+            refused: 0,
+            surprise: f64::INFINITY,
+        };
+        filter.covariance = diagonal(&filter.doubt());
+        filter
+    }
+
+    /// Variances of a cold start: each coefficient may be off by all of itself.
+    fn doubt(&self) -> [f64; N] {
+        let typical_ms = dot(&self.coefficients, &self.typical).max(1e-3);
+        std::array::from_fn(|i| {
+            self.coefficients[i].max(LEAST_SHARE * typical_ms / self.typical[i]).powi(2)
+        })
+    }
+
+    fn observe(&mut self, features: &[f64; N], ms: f64) -> bool {
+        let doubt = self.doubt();
+        for (i, row) in self.covariance.iter_mut().enumerate() {
+            for (j, entry) in row.iter_mut().enumerate() {
+                let cold = if i == j { doubt[i] } else { 0.0 };
+                *entry += FORGETTING * (cold - *entry);
+            }
+        }
+        let foreseen_ms = dot(&self.coefficients, features);
+        let innovation_ms = ms - foreseen_ms;
+        let noise = (NOISE * foreseen_ms).powi(2) + JITTER_MS.powi(2);
+        if self.is_outlier(features, innovation_ms, noise) {
+            let cold_variance = dot(&product(&diagonal(&doubt), features), features);
+            self.surprise = self.surprise.min(innovation_ms.powi(2) / cold_variance);
+            self.refused += USUAL_STEPS;
+            if self.refused < CHANGE_STEPS * USUAL_STEPS || !self.surprise.is_finite() {
+                return false;
+            }
+            self.covariance = diagonal(&doubt.map(|variance| variance * self.surprise.max(1.0)));
+            self.refused = 0;
+            // It may be an outlier even so.
+            if self.is_outlier(features, innovation_ms, noise) {
+                return false;
+            }
+        }
+        self.refused = self.refused.saturating_sub(1);
+        if self.refused == 0 {
+            self.surprise = f64::INFINITY;
+        }
+        self.update(features, innovation_ms, noise);
+        self.project();
+        true
+    }
+
+    fn is_outlier(&self, features: &[f64; N], innovation_ms: f64, noise: f64) -> bool {
+        let variance = dot(&product(&self.covariance, features), features).max(0.0) + noise;
+        innovation_ms.powi(2) > GATE.powi(2) * variance
+    }
+
+    /// The feature is from now on counted in a unit that is `1 / by` as large.
+    fn rescale(&mut self, i: usize, by: f64) {
+        self.coefficients[i] *= by;
+        self.typical[i] /= by;
+        for j in 0..N {
+            self.covariance[i][j] *= by;
+            self.covariance[j][i] *= by;
+        }
+    }
+
+    /// In Joseph's form, which keeps a covariance one.
+    fn update(&mut self, features: &[f64; N], innovation_ms: f64, noise: f64) {
+        let cross = product(&self.covariance, features);
+        let total = dot(&cross, features) + noise;
+        let gain = cross.map(|entry| entry / total);
+        for (coefficient, gain) in self.coefficients.iter_mut().zip(&gain) {
+            *coefficient += gain * innovation_ms;
+        }
+        let old = self.covariance;
+        for (i, row) in self.covariance.iter_mut().enumerate() {
+            for (j, entry) in row.iter_mut().enumerate() {
+                *entry =
+                    old[i][j] - gain[i] * cross[j] - cross[i] * gain[j] + gain[i] * gain[j] * total;
+            }
+        }
+    }
+
+    /// Takes the lowest coefficient that is below zero to zero, the others with it as the covariance
+    /// says, until none is left.
+    fn project(&mut self) {
+        for _ in 0..N {
+            let below = (0..N)
+                .filter(|i| self.coefficients[*i] < 0.0)
+                .min_by(|i, j| self.share(*i).total_cmp(&self.share(*j)));
+            let Some(lowest) = below else { return };
+            let variance = self.covariance[lowest][lowest];
+            if variance > 0.0 {
+                let by = self.coefficients[lowest] / variance;
+                for (coefficient, row) in self.coefficients.iter_mut().zip(&self.covariance) {
+                    *coefficient -= row[lowest] * by;
+                }
+            }
+            self.coefficients[lowest] = 0.0;
+        }
+        // What one projection lifts, another may have pushed down again.
+        self.coefficients = self.coefficients.map(|c| c.max(0.0));
+    }
+
+    /// Of a usual step, in milliseconds.
+    fn share(&self, i: usize) -> f64 {
+        self.coefficients[i] * self.typical[i]
+    }
+}
+
+fn dot<const N: usize>(a: &[f64; N], b: &[f64; N]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn product<const N: usize>(matrix: &Matrix<N>, vector: &[f64; N]) -> [f64; N] {
+    std::array::from_fn(|i| dot(&matrix[i], vector))
+}
+
+fn diagonal<const N: usize>(entries: &[f64; N]) -> Matrix<N> {
+    std::array::from_fn(|i| std::array::from_fn(|j| if i == j { entries[i] } else { 0.0 }))
+}
+
+#[cfg(test)]
+#[path = "step_fit_tests.rs"]
+mod tests;

@@ -1,0 +1,185 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const COLD: StepModel = StepModel {
+    prefill_ms: [16.0, 0.12, 2.5e-6],
+    decode_ms: [11.0, 0.06, 2.6e-5],
+    prefill_interference_factor: 0.8,
+};
+
+fn scaled(by: [f64; 7]) -> StepModel {
+    let ([p0, p1, p2], [d0, d1, d2]) = (COLD.prefill_ms, COLD.decode_ms);
+    StepModel {
+        prefill_ms: [p0 * by[0], p1 * by[1], p2 * by[2]],
+        decode_ms: [d0 * by[3], d1 * by[4], d2 * by[5]],
+        prefill_interference_factor: COLD.prefill_interference_factor * by[6],
+    }
+}
+
+fn slower(model: &StepModel, by: f64) -> StepModel {
+    StepModel {
+        prefill_ms: model.prefill_ms.map(|c| c * by),
+        decode_ms: model.decode_ms.map(|c| c * by),
+        ..*model
+    }
+}
+
+/// Steps of a worker that prefills, decodes, and does both.
+struct Traffic(fastrand::Rng);
+
+impl Traffic {
+    fn new(seed: u64) -> Self {
+        Self(fastrand::Rng::with_seed(seed))
+    }
+
+    fn work(&mut self) -> StepWork {
+        let mut work = StepWork::default();
+        let kind = self.0.u32(0..4);
+        if kind != 0 {
+            for _ in 0..self.0.u32(1..120) {
+                work.add_decode(self.0.u32(16..8000));
+            }
+        }
+        if kind < 2 {
+            let from = if self.0.bool() { 0 } else { self.0.u32(1..16_000) };
+            work.add_chunk(from, from + self.0.u32(2..8192), from == 0);
+        }
+        work
+    }
+
+    /// ±20 %, and one step in twenty that something else held up.
+    fn noise(&mut self) -> f64 {
+        let outlier = if self.0.u32(0..20) == 0 { 2.0 + 18.0 * self.0.f64() } else { 1.0 };
+        outlier * (0.8 + 0.4 * self.0.f64())
+    }
+
+    fn teach(&mut self, fit: &mut StepFit, truth: &StepModel, steps: u32) {
+        for _ in 0..steps {
+            let work = self.work();
+            let ms = truth.step_ms(&work.load(truth)) * self.noise();
+            fit.observe(&work, ms);
+        }
+    }
+
+    /// The mean of what the model is off by, as a part of the truth.
+    fn error(&mut self, model: &StepModel, truth: &StepModel) -> f64 {
+        let errors = (0..200).map(|_| {
+            let work = self.work();
+            let (said, true_ms) =
+                (model.step_ms(&work.load(model)), truth.step_ms(&work.load(truth)));
+            (said - true_ms).abs() / true_ms
+        });
+        errors.sum::<f64>() / 200.0
+    }
+}
+
+fn truths() -> impl Strategy<Value = StepModel> {
+    proptest::array::uniform7(0.3..3.0f64).prop_map(scaled)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_model_is_recovered_through_noise_and_outliers(truth in truths(), seed: u64) {
+        let (mut traffic, mut fit) = (Traffic::new(seed), StepFit::new(&COLD));
+        traffic.teach(&mut fit, &truth, 1500);
+        let error = traffic.error(&fit.model(), &truth);
+        prop_assert!(error < 0.1, "{error}: {:?} for {truth:?}", fit.model());
+    }
+
+    #[test]
+    fn a_throttled_card_is_followed_there_and_back(truth in truths(), seed: u64) {
+        let (mut traffic, mut fit) = (Traffic::new(seed), StepFit::new(&truth));
+        for factor in [1.0, 1.5, 1.0, 3.0] {
+            let now = slower(&truth, factor);
+            traffic.teach(&mut fit, &now, 600);
+            let error = traffic.error(&fit.model(), &now);
+            prop_assert!(error < 0.2, "{error} at {factor}: {:?} for {now:?}", fit.model());
+        }
+    }
+
+    #[test]
+    fn a_cold_start_that_is_far_off_is_unlearnt(far in prop_oneof![0.05..1.0f64, 1.0..20.0f64], seed: u64) {
+        let (mut traffic, mut fit) = (Traffic::new(seed), StepFit::new(&slower(&COLD, far)));
+        traffic.teach(&mut fit, &COLD, 600);
+        let error = traffic.error(&fit.model(), &COLD);
+        prop_assert!(error < 0.2, "{error}: {:?}", fit.model());
+    }
+
+    /// Whatever an engine tells, and in whatever units it tells it.
+    #[test]
+    fn what_it_foresees_is_a_time(
+        steps in proptest::collection::vec(
+            (any::<[u32; 6]>(), prop_oneof![any::<f64>(), 0.0..1e6f64]), 1..200),
+        cold in proptest::array::uniform7(prop_oneof![Just(0.0), 0.0..1e3f64]),
+    ) {
+        let mut fit = StepFit::new(&scaled(cold));
+        for (parts, ms) in steps {
+            let mut work = StepWork::default();
+            if parts[0] % 2 == 0 {
+                let (from, to) = (parts[1].min(parts[2]), parts[1].max(parts[2]));
+                work.add_chunk(from, to, parts[3] % 2 == 0);
+            }
+            if parts[0] % 3 == 0 {
+                work.decode_sequences = parts[4];
+                work.decode_context_tokens = u64::from(parts[5]) * u64::from(parts[4]);
+            }
+            fit.observe(&work, ms);
+            let model = fit.model();
+            let coefficients = model.prefill_ms.into_iter().chain(model.decode_ms);
+            for c in coefficients.chain([model.prefill_interference_factor]) {
+                prop_assert!(c.is_finite() && c >= 0.0, "{model:?}");
+            }
+            let foreseen = model.step_ms(&work.load(&model));
+            prop_assert!(foreseen.is_finite() && foreseen >= 0.0, "{model:?} {work:?}");
+        }
+    }
+
+    #[test]
+    fn the_same_steps_teach_the_same(truth in truths(), seed: u64) {
+        let learn = || {
+            let (mut traffic, mut fit) = (Traffic::new(seed), StepFit::new(&COLD));
+            traffic.teach(&mut fit, &truth, 300);
+            fit
+        };
+        prop_assert_eq!(learn(), learn());
+    }
+}
+
+/// A worker that only decodes keeps what it knew of prefills, and the other way round.
+#[test]
+fn what_is_not_seen_is_not_forgotten() {
+    let (mut fit, mut traffic) = (StepFit::new(&COLD), Traffic::new(7));
+    for _ in 0..100_000 {
+        let mut work = StepWork::default();
+        for _ in 0..32 {
+            work.add_decode(1000);
+        }
+        fit.observe(&work, COLD.step_ms(&work.load(&COLD)) * traffic.noise());
+    }
+    let model = fit.model();
+    assert_eq!(model.prefill_ms, COLD.prefill_ms);
+    assert!(fit.decode.refused < CHANGE_STEPS * USUAL_STEPS);
+    let (said, true_ms) = (model.decode_step_ms(32, 32_000), COLD.decode_step_ms(32, 32_000));
+    assert!((said / true_ms - 1.0).abs() < 0.1, "{said} {true_ms}");
+    let other = model.decode_step_ms(64, 64_000) / COLD.decode_step_ms(64, 64_000);
+    assert!((0.5..2.0).contains(&other), "{model:?}");
+}
+
+#[test]
+fn outliers_teach_nothing() {
+    let mut fit = StepFit::new(&COLD);
+    let mut work = StepWork::default();
+    work.add_decode(1000);
+    let ms = COLD.decode_step_ms(1, 1000);
+    for _ in 0..100 {
+        assert!(fit.observe(&work, ms));
+    }
+    let before = fit.model();
+    assert!(!fit.observe(&work, 10.0 * ms));
+    assert!(!fit.observe(&work, f64::NAN));
+    assert!(!fit.observe(&StepWork::default(), ms));
+    assert_eq!((fit.model(), fit.samples()), (before, 100));
+}
