@@ -10,8 +10,7 @@ use crate::{
     decision::{Considered, DecisionReason, PlacementDecision},
     event::{Action, Rejection},
     fleet::WorkerKey,
-    placement::{self, AggregatedReason, NoRoute, Plan, Split},
-    policy::Candidate,
+    placement::{self, AggregatedReason, Holders, NoRoute, Plan, Split},
     request::{Job, JobId, RequestKey, Stage},
 };
 

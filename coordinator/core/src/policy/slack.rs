@@ -9,6 +9,9 @@ const PACK_BELOW: f64 = 0.85;
 /// KV may be used up to this part.
 const KV_HIGH: f64 = 0.97;
 
+/// Packing takes links that move a token's KV in this part of the time that computing it takes: one worker
+/// receives what several others prefill.
+const LINK_SHARE: f64 = 0.5;
 /// To copy less is not worth the trouble.
 const MIN_PULL_TOKENS: u32 = 512;
 
@@ -115,6 +118,10 @@ fn decode(choice: &Choice<'_>) -> usize {
 fn pays_to_pack(choice: &Choice<'_>) -> bool {
     let models = || choice.candidates.iter().filter_map(|candidate| candidate.load.model);
     let Some(model) = models().next() else { return false };
+    let [_, token_ms, _] = model.prefill_ms;
+    if choice.targets.handoff_ms_per_thousand_tokens / 1000.0 > LINK_SHARE * token_ms {
+        return false;
+    }
     let fixed = model.decode_ms[0] / choice.targets.step_ms;
     (1.0 - fixed) / model.prefill_interference_factor.max(1e-3) < PACK_BELOW
 }
