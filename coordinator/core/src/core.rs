@@ -974,7 +974,11 @@ fn candidate<'a>(
 }
 
 /// Tokens of the prompt's start whose KV a worker is believed to hold.
-pub(crate) fn hit_tokens(worker: WorkerKey, prefixes: &RecentPrefixes, shape: &RequestShape) -> u32 {
+pub(crate) fn hit_tokens(
+    worker: WorkerKey,
+    prefixes: &RecentPrefixes,
+    shape: &RequestShape,
+) -> u32 {
     let told = shape.held_by(worker);
     if shape.prefix_blocks.is_empty() {
         return told.min(shape.prompt_tokens.saturating_sub(1));
