@@ -14,8 +14,12 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use baton_harness::{
-    bench::{self, BenchOptions, BenchRun, ClientHealth, Endpoint, Progress, Prompts, Surface},
+    bench::{
+        self, Asked, BenchOptions, BenchRun, ClientHealth, Endpoint, Progress, Prompts, Surface,
+    },
+    compare::{TraceFile, inspect_trace},
     outcome::{Fate, Slo},
+    report::Input,
     summary::{Percentiles, Summary},
     trace::Trace,
 };
@@ -23,7 +27,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::terminal::{Terminal, bad, faint, pending};
+use crate::{
+    simulate::command_line,
+    terminal::{Terminal, bad, faint, pending},
+};
 
 /// Loads an OpenAI-compatible endpoint and takes the time of each token. Requests go out when they are
 /// due, whatever has been answered.
@@ -86,7 +93,7 @@ pub(crate) struct BenchArguments {
     /// Prints one JSON object.
     #[arg(long)]
     json: bool,
-    /// Writes bench.json and requests.csv there.
+    /// Writes report.html, bench.json, requests.csv, results.json and results.csv there.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -144,6 +151,13 @@ fn trace(arguments: &BenchArguments, seed: u64) -> anyhow::Result<Trace> {
     Ok(trace)
 }
 
+/// The trace's file, for the report.
+fn input(arguments: &BenchArguments) -> anyhow::Result<Option<Input>> {
+    let Some(file) = &arguments.trace else { return Ok(None) };
+    let trace = TraceFile { file: file.clone(), trace: Trace::read(file)? };
+    Ok(Some(inspect_trace(&trace)?))
+}
+
 async fn replay(
     arguments: &BenchArguments,
     trace: &Arc<Trace>,
@@ -195,10 +209,21 @@ async fn replay(
         slo_ttft_ms: slo.ttft_ms,
         slo_itl_ms: slo.itl_ms,
         version: env!("CARGO_PKG_VERSION"),
-        command: std::env::args().collect::<Vec<_>>().join(" "),
+        command: command_line(),
     };
     if let Some(directory) = &arguments.out {
-        write(directory, &report, &run, trace)
+        let asked = Asked {
+            command: command_line(),
+            url: arguments.url.clone(),
+            model: model.clone(),
+            trace: input(arguments)?,
+            scale: arguments.scale,
+            slo,
+            seed,
+        };
+        run.report(asked, trace, summary.clone())
+            .write(directory)
+            .and_then(|()| write(directory, &report, &run, trace))
             .with_context(|| format!("cannot write to {}", directory.display()))?;
     }
     let mut terminal = Terminal::stdout();
@@ -296,8 +321,7 @@ fn write(
     report: &Report<'_>,
     run: &BenchRun,
     trace: &Trace,
-) -> anyhow::Result<()> {
-    fs::create_dir_all(directory)?;
+) -> std::io::Result<()> {
     fs::write(directory.join("bench.json"), serde_json::to_string_pretty(report)? + "\n")?;
     let mut csv = Vec::new();
     writeln!(

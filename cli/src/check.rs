@@ -38,8 +38,14 @@ fn describe(cluster: &ClusterConfig) -> Vec<String> {
         (None, true) => "no TLS (insecure_plaintext)",
         (None, false) => "no TLS (loopback only)",
     };
+    let scheme = if coordinator.https.is_some() { "https" } else { "http" };
+    let keys = match cluster.tenants.len() {
+        0 => "no API keys".to_owned(),
+        1 => "API keys of 1 tenant".to_owned(),
+        tenants => format!("API keys of {tenants} tenants"),
+    };
     let mut lines = vec![
-        format!("coordinator   http://{} for clients", coordinator.listen),
+        format!("coordinator   {scheme}://{} for clients, {keys}", coordinator.listen),
         format!("              {} for workers, {tls}", coordinator.advertise),
         format!("SLO           TTFT {} ms, ITL {} ms", cluster.slo.ttft_ms, cluster.slo.itl_ms),
         String::new(),
@@ -57,6 +63,14 @@ fn describe(cluster: &ClusterConfig) -> Vec<String> {
         lines.push(row(&worker.name, worker.role.as_str(), &transfer, &engine));
     }
     lines.push(String::new());
+    if !cluster.tenants.is_empty()
+        && coordinator.https.is_none()
+        && !coordinator.listen.ip().is_loopback()
+    {
+        let note = "API keys cross the network in plain text, unless a proxy with TLS stands in \
+                    front: [coordinator.https] encrypts them";
+        lines.push(pending(note).to_string());
+    }
     for role in Role::ALL {
         if !cluster.workers.iter().any(|worker| worker.role == role) {
             let note =

@@ -1,10 +1,11 @@
 //! `baton compare`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use baton_harness::{
-    compare::{self, Experiment, Progress},
+    bench::BenchOptions,
+    compare::{self, Experiment, Live, LiveError, LiveProgress, Progress},
     report::{
         Report, Scenario,
         number::{figures, percent, span},
@@ -13,6 +14,7 @@ use baton_harness::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
+    bench::{above_zero, any_seed, vocabulary},
     simulate::{command_line, told},
     terminal::{Terminal, faint, strong},
 };
@@ -28,6 +30,61 @@ pub(crate) struct CompareOptions {
     /// Prints results.json and nothing else.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    live: LiveOptions,
+}
+
+/// A running Baton in place of simulated workers.
+#[derive(clap::Args)]
+struct LiveOptions {
+    /// Runs the experiment on the Baton that serves clients there, switching its mode between runs.
+    #[arg(long, value_name = "URL", requires_all = ["admin", "token_file"])]
+    live: Option<String>,
+    /// Its admin listener.
+    #[arg(long, value_name = "URL", requires = "live")]
+    admin: Option<String>,
+    /// Holds the admin listener's token.
+    #[arg(long, value_name = "FILE", requires = "live")]
+    token_file: Option<PathBuf>,
+    /// Runs each mode so often, in turns.
+    #[arg(long, value_name = "N", default_value_t = 3, requires = "live", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Leaves out what arrives later in the trace.
+    #[arg(long, value_name = "S", requires = "live", value_parser = above_zero)]
+    seconds: Option<f64>,
+    /// Model to ask for [default: the first that the server lists].
+    #[arg(long, value_name = "NAME", requires = "live")]
+    model: Option<String>,
+    /// Token ids that prompts are drawn from: FIRST..END.
+    #[arg(long, value_name = "RANGE", default_value = "1000..2000", requires = "live", value_parser = vocabulary)]
+    vocabulary: std::ops::Range<u32>,
+    /// Environment variable that holds the API key.
+    #[arg(long, value_name = "NAME", default_value = "OPENAI_API_KEY", requires = "live")]
+    api_key_env: String,
+}
+
+impl LiveOptions {
+    fn read(&self) -> anyhow::Result<Option<Live>> {
+        let (Some(url), Some(admin), Some(token_file)) =
+            (&self.live, &self.admin, &self.token_file)
+        else {
+            return Ok(None);
+        };
+        let token = std::fs::read_to_string(token_file)
+            .with_context(|| format!("cannot read {}", token_file.display()))?;
+        Ok(Some(Live {
+            url: url.clone(),
+            admin_url: admin.clone(),
+            admin_token: token.trim().to_owned(),
+            model: self.model.clone(),
+            api_key: std::env::var(&self.api_key_env).ok().filter(|key| !key.is_empty()),
+            rounds: self.rounds,
+            seconds: self.seconds,
+            prompt_seed: any_seed(),
+            vocabulary: self.vocabulary.clone(),
+            options: BenchOptions { warmup: 4, patience: Duration::from_secs(600) },
+        }))
+    }
 }
 
 pub(crate) fn run(options: &CompareOptions) -> anyhow::Result<ExitCode> {
@@ -35,11 +92,17 @@ pub(crate) fn run(options: &CompareOptions) -> anyhow::Result<ExitCode> {
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}");
     let bar =
         ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let report = compare::run(&experiment, &command_line(), &|progress: Progress| {
-        bar.set_length(u64::try_from(progress.total).unwrap_or(u64::MAX));
-        bar.set_position(u64::try_from(progress.done).unwrap_or(u64::MAX));
-        bar.set_message(progress.doing);
-    })?;
+    let report = match options.live.read()? {
+        None => compare::run(&experiment, &command_line(), &|progress: Progress| {
+            bar.set_length(u64::try_from(progress.total).unwrap_or(u64::MAX));
+            bar.set_position(u64::try_from(progress.done).unwrap_or(u64::MAX));
+            bar.set_message(progress.doing);
+        })?,
+        Some(live) => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(run_on(&experiment, &live, &bar))?
+        }
+    };
     bar.finish_and_clear();
     report
         .write(&options.out)
@@ -53,6 +116,40 @@ pub(crate) fn run(options: &CompareOptions) -> anyhow::Result<ExitCode> {
         terminal.say(&told(&options.out));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// On a live cluster; Ctrl-C leaves the cluster in the mode that it had.
+async fn run_on(
+    experiment: &Experiment,
+    live: &Live,
+    bar: &ProgressBar,
+) -> Result<Report, LiveError> {
+    let stop = async {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    let (watched, mut watching) = tokio::sync::watch::channel(None);
+    let begun = |progress: LiveProgress<'_>| {
+        bar.set_length(u64::try_from(progress.total * progress.requests).unwrap_or(u64::MAX));
+        bar.set_message(format!("{} on {}", progress.mode, progress.trace));
+        let before = progress.done * progress.requests;
+        watched.send_replace(Some((before, progress.run.clone())));
+    };
+    let drawn = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(250)).await;
+            if let Some((before, run)) = &*watching.borrow_and_update() {
+                let ended = before + run.ended.load(std::sync::atomic::Ordering::Relaxed);
+                bar.set_position(u64::try_from(ended).unwrap_or(u64::MAX));
+            }
+        }
+    };
+    let command = command_line();
+    tokio::select! {
+        report = compare::run_live(experiment, live, &command, begun, stop) => report,
+        never = drawn => never,
+    }
 }
 
 const COLUMNS: [&str; 7] =

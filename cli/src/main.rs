@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_transfer;
+mod certs;
 mod check;
 mod compare;
 mod goodput;
@@ -43,6 +44,11 @@ enum Command {
     Check {
         /// The cluster's baton.toml.
         file: PathBuf,
+    },
+    /// Makes and shows the certificates by which coordinator and workers know each other.
+    Certs {
+        #[command(subcommand)]
+        command: certs::CertsCommand,
     },
     /// Shows a running cluster's workers, as its coordinator sees them.
     Status(operators::StatusOptions),
@@ -103,6 +109,7 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Up(options) => up::run(&options),
         Command::Check { file } => Ok(check::run(&file)),
+        Command::Certs { command } => certs::run(&command),
         Command::Status(options) => operators::status(&options),
         Command::Top(access) => operators::top(&access),
         Command::Drain(options) => operators::drain(&options),

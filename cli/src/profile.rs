@@ -122,14 +122,7 @@ async fn measured(
 }
 
 fn quality(of: &FitQuality) -> String {
-    let (measured, predicted) = of.worst_ms;
-    let mut line = format!(
-        "         {} points; off by {:.2} % in the mean, {:.2} % at most ({measured:.2} ms measured, \
-         {predicted:.2} ms predicted)",
-        of.points,
-        of.mean_error * 100.0,
-        of.max_error * 100.0
-    );
+    let mut line = format!("         {of}");
     if of.dropped > 0 {
         line += &pending(&format!("; {} left out", of.dropped)).to_string();
     }

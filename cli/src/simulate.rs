@@ -6,11 +6,11 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use baton_engine::sim::Profile;
 use baton_harness::{
     compare::{Single, TraceFile, Way, WayKind},
     fleet::{Late, Link, Setup, simulate},
     outcome::Slo,
+    profile,
     report::{
         RunFindings,
         number::{bytes, figures, percent, span, span_tick},
@@ -19,7 +19,7 @@ use baton_harness::{
     trace::Trace,
 };
 
-use crate::terminal::{Terminal, bad, faint, good, strong};
+use crate::terminal::{Terminal, bad, faint, good, note, strong};
 
 /// A simulated fleet and what it is asked.
 #[derive(clap::Args)]
@@ -27,7 +27,7 @@ pub(crate) struct FleetOptions {
     /// Requests: Mooncake or Baton JSONL, Azure or BurstGPT CSV.
     #[arg(long, value_name = "FILE")]
     trace: PathBuf,
-    /// How long the engine's steps take (JSON).
+    /// How long the engine's steps take: coefficients (JSON), or measured points (CSV), which are fitted.
     #[arg(long, value_name = "FILE")]
     pub(crate) profile: PathBuf,
     /// How many workers the fleet has.
@@ -104,7 +104,11 @@ impl FleetOptions {
 
     /// The setups that the mode may stand for, each of which can be run.
     pub(crate) fn candidates(&self) -> anyhow::Result<Vec<Setup>> {
-        let profile = Profile::read(&self.profile)?;
+        let profile::Given { profile, quality } = profile::read(&self.profile)?;
+        if let Some(quality) = quality {
+            note(&format!("prefill fitted on {}", quality.prefill));
+            note(&format!("decode fitted on {}", quality.decode));
+        }
         let slo = Slo {
             ttft_ms: self.slo_ttft_ms,
             itl_ms: self.slo_itl_ms,

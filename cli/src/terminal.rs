@@ -74,6 +74,11 @@ fn colour_is_welcome() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
+/// Says something beside what was asked for: stdout stays what a program can read.
+pub(crate) fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
 /// Says why the program fails.
 pub(crate) fn complain(text: &str) {
     let _ = writeln!(std::io::stderr(), "baton: {text}");

@@ -430,5 +430,5 @@ fn an_engine_that_dies_at_start_is_told_with_its_last_lines() {
     let stderr = text(&output.stderr);
     assert!(stderr.contains("the weights are missing: serve tiny-model"), "{stderr}");
     assert!(stderr.contains("exit status: 3"), "{stderr}");
-    assert_eq!(processes_with(temporary.to_str().unwrap()), []);
+    assert_eq!(processes_with(temporary.to_str().unwrap()), Vec::<u32>::new());
 }

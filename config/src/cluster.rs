@@ -17,6 +17,8 @@ pub struct ClusterConfig {
     /// `insecure_plaintext` is set.
     pub tls: Option<TlsConfig>,
     pub insecure_plaintext: bool,
+    /// Who may send requests. Where there is none, everybody may.
+    pub tenants: Vec<TenantConfig>,
     pub workers: Vec<WorkerConfig>,
 }
 
@@ -31,6 +33,31 @@ pub struct CoordinatorConfig {
     /// Directory of the model's tokenizer and chat template.
     pub tokenizer: Option<PathBuf>,
     pub limits: LimitsConfig,
+    /// HTTPS towards clients, in place of HTTP.
+    pub https: Option<HttpsConfig>,
+}
+
+/// PEM files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpsConfig {
+    pub certificate: PathBuf,
+    pub private_key: PathBuf,
+}
+
+/// Somebody who sends requests, known by an API key.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TenantConfig {
+    pub name: String,
+    /// SHA-256 of the key.
+    pub key_sha256: Option<[u8; 32]>,
+    /// File with one key a line.
+    pub key_file: Option<PathBuf>,
+    /// Share beside other tenants while requests wait.
+    pub weight: f64,
+    /// Of its requests that give none; smaller ones come first.
+    pub priority: i32,
+    /// Requests in flight; further ones are answered with 429.
+    pub max_requests: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

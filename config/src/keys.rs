@@ -14,15 +14,15 @@ use toml::de::DeValue;
 use crate::{
     cluster::{
         AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig,
-        CoordinatorConfig, EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig,
-        PlacementMode, SimConfig, SloConfig, TelemetryConfig, TlsConfig, TransferConfig,
-        TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+        CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig, OnNoPrefill,
+        PlacementConfig, PlacementMode, SimConfig, SloConfig, TelemetryConfig, TenantConfig,
+        TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
     },
     value::{
         ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
         ExistingFile, FilePath, FixedAddress, Flag, HeaderName, HostPort, HostPorts, Maybe,
-        MtuBytes, NameOrStart, NotNegative, OneOf, Port, Positive, Priority, Program, Ratio,
-        Requirements, RoleName, Seconds, SecondsOrNone, Text, TokenBytes, Url,
+        MtuBytes, Name, NameOrStart, NotNegative, OneOf, Port, Positive, Priority, Program, Ratio,
+        Requirements, RoleName, Seconds, SecondsOrNone, Sha256, Text, TokenBytes, Url,
     },
 };
 
@@ -109,6 +109,16 @@ keys! {
         drain_timeout_seconds => drain_timeout: Seconds = ByDefault;
         /// Open client connections; further ones wait to be accepted.
         max_connections => max_connections: Count = ByDefault;
+    }
+}
+
+keys! {
+    /// `[coordinator.https]`
+    HTTPS: HttpsConfig {
+        /// With the names by which clients dial the coordinator; intermediate certificates after it.
+        certificate => certificate: FilePath = Required("\"tls/front.pem\"");
+        /// Of the certificate.
+        private_key => private_key: FilePath = Required("\"tls/front.key\"");
     }
 }
 
@@ -206,6 +216,27 @@ keys! {
         certificate => certificate: ExistingFile = Required("\"tls/host.pem\"");
         /// Of the certificate.
         private_key => private_key: ExistingFile = Required("\"tls/host.key\"");
+    }
+}
+
+keys! {
+    /// `[[tenant]]`
+    TENANT: TenantConfig {
+        /// Stands in metrics and logs; unique.
+        name => name: Name = Required("\"search\"");
+        /// SHA-256 of its API key, in hexadecimal (`printf %s "$KEY" | sha256sum`). Either this, or
+        /// key_file, or both.
+        key_sha256 => key_sha256: Maybe<Sha256> = Optional(
+            "\"2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\""
+        );
+        /// File with API keys, one a line; each opens. It is read anew when it changes.
+        key_file => key_file: Maybe<FilePath> = Optional("\"keys/search\"");
+        /// Its share beside other tenants while requests wait.
+        weight => weight: Positive = ByDefault;
+        /// Of its requests that give none. Smaller ones come first.
+        priority => priority: Priority = ByDefault;
+        /// Requests in flight; further ones are answered with 429. Default: any number.
+        max_requests => max_requests: Maybe<Count> = Optional("64");
     }
 }
 
@@ -444,6 +475,22 @@ pub(crate) fn blank_coordinator() -> CoordinatorConfig {
         advertise: String::new(),
         tokenizer: None,
         limits: LimitsConfig::default(),
+        https: None,
+    }
+}
+
+pub(crate) fn blank_https() -> HttpsConfig {
+    HttpsConfig { certificate: PathBuf::new(), private_key: PathBuf::new() }
+}
+
+pub(crate) fn blank_tenant() -> TenantConfig {
+    TenantConfig {
+        name: String::new(),
+        key_sha256: None,
+        key_file: None,
+        weight: 1.0,
+        priority: 0,
+        max_requests: None,
     }
 }
 
@@ -477,6 +524,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
         telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
+        tenants: Vec::new(),
         workers: Vec::new(),
     }
 }

@@ -8,6 +8,7 @@ mod choose;
 mod cluster;
 mod document;
 mod error;
+mod followed;
 mod keys;
 mod read;
 mod rules;
@@ -17,10 +18,12 @@ mod write;
 pub use choose::NoSuchWorker;
 pub use cluster::{
     AdminConfig, AdmissionConfig, ArenaConfig, BalancerActuator, BalancerConfig, ClusterConfig,
-    CoordinatorConfig, EngineConfig, LateRequests, LimitsConfig, MAX_PRIORITY, OnNoPrefill,
-    PlacementConfig, PlacementMode, Requirement, SimConfig, SloConfig, TelemetryConfig, TlsConfig,
-    TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+    CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig, MAX_PRIORITY,
+    OnNoPrefill, PlacementConfig, PlacementMode, Requirement, SimConfig, SloConfig,
+    TelemetryConfig, TenantConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig,
+    VllmSource, WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};
+pub use followed::{Followed, Refreshed};
 pub use write::sample;

@@ -13,7 +13,7 @@ use crate::{
     rules,
 };
 
-const TABLES: [&str; 12] = [
+const TABLES: [&str; 13] = [
     "coordinator",
     "slo",
     "balancer",
@@ -22,6 +22,7 @@ const TABLES: [&str; 12] = [
     "placement",
     "admission",
     "tls",
+    "tenant",
     "engine",
     "arena",
     "transfer",
@@ -102,6 +103,12 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
         let tls = cluster.tls.insert(keys::blank_tls());
         reader.read_keys(&place, keys::TLS, &[], &[], tls);
     }
+    for place in reader.tables(root, "tenant") {
+        let mut tenant = keys::blank_tenant();
+        reader.read_keys(&place, keys::TENANT, &[], &[], &mut tenant);
+        rules::tenant(reader, &place, &tenant, &cluster.tenants);
+        cluster.tenants.push(tenant);
+    }
     if let Some(place) = reader.table(root, "telemetry") {
         reader.read_keys(&place, keys::TELEMETRY, &[], &[], &mut cluster.telemetry);
     }
@@ -143,9 +150,13 @@ fn read_coordinator(reader: &mut Reader<'_>, root: &Place<'_>, cluster: &mut Clu
         }
         return;
     };
-    reader.read_keys(&place, keys::COORDINATOR, &["limits"], &[], coordinator);
+    reader.read_keys(&place, keys::COORDINATOR, &["limits", "https"], &[], coordinator);
     if let Some(limits) = reader.table(&place, "limits") {
         reader.read_keys(&limits, keys::LIMITS, &[], &[], &mut coordinator.limits);
+    }
+    if let Some(https) = reader.table(&place, "https") {
+        let files = coordinator.https.insert(keys::blank_https());
+        reader.read_keys(&https, keys::HTTPS, &[], &[], files);
     }
     if coordinator.advertise.is_empty() {
         coordinator.advertise = coordinator.workers_listen.to_string();

@@ -7,7 +7,8 @@ use std::{
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, TransferConfig, WorkerConfig,
+        AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, TenantConfig, TransferConfig,
+        WorkerConfig,
     },
     document::{Place, Reader},
     keys::EngineKeys,
@@ -108,6 +109,32 @@ pub(crate) fn transfer_exposure(
     if let Some(advertise) = &transfer.advertise {
         refuse_peer_exposure(reader, place, "advertise", advertise);
     }
+}
+
+/// A tenant that no key opens for, or that cannot be told from one before it.
+pub(crate) fn tenant(
+    reader: &mut Reader<'_>,
+    place: &Place<'_>,
+    tenant: &TenantConfig,
+    before: &[TenantConfig],
+) {
+    if place.get("key_sha256").is_none() && place.get("key_file").is_none() {
+        let message = "missing: give key_sha256, or key_file with a key a line";
+        reader.add_missing(place.offset, place.key_path("key_sha256"), message);
+    }
+    let mut refuse_second = |key: &str, taken: Option<&TenantConfig>| {
+        if let (Some(value), Some(taken)) = (place.get(key), taken) {
+            let shown = reader.shown(value.span(), value.get_ref());
+            let message = format!("{shown} is taken by tenant {:?}: give each its own", taken.name);
+            reader.add(value.span().start, place.key_path(key), message);
+        }
+    };
+    let named = !tenant.name.is_empty();
+    refuse_second("name", before.iter().find(|other| named && other.name == tenant.name));
+    let same_key = |other: &&TenantConfig| {
+        tenant.key_sha256.is_some() && other.key_sha256 == tenant.key_sha256
+    };
+    refuse_second("key_sha256", before.iter().find(same_key));
 }
 
 fn url_address(url: &str) -> Option<(&str, u16)> {

@@ -400,6 +400,28 @@ impl Codec for NotNegative {
     }
 }
 
+/// 64 hexadecimal digits.
+pub(crate) struct Sha256;
+
+impl Codec for Sha256 {
+    type Value = [u8; 32];
+
+    fn read(value: &DeValue<'_>, _: &Path) -> Result<[u8; 32], String> {
+        let digits = text(value)
+            .filter(|text| text.len() == 64 && text.bytes().all(|digit| digit.is_ascii_hexdigit()));
+        let bytes = digits.and_then(|digits| {
+            let byte = |at| u8::from_str_radix(digits.get(at..at + 2)?, 16).ok();
+            let bytes: Option<Vec<u8>> = (0..64).step_by(2).map(byte).collect();
+            bytes?.try_into().ok()
+        });
+        bytes.ok_or_else(|| "the 64 hexadecimal digits of a SHA-256".to_owned())
+    }
+
+    fn write(value: &[u8; 32]) -> Option<String> {
+        Some(quoted(&value.iter().map(|byte| format!("{byte:02x}")).collect::<String>()))
+    }
+}
+
 /// A time above zero, in seconds.
 pub(crate) struct Seconds;
 

@@ -18,6 +18,9 @@ impl ClusterConfig {
         write_keys(&mut text, keys::ROOT, self);
         write_table(&mut text, "[coordinator]", keys::COORDINATOR, &self.coordinator);
         write_table(&mut text, "[coordinator.limits]", keys::LIMITS, &self.coordinator.limits);
+        if let Some(https) = &self.coordinator.https {
+            write_table(&mut text, "[coordinator.https]", keys::HTTPS, https);
+        }
         write_table(&mut text, "[slo]", keys::SLO, &self.slo);
         write_table(&mut text, "[placement]", keys::PLACEMENT, &self.placement);
         write_table(&mut text, "[admission]", keys::ADMISSION, &self.admission);
@@ -28,6 +31,9 @@ impl ClusterConfig {
         write_table(&mut text, "[telemetry]", keys::TELEMETRY, &self.telemetry);
         if let Some(tls) = &self.tls {
             write_table(&mut text, "[tls]", keys::TLS, tls);
+        }
+        for tenant in &self.tenants {
+            write_table(&mut text, "[[tenant]]", keys::TENANT, tenant);
         }
         for worker in &self.workers {
             write_table(&mut text, "[[worker]]", keys::WORKER, worker);
@@ -84,6 +90,8 @@ pub fn sample() -> String {
     push(&mut text, "\n[coordinator.limits]");
     describe_keys(&mut text, keys::LIMITS, &LimitsConfig::default(), Shown::AsNeeded);
 
+    push(&mut text, HTTPS);
+    describe_keys(&mut text, keys::HTTPS, &keys::blank_https(), Shown::Commented);
     push(&mut text, SLO);
     describe_keys(&mut text, keys::SLO, &SloConfig::default(), Shown::AsNeeded);
     push(&mut text, PLACEMENT);
@@ -98,6 +106,9 @@ pub fn sample() -> String {
     describe_keys(&mut text, keys::TELEMETRY, &TelemetryConfig::default(), Shown::AsNeeded);
     push(&mut text, TLS);
     describe_keys(&mut text, keys::TLS, &keys::blank_tls(), Shown::Commented);
+
+    push(&mut text, TENANT);
+    describe_keys(&mut text, keys::TENANT, &keys::blank_tenant(), Shown::Commented);
 
     push(&mut text, ENGINE);
     push(&mut text, &format!("# {KIND_DOC}\n{KIND} = \"sim\""));
@@ -166,6 +177,15 @@ const SLO: &str = "
 # What you promise your users: what requests are placed by, and shown beside what is observed.
 [slo]";
 
+const HTTPS: &str = "
+# HTTPS towards clients, in place of HTTP: PEM files, read anew when they change.
+#[coordinator.https]";
+
+const TENANT: &str = "
+# Who may send requests, each known by an API key (`Authorization: Bearer KEY`). Without any, everybody
+# who reaches coordinator.listen may.
+#[[tenant]]";
+
 const PLACEMENT: &str = "
 # Where the legs of a request run.
 [placement]";
@@ -190,8 +210,8 @@ const TELEMETRY: &str = "
 [telemetry]";
 
 const TLS: &str = "
-# Mutual TLS between coordinator and workers: PEM files. Needed as soon as an address below is not
-# loopback.
+# Mutual TLS between coordinator and workers: PEM files, such as `baton certs` makes, read anew when
+# they change. Needed as soon as an address below is not loopback.
 #[tls]";
 
 const ENGINE: &str = "

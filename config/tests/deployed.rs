@@ -21,7 +21,7 @@ fn only_the_certificates_are_missing() {
 }
 
 #[test]
-fn with_them_it_is_two_prefill_workers_and_a_decode_worker() {
+fn with_them_it_is_two_prefill_and_two_decode_workers_behind_https_and_a_key() {
     let directory = tempfile::tempdir().unwrap();
     fs::create_dir(directory.path().join("tls")).unwrap();
     for file in ["ca.pem", "host.pem", "host.key"] {
@@ -32,10 +32,18 @@ fn with_them_it_is_two_prefill_workers_and_a_decode_worker() {
         cluster.workers.iter().map(|worker| (worker.name.as_str(), worker.role)).collect();
     assert_eq!(
         workers,
-        [("prefill-0", Role::Prefill), ("prefill-1", Role::Prefill), ("decode-0", Role::Decode)]
+        [
+            ("prefill-0", Role::Prefill),
+            ("prefill-1", Role::Prefill),
+            ("decode-0", Role::Decode),
+            ("decode-1", Role::Decode),
+        ]
     );
+    assert!(cluster.coordinator.https.is_some());
+    let [tenant] = &cluster.tenants[..] else { panic!("{:?}", cluster.tenants) };
+    assert_eq!(tenant.key_file.as_deref(), Some(directory.path().join("keys/default").as_path()));
     for worker in &cluster.workers {
-        assert_eq!(worker.coordinators, ["coordinator.baton.internal:7000"]);
+        assert_eq!(worker.coordinators, ["10.77.0.10:7000"]);
         let EngineConfig::Vllm(vllm) = &worker.engine else { panic!("{:?}", worker.engine) };
         let VllmSource::Command { port, .. } = &vllm.source else { panic!("{:?}", vllm.source) };
         assert_eq!(*port, 8100);

@@ -97,3 +97,36 @@ fn every_service_of_the_compose_file_has_its_worker() {
     }
     assert_eq!(started.len(), 4);
 }
+
+const RULE: &str = "\
+# Made of deploy/dashboards/alerts.yaml; a test sees to that, and `BATON_UPDATE=1 cargo test -p baton-config`
+# writes it anew.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: baton
+  labels:
+    app.kubernetes.io/name: baton
+spec:
+";
+
+#[test]
+fn the_operator_is_given_the_rules_of_the_dashboards() {
+    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
+    let alerts = fs::read_to_string(deploy.join("dashboards/alerts.yaml")).unwrap();
+    let groups = alerts.find("groups:").unwrap();
+    let indented = |line: &str| match line.trim() {
+        "" => "\n".to_owned(),
+        _ => format!("  {line}\n"),
+    };
+    let expected = RULE.to_owned() + &alerts[groups..].lines().map(indented).collect::<String>();
+    let file = deploy.join("kubernetes/components/monitoring/prometheus-rule.yaml");
+    if std::env::var_os("BATON_UPDATE").is_some() {
+        fs::write(&file, &expected).unwrap();
+    }
+    assert!(
+        fs::read_to_string(&file).unwrap_or_default() == expected,
+        "{} is not what alerts.yaml gives: run `BATON_UPDATE=1 cargo test -p baton-config`",
+        file.display()
+    );
+}

@@ -105,6 +105,29 @@ baton.toml:8: arena.directory: a table is not a path
     );
 }
 
+#[test]
+fn tenants_need_keys_and_are_told_apart() {
+    let digest = "ab".repeat(32);
+    assert_errors(
+        &format!(
+            "{COORDINATOR}[[tenant]]\nname = 'a'\nkey_sha256 = '{digest}'\n[[tenant]]\nname = 'a'\n\
+             [[tenant]]\nname = 'c'\nkey_sha256 = '{digest}'\n[[tenant]]\nname = 'd'\nkey_sha256 \
+             = 'abc'\npriority = 1.5\nmax_requests = 0\n"
+        ),
+        &format!(
+            r#"
+baton.toml:7: tenant[1].key_sha256: missing: give key_sha256, or key_file with a key a line
+baton.toml:8: tenant[1].name: 'a' is taken by tenant "a": give each its own
+baton.toml:11: tenant[2].key_sha256: '{}… is taken by tenant "a": give each its own
+baton.toml:14: tenant[3].key_sha256: 'abc' is not the 64 hexadecimal digits of a SHA-256
+baton.toml:15: tenant[3].priority: 1.5 is not a whole number from -10 to 10
+baton.toml:16: tenant[3].max_requests: 0 is not a whole number from 1 to 4294967295
+"#,
+            &digest[..59]
+        ),
+    );
+}
+
 const COORDINATOR: &str =
     "[coordinator]\nlisten = '127.0.0.1:8000'\nworkers_listen = '127.0.0.1:7000'\n";
 

@@ -7,8 +7,8 @@ use std::{path::Path, time::Duration};
 use baton_config::{
     AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
     EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode,
-    SimConfig, SloConfig, TelemetryConfig, TransferConfig, VllmConfig, VllmSource, WorkerConfig,
-    sample,
+    SimConfig, SloConfig, TelemetryConfig, TenantConfig, TransferConfig, VllmConfig, VllmSource,
+    WorkerConfig, sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -39,6 +39,7 @@ fn default_cluster() -> ClusterConfig {
             advertise: "127.0.0.1:7000".to_owned(),
             tokenizer: None,
             limits: LimitsConfig::default(),
+            https: None,
         },
         slo: SloConfig::default(),
         placement: PlacementConfig::default(),
@@ -48,6 +49,7 @@ fn default_cluster() -> ClusterConfig {
         telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
+        tenants: Vec::new(),
         workers: vec![worker("prefill-0", Role::Prefill), worker("decode-0", Role::Decode)],
     }
 }
@@ -92,6 +94,11 @@ fn what_the_sample_shows_as_default_is_the_default() {
     let text = sample().replace("#[admin]", "[admin]");
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (vllm, rest) = vllm.split_once("# Staging memory").unwrap();
+    // Its defaults are those of a table that is not there.
+    let (before, tenant) = sim.split_once("#[[tenant]]").unwrap();
+    let (tenant, after) = tenant.split_once("\n# What computes").unwrap();
+    assert!(tenant.contains("#weight = 1\n") && tenant.contains("#priority = 0\n"), "{tenant}");
+    let sim = &format!("{before}\n# What computes{after}");
     let mut take_default = |_: &str, example: bool| {
         keys += usize::from(!example);
         !example
@@ -125,7 +132,16 @@ fn what_the_sample_shows_as_default_is_the_default() {
 #[test]
 fn the_samples_examples_are_right() {
     let directory = tempfile::tempdir().unwrap();
-    for file in ["tls/ca.pem", "tls/host.pem", "tls/host.key", "profile.json", "admin.token"] {
+    for file in [
+        "tls/ca.pem",
+        "tls/host.pem",
+        "tls/host.key",
+        "tls/front.pem",
+        "tls/front.key",
+        "keys/search",
+        "profile.json",
+        "admin.token",
+    ] {
         let path = directory.path().join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, "").unwrap();
@@ -134,8 +150,10 @@ fn the_samples_examples_are_right() {
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (_, rest) = vllm.split_once("# Staging memory").unwrap();
+    let tables = ["[tls]", "[[tenant]]", "[coordinator.https]", "[admin]"];
     let sim =
-        uncomment(&sim.replace("#[tls]", "[tls]").replace("#[admin]", "[admin]"), |_, _| true);
+        tables.iter().fold(sim.to_owned(), |sim, table| sim.replace(&format!("#{table}"), table));
+    let sim = uncomment(&sim, |_, _| true);
     let transfer_advertise = "advertise = \"127.0.0.1:7100\"";
     let rest = uncomment(rest, |_, _| true);
     let file = format!("{sim}\n# Staging memory{rest}");
@@ -144,6 +162,11 @@ fn the_samples_examples_are_right() {
     assert_eq!(cluster.workers[0].transfer.advertise.as_deref(), Some("127.0.0.1:7100"));
     assert_eq!(cluster.tls.clone().unwrap().ca, directory.path().join("tls/ca.pem"));
     assert_eq!(cluster.workers[1].tls, cluster.tls);
+    let https = cluster.coordinator.https.unwrap();
+    assert_eq!(https.certificate, directory.path().join("tls/front.pem"));
+    let [tenant] = cluster.tenants.try_into().unwrap();
+    assert_eq!((tenant.name.as_str(), tenant.max_requests), ("search", Some(64)));
+    assert_eq!(tenant.key_sha256.map(|digest| digest[0]), Some(0x2b));
     assert_eq!(cluster.admin.unwrap().token_file, Some(directory.path().join("admin.token")));
 }
 
@@ -234,6 +257,14 @@ proptest! {
         insecure_plaintext: bool,
     ) {
         let mut cluster = default_cluster();
+        cluster.tenants.push(TenantConfig {
+            name: "t".into(),
+            key_sha256: Some([7; 32]),
+            key_file: None,
+            weight: 0.5,
+            priority: -3,
+            max_requests: Some(2),
+        });
         cluster.insecure_plaintext = insecure_plaintext;
         cluster.admin = insecure_plaintext.then(|| AdminConfig {
             listen: "10.0.0.1:9400".parse().unwrap(),

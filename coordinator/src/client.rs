@@ -1,6 +1,7 @@
 //! The clients' side: OpenAI-compatible HTTP.
 
 mod answer;
+mod auth;
 mod error;
 mod forward;
 mod pages;
@@ -8,6 +9,8 @@ mod peek;
 mod server;
 
 pub(crate) use answer::{Answer, Head};
+pub use auth::KeyFileError;
+pub(crate) use auth::Tenants;
 pub(crate) use error::{ClientError, broken_stream_event};
 pub(crate) use forward::is_hop_by_hop;
-pub(crate) use server::serve;
+pub(crate) use server::{Access, serve};

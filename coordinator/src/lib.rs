@@ -22,42 +22,48 @@ mod settings;
 mod shell;
 mod spans;
 mod timeline;
+mod tls;
 
 use std::{
-    fs,
-    future::Future,
-    io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+    future::Future, io, net::SocketAddr, path::PathBuf, pin::Pin, sync::Arc, time::Duration,
 };
 
-use baton_config::{BalancerActuator, ClusterConfig, TlsConfig};
+use baton_config::{BalancerActuator, ClusterConfig};
 use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
 use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig, server::TcpIncoming};
+use tonic::transport::{Server, server::TcpIncoming};
 use tracing::info;
 
-pub use crate::balancing::{Replicas, ScaleError};
 use crate::{
-    admin::AdminToken, fleet::FleetService, listener::ConnectionLimits, shell::Shell, spans::Tracer,
+    admin::AdminToken,
+    client::{Access, Tenants},
+    fleet::FleetService,
+    listener::ConnectionLimits,
+    shell::Shell,
+    spans::Tracer,
+};
+pub use crate::{
+    balancing::{Replicas, ScaleError},
+    client::KeyFileError,
+    tls::TlsError,
 };
 
 /// What is due by the clock, and by predictions, is looked after this often.
 const TICK_INTERVAL: Duration = Duration::from_millis(20);
 /// What operators, their pages and their scripts hold open; further ones wait.
 const ADMIN_CONNECTIONS: usize = 64;
-/// A stranger who connects and says nothing holds no socket for longer.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Certificates and keys are looked at this often.
+const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum CoordinatorError {
     #[error("cannot listen on {address} ({key}): {source}")]
     Listen { key: &'static str, address: SocketAddr, source: io::Error },
-    #[error("cannot read {path} (tls): {source}", path = path.display())]
-    Tls { path: PathBuf, source: io::Error },
+    #[error("{table}: {source}")]
+    Tls { table: &'static str, source: TlsError },
+    #[error("tenant {tenant:?}: {source}")]
+    Tenant { tenant: String, source: KeyFileError },
     #[error("coordinator.tokenizer: {0}")]
     Tokenizer(#[from] baton_tokens::OpenError),
     #[error("telemetry.otlp_endpoint: {0}")]
@@ -106,23 +112,34 @@ pub async fn run_with(
         Shell::new(settings, policy, balancing, config.slo, limits.max_unread_bytes).traced(tracer);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
+    let tls = config.tls.as_ref().map(tls::for_workers).transpose();
+    let tls = tls.map_err(|source| CoordinatorError::Tls { table: "tls", source })?.map(Arc::new);
+    let https = coordinator.https.as_ref().map(tls::for_clients).transpose();
+    let https =
+        https.map_err(|source| CoordinatorError::Tls { table: "coordinator.https", source })?;
+    let access =
+        Access { https: https.map(Arc::new), tenants: Arc::new(Tenants::open(&config.tenants)?) };
+
     let mut server = Server::builder()
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .max_frame_size(MAX_FRAME_BYTES)
         .http2_keepalive_interval(Some(Duration::from_secs(1)))
         .http2_keepalive_timeout(Some(Duration::from_secs(2)));
-    if let Some(tls) = &config.tls {
-        server = server.tls_config(mutual_tls(tls)?)?;
-    }
     // A body of the largest size must fit into one message, with room for its headers.
     let max_message_bytes =
         usize::try_from(limits.max_body_bytes).unwrap_or(usize::MAX) + (1 << 20);
     let service = FleetServer::new(FleetService { shell: shell.clone() })
         .max_decoding_message_size(max_message_bytes)
         .max_encoding_message_size(max_message_bytes);
-    let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
-    let fleet = server.add_service(service).serve_with_incoming(incoming);
+    let routes = server.add_service(service);
+    let fleet: Pin<Box<dyn Future<Output = _> + Send>> = match &tls {
+        Some(tls) => Box::pin(routes.serve_with_incoming(tls::incoming(workers, tls.clone()))),
+        None => {
+            let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
+            Box::pin(routes.serve_with_incoming(incoming))
+        }
+    };
 
     let admin_limits =
         ConnectionLimits { connections: ADMIN_CONNECTIONS, header_timeout: limits.header_timeout };
@@ -131,11 +148,25 @@ pub async fn run_with(
         limits,
         config.admission.tenant_header,
         tokenizer,
+        access.clone(),
         clients,
     ));
     let admin = operators.map(|(listener, token)| {
         let router = admin::router(shell.clone(), token);
-        tokio::spawn(listener::serve(router, listener, admin_limits))
+        tokio::spawn(listener::serve(router, listener, admin_limits, None))
+    });
+    let follows = tokio::spawn(async move {
+        let mut interval = tokio::time::interval(FOLLOW_INTERVAL);
+        loop {
+            interval.tick().await;
+            if let Some(tls) = &tls {
+                tls::follow("tls", tls);
+            }
+            if let Some(https) = &access.https {
+                tls::follow("coordinator.https", https);
+            }
+            access.tenants.follow();
+        }
     });
     let ticks = tokio::spawn({
         let shell = shell.clone();
@@ -172,6 +203,7 @@ pub async fn run_with(
         }
     }
     ticks.abort();
+    follows.abort();
     if let Some(tracer) = shell.tracer.clone() {
         // It waits for its own thread, whose connection this one drives.
         let _ = tokio::task::spawn_blocking(move || tracer.close()).await;
@@ -186,14 +218,4 @@ async fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, C
         address,
         source,
     })
-}
-
-/// Reads the PEM files, once, before anything is served.
-fn mutual_tls(tls: &TlsConfig) -> Result<ServerTlsConfig, CoordinatorError> {
-    let read = |path: &Path| {
-        fs::read(path).map_err(|source| CoordinatorError::Tls { path: path.to_owned(), source })
-    };
-    let identity = Identity::from_pem(read(&tls.certificate)?, read(&tls.private_key)?);
-    let ca = Certificate::from_pem(read(&tls.ca)?);
-    Ok(ServerTlsConfig::new().identity(identity).client_ca_root(ca).timeout(HANDSHAKE_TIMEOUT))
 }

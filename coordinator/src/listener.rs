@@ -6,6 +6,8 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use tower_service::Service;
 use tracing::{debug, warn};
 
+use crate::tls::{self, TlsFiles};
+
 /// What a connection holds of its request's head, and of its answer on the way out. A token's frame is
 /// copied into it and written as one piece: that costs less than to gather the pieces in the kernel.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -18,8 +20,13 @@ pub(crate) struct ConnectionLimits {
 }
 
 /// Accepts connections until it is dropped. One hyper connection each, since `axum::serve` costs 8 KB
-/// more a stream.
-pub(crate) async fn serve(router: Router, listener: TcpListener, limits: ConnectionLimits) {
+/// more a stream. With certificates they are HTTPS.
+pub(crate) async fn serve(
+    router: Router,
+    listener: TcpListener,
+    limits: ConnectionLimits,
+    https: Option<Arc<TlsFiles>>,
+) {
     let connections = Arc::new(Semaphore::new(limits.connections));
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new())
@@ -47,13 +54,28 @@ pub(crate) async fn serve(router: Router, listener: TcpListener, limits: Connect
             let mut router = router.clone();
             async move { Ok::<_, Infallible>(call(&mut router, request).await) }
         });
-        let connection = http.serve_connection(TokioIo::new(stream), service);
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                debug!(%error, "a connection ended");
-            }
-            drop(permit);
-        });
+        if let Some(https) = https.clone() {
+            let http = http.clone();
+            tokio::spawn(async move {
+                match tls::handshake(&https, stream).await {
+                    Ok(stream) => run(http.serve_connection(TokioIo::new(stream), service)).await,
+                    Err(error) => debug!(%error, "no TLS with a client"),
+                }
+                drop(permit);
+            });
+        } else {
+            let connection = http.serve_connection(TokioIo::new(stream), service);
+            tokio::spawn(async move {
+                run(connection).await;
+                drop(permit);
+            });
+        }
+    }
+}
+
+async fn run(connection: impl Future<Output = hyper::Result<()>>) {
+    if let Err(error) = connection.await {
+        debug!(%error, "a connection ended");
     }
 }
 

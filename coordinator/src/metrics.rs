@@ -135,7 +135,7 @@ struct PredictionError {
 }
 
 impl PredictionError {
-    fn register(r: &mut Registry, name: &str, help: &str) -> Self {
+    fn register(r: &mut Catalogue, name: &str, help: &str) -> Self {
         let family = Family::<DirectionLabels, Histogram, _>::new_with_constructor(
             (|| Histogram::new(PREDICTION_ERROR_BUCKETS)) as fn() -> Histogram,
         );
@@ -194,6 +194,12 @@ struct LegLabels {
     leg: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TenantLabels {
+    tenant: String,
+    outcome: &'static str,
+}
+
 /// What is observed at each token, looked up once.
 #[derive(Clone, Debug)]
 struct PathMetrics {
@@ -218,6 +224,7 @@ pub(crate) struct Metrics {
     prompt_tokens: Family<LegLabels, Counter>,
     prefix_hit_tokens: Family<LegLabels, Counter>,
     kv_events_gaps: Counter,
+    tenant_requests: Family<TenantLabels, Counter>,
     decisions: Family<DecisionLabels, Counter>,
     prediction_error_ttft: PredictionError,
     prediction_error_itl: PredictionError,
@@ -234,6 +241,7 @@ struct FleetMetrics {
     requests_open: Gauge,
     workers: Family<RoleLabels, Gauge>,
     jobs: Family<WorkerLabels, Gauge>,
+    jobs_elsewhere: Family<WorkerLabels, Gauge>,
     engine_running: Family<WorkerLabels, Gauge>,
     engine_waiting: Family<WorkerLabels, Gauge>,
     kv_used: Family<WorkerLabels, Gauge<f64, AtomicU64>>,
@@ -299,6 +307,7 @@ impl Metrics {
         let (prompt_tokens, prefix_hit_tokens) =
             (Family::<LegLabels, Counter>::default(), Family::<LegLabels, Counter>::default());
         let kv_events_gaps = Counter::default();
+        let tenant_requests = Family::default();
         let balancer = BalancerMetrics::default();
         let fleet = FleetMetrics::default();
 
@@ -369,6 +378,11 @@ impl Metrics {
             "Times that news of a worker's prefix cache were missed and asked for anew",
             kv_events_gaps.clone(),
         );
+        r.register(
+            "tenant_requests",
+            "Requests that came to be let in, where API keys are asked for",
+            Family::clone(&tenant_requests),
+        );
         let decisions = Family::<DecisionLabels, Counter>::default();
         r.register(
             "placement_decisions",
@@ -435,6 +449,7 @@ impl Metrics {
             prompt_tokens,
             prefix_hit_tokens,
             kv_events_gaps,
+            tenant_requests,
             decisions,
             prediction_error_ttft,
             prediction_error_itl,
@@ -469,6 +484,12 @@ impl Metrics {
         if outcome == Outcome::Ok {
             self.paths[path as usize].e2e.observe(e2e.as_secs_f64());
         }
+    }
+
+    /// `tenant` is empty where nobody's key was given.
+    pub(crate) fn tenant_request(&self, tenant: &str, outcome: &'static str) {
+        let labels = TenantLabels { tenant: tenant.to_owned(), outcome };
+        self.tenant_requests.get_or_create(&labels).inc();
     }
 
     pub(crate) fn aggregated(&self, reason: AggregatedReason) {
@@ -601,6 +622,11 @@ impl FleetMetrics {
             self.jobs.clone(),
         );
         r.register(
+            "worker_jobs_elsewhere",
+            "Legs that a worker has of other coordinators, as it says itself",
+            self.jobs_elsewhere.clone(),
+        );
+        r.register(
             "worker_engine_requests_running",
             "Requests running inside the engine, as it says itself",
             self.engine_running.clone(),
@@ -691,6 +717,7 @@ impl FleetMetrics {
         // A worker that left, or changed its role, leaves no line behind.
         let per_worker = [
             &self.jobs,
+            &self.jobs_elsewhere,
             &self.engine_running,
             &self.engine_waiting,
             &self.handoffs_open,
@@ -716,6 +743,7 @@ impl FleetMetrics {
             let report = &worker.report;
             let values = [
                 worker.jobs_running.into(),
+                report.prefills_elsewhere.saturating_add(report.decodes_elsewhere).into(),
                 report.engine_requests_running.into(),
                 report.engine_requests_waiting.into(),
                 report.handoffs_open.into(),

@@ -11,9 +11,9 @@ use std::{
 
 use baton_config::SloConfig;
 use baton_core::{
-    Action, AnnouncedChange, BalancerSettings, Core, Event, HandoffPlan, JobId, Rejection,
-    RequestKey, RequestShape, Route, Settings, Tenant, WorkerDescription, WorkerKey, WorkerReport,
-    policy::Policy,
+    Action, AnnouncedChange, BalancerSettings, Core, Elsewhere, Event, HandoffPlan, JobId,
+    Rejection, RequestKey, RequestShape, Route, Settings, Tenant, WorkerDescription, WorkerKey,
+    WorkerReport, policy::Policy,
 };
 use baton_proto as wire;
 use baton_types::{Fault, FaultKind, HandoffId, Leg, Origin, Role, StepModel};
@@ -61,7 +61,6 @@ pub(crate) struct State {
     slo: SloConfig,
     handoffs: HandoffMatrix,
     pub(crate) journal: Journal,
-    slo: SloConfig,
     /// Kept between calls for its memory.
     actions: Vec<Action>,
 }
@@ -174,7 +173,6 @@ impl Shell {
                 slo,
                 handoffs: HandoffMatrix::default(),
                 journal: Journal::default(),
-                slo,
                 actions: Vec::new(),
             })),
             metrics: Arc::new(Metrics::new(slo)),
@@ -193,7 +191,7 @@ impl Shell {
     /// What engines' steps shall keep to, so that the decodes in them keep the SLO.
     #[allow(clippy::cast_possible_truncation)] // A time needs no more than seven digits.
     pub(crate) fn itl_target_ms(&self) -> f32 {
-        self.state.lock().slo.itl_ms as f32
+        self.slo.itl_ms as f32
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -219,15 +217,15 @@ impl Shell {
             KnownPrompt { prompt, model, cached }
         });
         let model = incoming.shape.model.clone();
+        let (priority, tenant) = (incoming.shape.priority, incoming.shape.tenant.clone());
         let mut timeline = Timeline::new(incoming.arrived);
-        let choosing = Instant::now();
-        let RequestShape { priority, tenant, .. } = incoming.shape.clone();
         let placed = Placed {
             arrived: now.saturating_sub(incoming.arrived.elapsed()),
             priority,
             tenant: tenant.name.clone(),
             ..Placed::default()
         };
+        let choosing = Instant::now();
         let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
         timeline.placing = Some((choosing, Instant::now()));
         state.clients.insert(
@@ -321,6 +319,9 @@ impl Shell {
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker);
+        let elsewhere =
+            Elsewhere { prefills: report.prefills_elsewhere, decodes: report.decodes_elsewhere };
+        self.tell_core(&mut state, Event::BusyElsewhere { worker, elsewhere }, None);
         self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
         self.role_change(&mut state, worker, report.role_change.as_ref());
         let Some(attached) = state.links.get_mut(&worker) else { return };
@@ -636,12 +637,8 @@ impl Shell {
     /// The legs of a request are set going.
     fn attempted(&self, state: &mut State, request: RequestKey) {
         let State { clients, core, .. } = state;
-        let (Some(client), Some(decision)) =
-            (clients.get_mut(&request), core.take_decision(request))
-        else {
-            return;
-        };
-        client.timeline.attempted(Instant::now());
+        let Some(client) = clients.get_mut(&request) else { return };
+        let Some(decision) = core.take_decision(request) else { return };
         self.metrics.decided(path_of(&decision), decision.reason.as_str());
         if client.placed.decisions.is_empty() {
             self.metrics.waited(client.placed.priority, client.timeline.arrived.elapsed());

@@ -14,10 +14,12 @@ mod arrivals;
 mod endpoint;
 mod health;
 mod prompts;
+mod report;
 mod run;
 
 pub use answer::{Answer, End};
 pub use endpoint::{Endpoint, EndpointError, Surface};
 pub use health::ClientHealth;
 pub use prompts::Prompts;
+pub use report::Asked;
 pub use run::{BenchOptions, BenchRun, Progress, run};

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 /// One process of the cluster, with its log. It ends when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub struct Process {
     name: String,
     child: Child,
     log: PathBuf,
@@ -17,10 +17,16 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn start(name: &str, arguments: &[&str], directory: &Path) -> Result<Self> {
+        let mut command = Command::new(baton()?);
+        command.args(arguments);
+        Self::spawn(name, command, directory)
+    }
+
+    /// Starts any command that becomes the program, with its log in `directory`.
+    pub fn spawn(name: &str, mut command: Command, directory: &Path) -> Result<Self> {
         let log = directory.join(format!("{name}.log"));
         let append = || File::options().create(true).append(true).open(&log);
-        let child = Command::new(baton()?)
-            .args(arguments)
+        let child = command
             .env("BATON_LOG", std::env::var("BATON_LOG").unwrap_or_else(|_| "info".into()))
             // Held open as long as we live: a process of ours ends with us.
             .stdin(Stdio::piped())
@@ -31,36 +37,36 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, log })
     }
 
-    pub(crate) fn id(&self) -> u32 {
+    pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    pub(crate) fn check_alive(&mut self) -> Result<()> {
+    pub fn check_alive(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait()? {
             bail!("{} ended ({status}):\n{}", self.name, self.log_tail());
         }
         Ok(())
     }
 
-    pub(crate) fn log(&self) -> String {
+    pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    pub(crate) fn log_tail(&self) -> String {
+    pub fn log_tail(&self) -> String {
         let log = self.log();
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
 
     /// Ends it without a chance to say goodbye.
-    pub(crate) fn kill(&mut self) {
+    pub fn kill(&mut self) {
         // It may have ended of itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
     /// Asks it to stop, as an operator would, and waits until it has.
-    pub(crate) fn terminate(&mut self) -> Result<()> {
+    pub fn terminate(&mut self) -> Result<()> {
         if self.child.try_wait()?.is_some() {
             return Ok(());
         }

@@ -186,7 +186,8 @@ async fn a_silent_server_gets_every_request() {
 
 #[tokio::test]
 async fn a_live_engine_is_profiled() {
-    let cluster = ClusterBuilder::sim().start().await.unwrap();
+    // Slow enough that sequences decode together on a busy machine too.
+    let cluster = ClusterBuilder::sim().engine("time_scale = 0.3").start().await.unwrap();
     let out = cluster.directory().join("live.json");
     let (success, said, errors) = run(&[
         "profile",

@@ -1,7 +1,7 @@
 //! The manifests of `deploy/kubernetes` and the actuator, at a real API server without nodes.
 
 // A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
 
 use std::{
     collections::BTreeSet,
@@ -254,19 +254,30 @@ fn a_slip_is_refused(control_plane: &ControlPlane) {
     refused("maxReplicaCount: 8", "maxReplicas: 8", "spec.maxReplicas");
 }
 
+/// What the API server says against a pod, once it has heard of its namespace's label.
+async fn refusal(client: &Client, pod: &Pod) -> String {
+    let dry = PostParams { dry_run: true, ..PostParams::default() };
+    loop {
+        match api::<Pod>(client).create(&dry, pod).await {
+            Ok(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            Err(error) => return error.to_string(),
+        }
+    }
+}
+
 async fn pod_security(control_plane: &ControlPlane) {
     let client = control_plane.admin().unwrap();
     apply(control_plane, &manifests().join("overlays/rdma"));
     let worker = api::<Deployment>(&client).get("baton-decode").await.unwrap();
     let pod = pod_of(&worker, NAMESPACE);
     let dry = PostParams { dry_run: true, ..PostParams::default() };
-    api::<Pod>(&client).create(&dry, &pod).await.unwrap();
     // In the namespace as all other overlays have it, IPC_LOCK is too much.
     let namespaces = Api::<Namespace>::all(client.clone());
     let label =
         json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}});
     namespaces.patch(NAMESPACE, &PatchParams::default(), &Patch::Merge(label)).await.unwrap();
-    let refused = api::<Pod>(&client).create(&dry, &pod).await.unwrap_err().to_string();
+    let refused =
+        tokio::time::timeout(Duration::from_secs(30), refusal(&client, &pod)).await.unwrap();
     assert!(refused.contains("violates PodSecurity"), "{refused}");
     assert!(refused.contains("IPC_LOCK"), "{refused}");
     // A volume of the example is a generic ephemeral one, that goes with its pod.
@@ -379,7 +390,7 @@ fn config() -> KubernetesConfig {
         namespace: Some(NAMESPACE.to_owned()),
         prefill: target("baton-prefill", 1, 5),
         decode: target("baton-decode", 2, 3),
-        patience: Duration::from_secs(60),
+        patience: Duration::from_secs(180),
     }
 }
 
@@ -464,7 +475,7 @@ async fn conflicts(control_plane: &ControlPlane) {
 }
 
 async fn refusals(control_plane: &ControlPlane) {
-    let mut other = config();
+    let mut other = KubernetesConfig { patience: Duration::from_millis(300), ..config() };
     other.decode.deployment = "baton-coordinator".to_owned();
     let forbidden = actuator(control_plane, other).await.scale(Role::Decode, 2).await.unwrap_err();
     let said = forbidden.to_string();
@@ -624,7 +635,8 @@ async fn beat(client: &Client, node: &str) {
     });
     let parameters = PatchParams::apply("kubelet").force();
     let leases = Api::<Lease>::namespaced(client.clone(), "kube-node-lease");
-    leases.patch(node, &parameters, &Patch::Apply(lease)).await.unwrap();
+    // One that is missed comes again.
+    let _ = leases.patch(node, &parameters, &Patch::Apply(lease)).await;
 }
 
 async fn run_pods(client: &Client, node: &str) {

@@ -37,7 +37,8 @@ struct Clients {
 
 impl Clients {
     fn start(cluster: &Cluster) -> Self {
-        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::default());
+        let stop = Arc::new(AtomicBool::new(false));
+        let answered: Arc<AtomicUsize> = Arc::default();
         let asking = (0..CLIENTS).map(|client| {
             let (http, url) = (cluster.http.clone(), cluster.url("/v1/completions"));
             let (stop, answered) = (Arc::clone(&stop), Arc::clone(&answered));

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::{body::Body, extract::State, response::Response};
+use axum::{body::Body, extract::State, response::Response as HttpResponse};
 use baton_config::{ArenaConfig, SimConfig};
 use baton_engine::{Engine as _, EngineRequest, SimEngine};
 use baton_tests::{Cluster, ClusterBuilder, read_events};
@@ -268,7 +268,7 @@ impl HttpEngine {
         (this, address)
     }
 
-    async fn answer(State(this): State<Self>, request: axum::extract::Request) -> Response {
+    async fn answer(State(this): State<Self>, request: axum::extract::Request) -> HttpResponse {
         let (parts, body) = request.into_parts();
         if parts.method == http::Method::POST {
             let context = parts.headers.get("traceparent").map(|value| value.to_str().unwrap());
@@ -281,7 +281,7 @@ impl HttpEngine {
             body: axum::body::to_bytes(body, usize::MAX).await.unwrap(),
         };
         let answer = this.engine.run(request).await.unwrap();
-        let mut response = Response::new(Body::from_stream(answer.body));
+        let mut response = HttpResponse::new(Body::from_stream(answer.body));
         *response.status_mut() = answer.status;
         *response.headers_mut() = answer.headers;
         response

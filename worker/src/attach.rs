@@ -1,6 +1,6 @@
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
-use baton_config::TlsConfig;
+use baton_config::{Followed, Refreshed, TlsConfig};
 use baton_proto::{
     Commands, CoordinatorFrame, MAX_FRAME_BYTES, Report, WINDOW_BYTES, Welcome,
     coordinator_frame::Frame, fleet_client::FleetClient,
@@ -11,7 +11,9 @@ use tonic::{
     transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
 };
 
-use crate::{jobs::Jobs, kv_telling::KvTelling, life::Life, outbox::Outbox, role::Served};
+use crate::{
+    counters::Running, jobs::Jobs, kv_telling::KvTelling, life::Life, outbox::Outbox, role::Served,
+};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
@@ -19,8 +21,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A coordinator answers a hello at once.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// A stream whose other end went away without a word is given up after interval + timeout.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(2);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Certificates are looked at this often.
+const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 /// A coordinator bounds its clients' bodies itself; this is only above any of its bounds.
 const MAX_MESSAGE_BYTES: usize = 1 << 30;
 
@@ -64,7 +68,7 @@ impl fmt::Display for Coordinator {
 pub(crate) async fn keep_attached(
     life: Arc<Life>,
     coordinator: &Coordinator,
-    tls: Option<&TlsPem>,
+    tls: Option<&TlsFiles>,
     wanted: impl Fn() -> bool,
 ) {
     let mut backoff = Backoff::default();
@@ -91,10 +95,11 @@ pub(crate) async fn keep_attached(
 async fn attach(
     life: &Arc<Life>,
     coordinator: &Coordinator,
-    tls: Option<&TlsPem>,
+    tls: Option<&TlsFiles>,
     backoff: &mut Backoff,
 ) -> Result<std::convert::Infallible, AttachError> {
-    let channel = endpoint(coordinator, tls)
+    let pem = tls.map(TlsFiles::current);
+    let channel = endpoint(coordinator, pem.as_deref())
         .map_err(|error| AttachError::Unreachable(chain(&error)))?
         .connect()
         .await
@@ -161,15 +166,15 @@ async fn serve(
                 Frame::Welcome(_) => {}
             },
             Ok(()) = leaving.changed() => outbox.leaving(),
-            _ = reports.tick() => outbox.report(report(life, &served)),
-            () = served.changed() => outbox.report(report(life, &served)),
+            _ = reports.tick() => outbox.report(report(life, &served, jobs.own())),
+            () = served.changed() => outbox.report(report(life, &served, jobs.own())),
             message = kv_events.next(&outbox) => outbox.kv_events(message),
         }
     }
 }
 
-fn report(life: &Life, served: &Served) -> Report {
-    Report { leads: served.leads(), ..life.report() }
+fn report(life: &Life, served: &Served, own: &Running) -> Report {
+    Report { leads: served.leads(), ..life.report(own) }
 }
 
 async fn next(
@@ -210,8 +215,20 @@ impl Drop for CloseOnDrop {
     }
 }
 
-/// The files of a [`TlsConfig`], read.
-#[derive(Clone)]
+/// The files of `[tls]`: each attempt to attach uses what they say then.
+pub(crate) type TlsFiles = Followed<TlsPem, TlsError>;
+
+/// Why the files of `[tls]` cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    #[error("cannot read {path} (tls): {source}", path = path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{certificate}, its key and {ca} cannot be used together (tls): {reason}",
+        certificate = certificate.display(), ca = ca.display())]
+    Unusable { certificate: PathBuf, ca: PathBuf, reason: String },
+}
+
+/// The files' texts.
 pub(crate) struct TlsPem {
     ca: Vec<u8>,
     certificate: Vec<u8>,
@@ -219,14 +236,47 @@ pub(crate) struct TlsPem {
 }
 
 impl TlsPem {
-    pub(crate) fn read(config: &TlsConfig) -> Result<Self, (std::path::PathBuf, std::io::Error)> {
-        let read =
-            |path: &std::path::PathBuf| std::fs::read(path).map_err(|error| (path.clone(), error));
-        Ok(Self {
+    pub(crate) fn open(config: &TlsConfig) -> Result<TlsFiles, TlsError> {
+        let config = config.clone();
+        let files = vec![config.ca.clone(), config.certificate.clone(), config.private_key.clone()];
+        Followed::open(files, move || Self::read(&config))
+    }
+
+    fn read(config: &TlsConfig) -> Result<Self, TlsError> {
+        let read = |path: &PathBuf| {
+            std::fs::read(path).map_err(|source| TlsError::Read { path: path.clone(), source })
+        };
+        let pem = Self {
             ca: read(&config.ca)?,
             certificate: read(&config.certificate)?,
             private_key: read(&config.private_key)?,
-        })
+        };
+        // Tried here, where what is wrong with them can still be said of the files.
+        let anybody = Coordinator { address: "localhost:1".to_owned(), name: None };
+        endpoint(&anybody, Some(&pem)).map_err(|error| TlsError::Unusable {
+            certificate: config.certificate.clone(),
+            ca: config.ca.clone(),
+            reason: chain(&error),
+        })?;
+        Ok(pem)
+    }
+}
+
+/// Looks at the files now and then, for ever, and says what became of them.
+pub(crate) async fn follow(tls: Option<&TlsFiles>) {
+    let Some(tls) = tls else { return std::future::pending().await };
+    let mut looks = interval(FOLLOW_INTERVAL);
+    loop {
+        looks.tick().await;
+        match tls.refresh() {
+            Refreshed::Unchanged => {}
+            Refreshed::Renewed => {
+                tracing::info!("certificates changed: the next attachment uses the new ones");
+            }
+            Refreshed::Unusable(error) => {
+                tracing::warn!(%error, "certificates changed and cannot be used: the former ones stay");
+            }
+        }
     }
 }
 

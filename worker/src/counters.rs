@@ -21,13 +21,21 @@ pub(crate) struct Counters {
     /// Decode jobs whose engine answered without waiting for its handoff.
     pub(crate) handoffs_bypassed: Count,
     /// Jobs under way, of all coordinators.
-    pub(crate) jobs_running: Gauge,
+    pub(crate) running: Running,
     /// Those, and prefills that are through but whose blocks are still here.
     pub(crate) jobs_open: Gauge,
     /// 1 while the engine serves and its KV side is there.
     pub(crate) lives: Gauge,
     /// Coordinators that this worker is attached to.
     pub(crate) attached: Gauge,
+}
+
+/// Jobs under way.
+#[derive(Debug, Default)]
+pub(crate) struct Running {
+    pub(crate) prefills: Gauge,
+    /// Those of requests that are not split among them.
+    pub(crate) decodes: Gauge,
 }
 
 /// A number that only grows.

@@ -8,7 +8,7 @@ use tokio::{
 };
 
 use crate::{
-    attach::{Coordinator, TlsPem, keep_attached},
+    attach::{Coordinator, TlsFiles, keep_attached},
     life::Life,
 };
 
@@ -18,7 +18,7 @@ const LOOKUP_INTERVAL: Duration = Duration::from_secs(5);
 /// Stays attached to every coordinator that `authority` (`host:port`) stands for by now: one for each
 /// address of the name. One whose address is gone is kept until it hangs up, since names come and go
 /// with less reason than connections.
-pub(crate) async fn keep_attached_to_all(life: Arc<Life>, authority: &str, tls: Option<&TlsPem>) {
+pub(crate) async fn keep_attached_to_all(life: Arc<Life>, authority: &str, tls: Option<&TlsFiles>) {
     let name = authority.rsplit_once(':').map(|(host, _)| host.trim_matches(['[', ']']).to_owned());
     let named: Mutex<HashSet<SocketAddr>> = Mutex::default();
     let keep = |address: SocketAddr| {

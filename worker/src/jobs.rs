@@ -11,6 +11,7 @@ use tokio::{task::AbortHandle, time::MissedTickBehavior};
 use tracing::Instrument;
 
 use crate::{
+    counters::Running,
     handoff::{Consuming, Producer, Producing},
     legs::{self, Asked, KvParameters, Part},
     life::{KvSide, Life, engine_fault},
@@ -27,6 +28,7 @@ pub(crate) struct Jobs {
     life: Arc<Life>,
     outbox: Outbox,
     running: Arc<Mutex<HashMap<u64, AbortHandle>>>,
+    own: Arc<Running>,
 }
 
 impl Drop for Jobs {
@@ -39,7 +41,12 @@ impl Drop for Jobs {
 
 impl Jobs {
     pub(crate) fn new(life: Arc<Life>, outbox: Outbox) -> Self {
-        Self { life, outbox, running: Arc::default() }
+        Self { life, outbox, running: Arc::default(), own: Arc::default() }
+    }
+
+    /// How many there are.
+    pub(crate) fn own(&self) -> &Running {
+        &self.own
     }
 
     pub(crate) fn start(&self, start: StartJob) {
@@ -56,11 +63,11 @@ impl Jobs {
             leg = start.leg().as_str_name()
         );
         let entry = Entry { job, running: self.running.clone() };
-        let (life, outbox) = (self.life.clone(), self.outbox.clone());
+        let (life, outbox, own) = (self.life.clone(), self.outbox.clone(), self.own.clone());
         let task = async move {
             let _entry = entry;
             let _open = life.counters.jobs_open.one();
-            run(start, &life, &outbox).await;
+            run(start, &life, &outbox, &own).await;
         };
         running.insert(job, tokio::spawn(task.instrument(span)).abort_handle());
     }
@@ -97,12 +104,12 @@ impl Drop for Entry {
     }
 }
 
-async fn run(start: StartJob, life: &Life, outbox: &Outbox) {
+async fn run(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) {
     let job = start.job;
     let ran = match Leg::try_from(start.leg()) {
-        Ok(Leg::Aggregated) => aggregated(start, life, outbox).await,
-        Ok(Leg::Decode) => decode(start, life, outbox).await,
-        Ok(Leg::Prefill) => prefill(start, life, outbox).await,
+        Ok(Leg::Aggregated) => aggregated(start, life, outbox, own).await,
+        Ok(Leg::Decode) => decode(start, life, outbox, own).await,
+        Ok(Leg::Prefill) => prefill(start, life, outbox, own).await,
         Err(error) => Err(refused(&error)),
     };
     if let Err(fault) = ran {
@@ -112,8 +119,13 @@ async fn run(start: StartJob, life: &Life, outbox: &Outbox) {
     }
 }
 
-async fn aggregated(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fault> {
-    let _counted = life.counters.jobs_running.one();
+async fn aggregated(
+    start: StartJob,
+    life: &Life,
+    outbox: &Outbox,
+    own: &Running,
+) -> Result<(), Fault> {
+    let _counted = (life.counters.running.decodes.one(), own.decodes.one());
     let job = start.job;
     let (body, hides_usage) = asking(life, &start, &start.body, true)?;
     let answer = ask_engine(life, start, body).await?;
@@ -121,8 +133,8 @@ async fn aggregated(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(),
     relay.stream(answer).await
 }
 
-async fn decode(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fault> {
-    let _counted = life.counters.jobs_running.one();
+async fn decode(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) -> Result<(), Fault> {
+    let _counted = (life.counters.running.decodes.one(), own.decodes.one());
     let job = start.job;
     let (consuming, kv) = match handoff_mode(life) {
         HandoffMode::Engine => {
@@ -152,8 +164,13 @@ async fn decode(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fau
     }
 }
 
-async fn prefill(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fault> {
-    let counted = life.counters.jobs_running.one();
+async fn prefill(
+    start: StartJob,
+    life: &Life,
+    outbox: &Outbox,
+    own: &Running,
+) -> Result<(), Fault> {
+    let counted = (life.counters.running.prefills.one(), own.prefills.one());
     let job = start.job;
     let (mut producing, kv) = match handoff_mode(life) {
         HandoffMode::Engine => (None, KvParameters::EngineProduce),

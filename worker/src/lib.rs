@@ -18,4 +18,5 @@ mod role;
 mod run;
 pub mod transport;
 
+pub use attach::TlsError;
 pub use run::{WorkerError, run, run_through};

@@ -8,7 +8,11 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::{counters::Counters, handoff::Handoffs, role::RoleKeeper};
+use crate::{
+    counters::{Counters, Running},
+    handoff::Handoffs,
+    role::RoleKeeper,
+};
 
 /// One life of the engine: what every job of it needs, and what coordinators are told of it.
 pub(crate) struct Life {
@@ -71,7 +75,8 @@ impl Life {
             KvSide::Fenced(fenced) => fenced.handoffs.open(),
             KvSide::None | KvSide::Engine => 0,
         };
-        self.counters.jobs_running.get() == 0 && handoffs_open == 0
+        self.counters.running.prefills.get() + self.counters.running.decodes.get() == 0
+            && handoffs_open == 0
     }
 
     /// A time so many milliseconds from now, on this life's own clock.
@@ -121,10 +126,15 @@ impl Life {
         hello
     }
 
-    pub(crate) fn report(&self) -> Report {
+    /// For a coordinator of which `own` jobs are.
+    pub(crate) fn report(&self, own: &Running) -> Report {
         let load = *self.load.lock();
+        let (prefills, decodes) =
+            (self.counters.running.prefills.get(), self.counters.running.decodes.get());
         let mut report = Report {
-            jobs_running: self.counters.jobs_running.get(),
+            jobs_running: prefills + decodes,
+            prefills_elsewhere: prefills.saturating_sub(own.prefills.get()),
+            decodes_elsewhere: decodes.saturating_sub(own.decodes.get()),
             handoff_blocks_received: self.counters.handoff_blocks_received.get(),
             handoff_bytes_received: self.counters.handoff_bytes_received.get(),
             handoff_blocks_reused: self.counters.handoff_blocks_reused.get(),

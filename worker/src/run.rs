@@ -1,6 +1,5 @@
 use std::{
     net::SocketAddr,
-    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,7 +15,7 @@ use tokio::{
 };
 
 use crate::{
-    attach::{self, Coordinator, TlsPem},
+    attach::{self, Coordinator, TlsError, TlsFiles, TlsPem},
     counters::Counters,
     discover,
     handoff::{Handoffs, PortLoop, Transfer},
@@ -50,8 +49,8 @@ pub enum WorkerError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Transfer(#[from] TransportError),
-    #[error("cannot read {path}: {source}", path = path.display())]
-    Tls { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot listen on {address} (health_listen): {source}")]
     Health { address: SocketAddr, source: std::io::Error },
 }
@@ -139,7 +138,7 @@ fn start_engine(config: &WorkerConfig) -> Result<Arc<dyn Engine>, EngineError> {
 /// What outlives the engine.
 struct Worker {
     config: WorkerConfig,
-    tls: Option<TlsPem>,
+    tls: Option<TlsFiles>,
     role: RoleKeeper,
     counters: Arc<Counters>,
     leaving: watch::Sender<bool>,
@@ -175,8 +174,7 @@ struct Ended {
 
 impl Worker {
     fn new(config: WorkerConfig, interpose: &dyn Interpose) -> Result<Self, WorkerError> {
-        let tls = config.tls.as_ref().map(TlsPem::read).transpose();
-        let tls = tls.map_err(|(path, source)| WorkerError::Tls { path, source })?;
+        let tls = config.tls.as_ref().map(TlsPem::open).transpose()?;
         let transfer =
             is_fenced(&config).then(|| WorkerTransfer::bind(&config, interpose)).transpose()?;
         let role = RoleKeeper::new(config.role);
@@ -293,6 +291,7 @@ impl Worker {
             // Both for ever.
             _ = attached => {}
             () = watch_load(&life) => {}
+            () = attach::follow(self.tls.as_ref()) => {}
             () = takes_another_role(&life) => {
                 tracing::info!(role = %life.role.role(), "has another role");
             }

@@ -72,7 +72,8 @@ async fn free_address() -> SocketAddr {
 }
 
 async fn get(address: SocketAddr, path: &str) -> String {
-    let mut stream = TcpStream::connect(address).await.unwrap();
+    // It may not listen yet.
+    let Ok(mut stream) = TcpStream::connect(address).await else { return String::new() };
     let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
@@ -111,7 +112,7 @@ async fn probes_hear_whether_it_can_be_given_requests() {
     let running = fleet.spawn_as(config);
     let mut attached = fleet.next_attached().await;
     until(health, "/ready", ["200 OK", "ready"]).await;
-    let body = completion(prompt(20), true, 200);
+    let body = completion(prompt(20), true, 4000);
     attached.command(vec![], vec![job(1, Leg::Aggregated, &body)]).await;
     attached.event().await;
     running.order_to_stop();

@@ -1,6 +1,6 @@
 //! A worker goes over to the other pool: what it has it finishes, and it comes back in its new role.
 
-#![allow(clippy::panic, clippy::unwrap_used)]
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod fleet;
 

@@ -119,7 +119,7 @@ fn row(worker: &WorkerState, width: usize) -> String {
     };
     let failed = worker.handoffs.errors.values().sum::<u64>();
     let failed_text = format!("{failed:>6}");
-    let failed_text = if failed > 0 { bad(&failed_text).to_string() } else { failed_text.clone() };
+    let failed_text = if failed > 0 { bad(&failed_text).to_string() } else { failed_text };
     format!(
         "{:width$}  {:7}  {standing}  {:>7} {:>6} {:>6}  {:>3.0} %  {:>10} {:>10}  {failed_text}",
         worker.name,

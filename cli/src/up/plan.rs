@@ -105,6 +105,7 @@ pub(super) fn plan(
             advertise: workers_listen.to_string(),
             tokenizer: vllm.as_ref().and_then(|vllm| vllm.tokenizer()),
             limits: LimitsConfig::default(),
+            https: None,
         },
         slo: SloConfig::default(),
         // To show both pools at work, whatever a laptop's load would make of them.
@@ -115,6 +116,7 @@ pub(super) fn plan(
         telemetry: TelemetryConfig::default(),
         tls: None,
         insecure_plaintext: false,
+        tenants: Vec::new(),
         workers,
     };
     let (model, start_timeout) = match vllm {

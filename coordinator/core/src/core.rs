@@ -221,6 +221,9 @@ impl Core {
             }
             Event::Report { worker, report } => self.fleet.report(worker, &report, now),
             Event::ModelChanged { worker, model } => self.fleet.model_changed(worker, model),
+            Event::BusyElsewhere { worker, elsewhere } => {
+                self.fleet.busy_elsewhere(worker, elsewhere);
+            }
             Event::PrefillDone { job } => self.prefill_done(job, now, actions),
             Event::Answered { job } => self.answered(job, now, actions),
             Event::Ended { job } => self.ended(job, now, actions),
@@ -294,6 +297,7 @@ impl Core {
         let mut candidates = std::mem::take(&mut self.candidates);
         let Request { shape, avoid, .. } = request;
         let plan = placement::plan(&self.fleet, shape, avoid, split, &mut candidates);
+        self.count_arrival(key, &candidates);
         match plan {
             Err(NoRoute::NoWorker) if self.waits_for_workers() => {
                 self.wait(key, now + self.settings.wait_for_worker, now, actions);
@@ -320,13 +324,6 @@ impl Core {
                 self.decide(key, plan, now);
                 let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
                 self.fleet.placed(worker);
-                if self.balancing.is_some()
-                    && let (Some(request), Some(on)) =
-                        (self.requests.get(key.0), self.fleet.get(worker))
-                {
-                    let hit_tokens = hit_tokens(worker, &on.prefixes, &request.shape);
-                    self.count_arrival(key, worker, hit_tokens);
-                }
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.plan = plan;
                 }

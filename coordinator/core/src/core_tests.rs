@@ -4,7 +4,9 @@ use baton_types::{Epoch, StepModel};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{AggregatedReason, AnnouncedChange, HandoffMode, OnNoPrefill, Tenant, WorkerReport};
+use crate::{
+    AggregatedReason, AnnouncedChange, Elsewhere, HandoffMode, OnNoPrefill, Tenant, WorkerReport,
+};
 
 pub(super) const NOW: Duration = Duration::from_secs(1);
 const FENCED: HandoffMode = HandoffMode::Fenced { compatibility: [1; 32] };
@@ -97,6 +99,31 @@ fn both_legs_start_together_under_one_fence() {
     );
     assert_eq!(f.handle(Event::Ended { job: decode }), [Action::Finish { request }]);
     assert_eq!((f.core.requests_open(), f.jobs_running()), (0, vec![0, 0]));
+}
+
+#[test]
+fn what_another_coordinator_gave_a_worker_counts_as_its_load() {
+    let pools = [Role::Prefill, Role::Prefill, Role::Decode, Role::Decode];
+    let (mut f, keys) =
+        Fixture::new(pools.into_iter().enumerate().map(|(i, role)| worker(&i.to_string(), role)));
+    let [p0, p1, d0, d1] = keys[..] else { unreachable!() };
+    let busy = |worker, prefills, decodes| Event::BusyElsewhere {
+        worker,
+        elsewhere: Elsewhere { prefills, decodes },
+    };
+    f.handle(busy(p0, 2, 0));
+    f.handle(busy(d1, 0, 2));
+    let placed = |f: &mut Fixture| {
+        let (_, actions) = f.arrive(shape());
+        started(&actions).iter().map(|start| start.0).collect::<Vec<_>>()
+    };
+    assert_eq!([placed(&mut f), placed(&mut f)], [[p1, d0], [p1, d0]]);
+    // As many there as here by now: turns are taken again.
+    assert_eq!([placed(&mut f), placed(&mut f)], [[p0, d1], [p1, d0]]);
+    // What is through there counts no more.
+    f.handle(busy(p0, 0, 0));
+    f.handle(busy(d1, 0, 0));
+    assert_eq!([placed(&mut f), placed(&mut f)], [[p0, d1], [p0, d1]]);
 }
 
 #[test]

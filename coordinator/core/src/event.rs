@@ -5,7 +5,7 @@ use baton_types::{Fault, Generation, HandoffId, Leg, Role, StepModel};
 use crate::{
     admission::ShedReason,
     core::AnnouncedChange,
-    fleet::{WorkerKey, WorkerReport},
+    fleet::{Elsewhere, WorkerKey, WorkerReport},
     placement::{PrefixPull, Route},
     request::{JobId, RequestKey},
 };
@@ -45,6 +45,11 @@ pub enum Event {
     Report {
         worker: WorkerKey,
         report: WorkerReport,
+    },
+    /// What a worker says of its other coordinators.
+    BusyElsewhere {
+        worker: WorkerKey,
+        elsewhere: Elsewhere,
     },
     /// What is known of how long a worker's steps take is better known now.
     ModelChanged {

@@ -11,6 +11,9 @@ use crate::{
     request::{Job, Stage},
 };
 
+/// Prompts over which their usual work is averaged.
+const USUAL_OVER: f64 = 8.0;
+
 /// One attachment of a worker: a worker that comes back has a new key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WorkerKey(pub(crate) u64);
@@ -56,6 +59,15 @@ pub struct WorkerReport {
     pub kv_used_tokens: u64,
 }
 
+/// What a worker has to do for other coordinators, as it last said. They place without asking us.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Elsewhere {
+    /// Prefill legs under way.
+    pub prefills: u32,
+    /// Decode legs, and requests that are not split.
+    pub decodes: u32,
+}
+
 /// What a worker has to do: what it was given and has not ended, and what it last said of itself.
 #[derive(Clone, Debug, Default)]
 pub struct Load {
@@ -66,6 +78,7 @@ pub struct Load {
     pub decodes: u32,
     /// Prompts that wait for it here.
     pub queued: u32,
+    pub elsewhere: Elsewhere,
     /// Its own model, or that of a peer as long as it has none.
     pub model: Option<StepModel>,
     /// When it was last given work, counted in placements: equals take turns.
@@ -74,6 +87,8 @@ pub struct Load {
     /// Milliseconds of the prompts that its engine has.
     dispatched_work_ms: f64,
     queued_work_ms: f64,
+    /// Of a prompt of ours, over the last dozen or so: others' are taken to be like them.
+    usual_work_ms: f64,
     /// Since when it has worked on the first of them.
     working_since: Duration,
     decode_prompt_tokens: u64,
@@ -86,12 +101,16 @@ pub struct Load {
 
 impl Load {
     pub fn jobs(&self) -> u32 {
-        self.prefills + self.decodes + self.queued
+        self.prefills
+            + self.decodes
+            + self.queued
+            + self.elsewhere.prefills
+            + self.elsewhere.decodes
     }
 
     /// A decode step with so much more in it; 0 where the worker's model is not known.
     pub fn decode_step_ms(&self, more_sequences: u32, more_context_tokens: u32) -> f64 {
-        let sequences = self.decodes + more_sequences;
+        let sequences = self.decodes + self.elsewhere.decodes + more_sequences;
         match &self.model {
             Some(model) if sequences > 0 => {
                 let context = self.decode_prompt_tokens
@@ -115,7 +134,11 @@ impl Load {
 
     /// Milliseconds of prefill that are dispatched or wait.
     pub fn prefill_work_ms(&self) -> f64 {
-        self.dispatched_work_ms + self.queued_work_ms
+        self.dispatched_work_ms + self.queued_work_ms + self.work_elsewhere_ms()
+    }
+
+    fn work_elsewhere_ms(&self) -> f64 {
+        f64::from(self.elsewhere.prefills) * self.usual_work_ms
     }
 
     /// The part of its time that the worker has for prefill, beside its decodes.
@@ -150,6 +173,7 @@ impl Load {
         let elapsed_ms = now.saturating_sub(self.working_since).as_secs_f64() * 1000.0;
         let done_ms = elapsed_ms * self.prefill_rate(targets);
         (self.dispatched_work_ms - done_ms).max(0.05 * self.dispatched_work_ms)
+            + self.work_elsewhere_ms()
     }
 
     fn enter(&mut self, job: &Job, now: Duration) {
@@ -161,6 +185,7 @@ impl Load {
                 self.prefills += 1;
                 self.prefill_tokens += u64::from(job.prompt_tokens);
                 self.dispatched_work_ms += job.work_ms;
+                self.usual_work_ms += (job.work_ms - self.usual_work_ms) / USUAL_OVER;
                 self.kv_coming_tokens += u64::from(job.prompt_tokens);
             }
             Stage::Decoding => {
@@ -426,6 +451,12 @@ impl Fleet {
             worker.jobs_running = worker.jobs_running.saturating_sub(running);
             worker.jobs_open = worker.jobs_open.saturating_sub(1);
             worker.load.leave(job, now);
+        }
+    }
+
+    pub(crate) fn busy_elsewhere(&mut self, key: WorkerKey, elsewhere: Elsewhere) {
+        if let Some(worker) = self.workers.get_mut(key.0) {
+            worker.load.elsewhere = elsewhere;
         }
     }
 

@@ -29,7 +29,7 @@ pub use crate::{
     core::{AnnouncedChange, Core, OnNoPrefill, Settings},
     decision::{Chosen, Considered, DecisionReason, PlacementDecision, Prediction},
     event::{Action, Event, HandoffPlan, Rejection},
-    fleet::{HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
+    fleet::{Elsewhere, HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
     placement::{AggregatedReason, PrefixPull, Route, Split},
     prefix_index::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits},
     queue::Order,

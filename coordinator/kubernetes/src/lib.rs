@@ -33,8 +33,8 @@ pub struct KubernetesConfig {
     pub namespace: Option<String>,
     pub prefill: Target,
     pub decode: Target,
-    /// An API server that does not answer, or is asked to change what others change too, is asked again
-    /// for so long.
+    /// An API server that does not answer, refuses, or is asked to change what others change too, is asked
+    /// again for so long.
     pub patience: Duration,
 }
 
@@ -206,7 +206,7 @@ impl KubernetesReplicas {
                     return Ok(Scaled { before, after });
                 }
                 Err((verb, error)) => {
-                    self.pause_or_give_up(&mut retry, target, verb, error).await?
+                    self.pause_or_give_up(&mut retry, target, verb, error).await?;
                 }
             }
         }
@@ -251,10 +251,10 @@ impl KubernetesReplicas {
         let namespace = self.namespace.clone();
         let given_up = match error {
             kube::Error::Api(status) => match status.code {
-                // Asks the same server for the same token's rights: no better a second later.
+                // Also what an API server says that has just started, until it has read who may do what.
                 401 | 403 => {
                     let reason = status.message;
-                    return Err(ScaleError::Forbidden { verb, deployment, namespace, reason });
+                    ScaleError::Forbidden { verb, deployment, namespace, reason }
                 }
                 404 => return Err(ScaleError::NoSuchDeployment { deployment, namespace }),
                 409 => ScaleError::Conflict { deployment, patience },

@@ -25,6 +25,12 @@ pub(crate) enum ClientError {
     NoSuchPath { method: http::Method, path: String },
     #[error("{path} does not take {method}")]
     MethodNotAllowed { method: http::Method, path: String },
+    #[error("this server wants an API key: give it as `Authorization: Bearer KEY`")]
+    NoKey,
+    #[error("the API key that was given is not known here")]
+    WrongKey,
+    #[error("{limit} requests of this API key are in flight, as many as it may have")]
+    TooManyRequests { limit: u32 },
     #[error("the model `{model}` does not exist")]
     UnknownModel { model: String },
     #[error("no worker is ready to take requests; try again shortly")]
@@ -100,6 +106,13 @@ impl ClientError {
             Self::MethodNotAllowed { .. } => {
                 (StatusCode::METHOD_NOT_ALLOWED, INVALID, None, "method_not_allowed")
             }
+            // As OpenAI has it, a missing key is an invalid one.
+            Self::NoKey | Self::WrongKey => {
+                (StatusCode::UNAUTHORIZED, INVALID, None, "invalid_api_key")
+            }
+            Self::TooManyRequests { .. } => {
+                (StatusCode::TOO_MANY_REQUESTS, "requests", None, "rate_limit_exceeded")
+            }
             Self::UnknownModel { .. } => {
                 (StatusCode::NOT_FOUND, INVALID, Some("model"), "model_not_found")
             }
@@ -134,10 +147,20 @@ impl ClientError {
     pub(crate) fn to_parts(&self) -> (Head, Bytes) {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if let Self::Overloaded { retry_after, .. } = self {
-            headers.insert(header::RETRY_AFTER, seconds(retry_after).into());
-        } else if self.status() == StatusCode::SERVICE_UNAVAILABLE {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        match self {
+            Self::Overloaded { retry_after, .. } => {
+                headers.insert(header::RETRY_AFTER, seconds(retry_after).into());
+            }
+            Self::TooManyRequests { .. } => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            Self::NoKey | Self::WrongKey => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            _ if self.status() == StatusCode::SERVICE_UNAVAILABLE => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            _ => {}
         }
         (Head { status: self.status(), headers }, Bytes::from(self.json()))
     }

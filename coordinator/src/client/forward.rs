@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::{
     answer::AnswerBody,
+    auth,
     error::ClientError,
     peek::{Endpoint, clamped, peek},
     server::Front,
@@ -20,7 +21,7 @@ use crate::{
     shell::{ForwardedRequest, IncomingRequest},
 };
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PRIORITY: HeaderName = HeaderName::from_static("x-baton-priority");
 
 /// Takes a request to the workers and their answer back.
@@ -59,10 +60,19 @@ async fn try_forward(
         let unsplittable = Some("endpoint");
         (baton_core::RequestShape { unsplittable, ..Default::default() }, false)
     };
+    let known = parts.extensions.get::<auth::Tenant>();
+    if let Some(tenant) = known {
+        shape.tenant = Tenant { name: tenant.name.clone(), weight: tenant.weight };
+        if shape.priority == 0 {
+            shape.priority = tenant.priority;
+        }
+    }
     if let Some(priority) = priority(&parts.headers)? {
         shape.priority = priority;
     }
-    if let Some(tenant) = front.tenant_header.as_ref().and_then(|name| parts.headers.get(name)) {
+    let named = front.tenant_header.as_ref().and_then(|name| parts.headers.get(name));
+    // A key says more than a header.
+    if let Some(tenant) = named.filter(|_| known.is_none()) {
         shape.tenant = tenant_of(tenant);
     }
     let prompt = match endpoint {

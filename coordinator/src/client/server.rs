@@ -12,6 +12,7 @@ use http::{HeaderName, Method};
 use tokio::net::TcpListener;
 
 use super::{
+    auth::{Tenants, admit},
     error::ClientError,
     forward::{forward, refuse},
     pages,
@@ -20,6 +21,7 @@ use super::{
 use crate::{
     listener::{self, ConnectionLimits},
     shell::Shell,
+    tls::TlsFiles,
 };
 
 /// What every handler has at hand.
@@ -33,12 +35,21 @@ pub(super) struct Front {
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
 }
 
+/// Who gets in, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Access {
+    /// HTTPS in place of HTTP.
+    pub(crate) https: Option<Arc<TlsFiles>>,
+    pub(crate) tenants: Arc<Tenants>,
+}
+
 /// Accepts clients until it is dropped.
 pub(crate) async fn serve(
     shell: Shell,
     limits: LimitsConfig,
     tenant_header: Option<String>,
     tokenizer: Option<PromptTokenizer>,
+    access: Access,
     listener: TcpListener,
 ) {
     let connections = ConnectionLimits {
@@ -49,18 +60,25 @@ pub(crate) async fn serve(
     // The configuration takes nothing that is no header's name.
     let tenant_header = tenant_header.and_then(|name| HeaderName::try_from(name).ok());
     let front = Front { shell, limits: Arc::new(limits), tenant_header, tokenizer };
-    listener::serve(router(front), listener, connections).await;
+    let router = router(front, access.tenants);
+    listener::serve(router, listener, connections, access.https).await;
 }
 
-fn router(front: Front) -> Router {
-    Router::new()
+fn router(front: Front, tenants: Arc<Tenants>) -> Router {
+    let api = Router::new()
         .route("/v1/chat/completions", post_only(generation))
         .route("/v1/completions", post_only(generation))
         .route("/v1/models", get(pages::models))
         .route("/tokenize", post_only(whole))
         .route("/detokenize", post_only(whole))
-        .route("/v1/{*rest}", post_only(whole))
-        .route("/health", get(pages::health))
+        .route("/v1/{*rest}", post_only(whole));
+    let api = if tenants.is_empty() {
+        api
+    } else {
+        let metrics = front.shell.metrics.clone();
+        api.layer(axum::middleware::from_fn_with_state((tenants, metrics), admit))
+    };
+    api.route("/health", get(pages::health))
         .route("/ready", get(pages::ready))
         .route("/metrics", get(pages::metrics))
         .fallback(no_such_path)

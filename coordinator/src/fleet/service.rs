@@ -3,11 +3,17 @@ use std::{sync::Arc, time::Duration};
 use baton_core::{HandoffMode, WorkerDescription, WorkerKey};
 use baton_proto::{self as wire, WireError, fleet_server::Fleet};
 use baton_types::{Compatibility, Role};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{
+    Request, Response, Status, Streaming,
+    transport::server::{TcpConnectInfo, TlsConnectInfo},
+};
 use tracing::{debug, warn};
 
 use super::link::{Link, LinkStream};
-use crate::shell::{Shell, usable_model};
+use crate::{
+    shell::{Shell, usable_model},
+    tls::worker_names,
+};
 
 const REPORT_INTERVAL_MS: u32 = 500;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,6 +37,7 @@ impl Fleet for FleetService {
         &self,
         request: Request<Streaming<wire::WorkerFrame>>,
     ) -> Result<Response<LinkStream>, Status> {
+        let names = names_of_certificate(&request);
         let mut frames = request.into_inner();
         let hello = tokio::time::timeout(HELLO_TIMEOUT, frames.message())
             .await
@@ -39,7 +46,7 @@ impl Fleet for FleetService {
         else {
             return Err(Status::invalid_argument("the first frame must be a hello"));
         };
-        let (description, peer) = match introduce(&hello) {
+        let (description, peer) = match introduce(&hello, &names) {
             Ok(introduced) => introduced,
             Err(refusal) => {
                 let reason = refusal.to_string();
@@ -97,11 +104,23 @@ enum Refused {
     Empty { field: &'static str },
     #[error("Hello.worker_name has {0} bytes: at most 128, printable ASCII, are taken")]
     Name(usize),
+    #[error("the certificate of worker {name:?} is for {}", names.join(", "))]
+    Certificate { name: String, names: Vec<String> },
     #[error(transparent)]
     Wire(#[from] WireError),
 }
 
-fn introduce(hello: &wire::Hello) -> Result<(WorkerDescription, Option<PeerInfo>), Refused> {
+/// The workers that the peer of a stream may be; none where it may be any.
+fn names_of_certificate<T>(request: &Request<T>) -> Vec<String> {
+    let tls = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
+    let certificates = tls.and_then(TlsConnectInfo::peer_certs);
+    certificates.and_then(|chain| chain.first().map(worker_names)).unwrap_or_default()
+}
+
+fn introduce(
+    hello: &wire::Hello,
+    names: &[String],
+) -> Result<(WorkerDescription, Option<PeerInfo>), Refused> {
     if hello.protocol_version != wire::PROTOCOL_VERSION {
         return Err(Refused::Protocol { theirs: hello.protocol_version });
     }
@@ -115,6 +134,10 @@ fn introduce(hello: &wire::Hello) -> Result<(WorkerDescription, Option<PeerInfo>
     // It goes into response headers and metric labels.
     if hello.worker_name.len() > 128 || !hello.worker_name.bytes().all(|b| b.is_ascii_graphic()) {
         return Err(Refused::Name(hello.worker_name.len()));
+    }
+    if !names.is_empty() && !names.contains(&hello.worker_name) {
+        let (name, names) = (hello.worker_name.clone(), names.to_vec());
+        return Err(Refused::Certificate { name, names });
     }
     let (handoff, peer) = handoff_of(hello)?;
     let description = WorkerDescription {
@@ -171,7 +194,11 @@ mod tests {
 
     #[test]
     fn a_worker_that_introduces_itself_badly_hears_what_is_wrong() {
-        assert!(introduce(&hello()).is_ok());
+        assert!(introduce(&hello(), &[]).is_ok());
+        let names = ["prefill-1", "prefill-0"].map(str::to_owned);
+        assert!(introduce(&hello(), &names).is_ok());
+        let refused = introduce(&hello(), &names[..1]).unwrap_err().to_string();
+        assert_eq!(refused, "the certificate of worker \"prefill-0\" is for prefill-1");
         type Spoil = fn(&mut wire::Hello);
         let cases: [(Spoil, &str); 7] = [
             (|h| h.protocol_version = 9, "speaks protocol 1, the worker 9"),
@@ -188,7 +215,7 @@ mod tests {
         for (spoil, expected) in cases {
             let mut hello = hello();
             spoil(&mut hello);
-            let refused = introduce(&hello).unwrap_err().to_string();
+            let refused = introduce(&hello, &[]).unwrap_err().to_string();
             assert!(refused.contains(expected), "{refused}");
         }
     }

@@ -1,4 +1,4 @@
-use std::{fmt::Write as _, fs};
+use std::{collections::BTreeMap, fmt::Write as _, fs};
 
 use baton_core::{Decision, PoolFigures, Reason, Verdict};
 use baton_types::{FaultKind, Origin, Role};
@@ -50,7 +50,7 @@ fn observed() -> (Metrics, String) {
         },
         prefix_blocks: 1,
     };
-    let text = metrics.render(1, &[worker]);
+    let text = metrics.render(1, &BTreeMap::from([(0, 1)]), &[worker]);
     (metrics, text)
 }
 
@@ -125,7 +125,10 @@ fn what_workers_count_is_a_counter_and_what_alerts_ask_for_is_there_before() {
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
-    assert!(!metrics.render(0, &[]).contains("prefill-0"), "who left leaves no line behind");
+    assert!(
+        !metrics.render(0, &BTreeMap::new(), &[]).contains("prefill-0"),
+        "who left leaves no line behind"
+    );
 }
 
 const INTRODUCTION: &str = "\

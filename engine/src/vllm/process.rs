@@ -79,8 +79,12 @@ impl EngineProcess {
             .and_then(|id| i32::try_from(id).ok())
             .and_then(Pid::from_raw)
             .ok_or_else(|| not_started("it ended at once".to_owned()))?;
+        let keeper = end_with_us(group);
+        if let Err(error) = &keeper {
+            tracing::warn!(%error, "if this worker is killed, its engine will go on alone");
+        }
         let (sender, ended) = watch::channel(None);
-        tokio::spawn(watch_over(child, group, launch.worker_name.to_owned(), sender));
+        tokio::spawn(watch_over(child, keeper.ok(), group, launch.worker_name.to_owned(), sender));
         Ok(Self { group, ended })
     }
 
@@ -115,6 +119,18 @@ impl Drop for EngineProcess {
     }
 }
 
+/// Kills the group when this process is gone, however it went: nobody else holds the other end of the
+/// keeper's stdin. A killed worker's engine would keep its port and its GPU.
+fn end_with_us(group: Pid) -> std::io::Result<Child> {
+    Command::new("sh")
+        .args(["-c", "read -r _; kill -KILL 0"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(group.as_raw_nonzero().get())
+        .spawn()
+}
+
 fn signal(group: Pid, ended: &watch::Receiver<Option<String>>, signal: Signal) {
     // The group's number may belong to others once its leader was waited for.
     if ended.borrow().is_none() {
@@ -124,6 +140,7 @@ fn signal(group: Pid, ended: &watch::Receiver<Option<String>>, signal: Signal) {
 
 async fn watch_over(
     mut child: Child,
+    keeper: Option<Child>,
     group: Pid,
     worker_name: String,
     ended: watch::Sender<Option<String>>,
@@ -147,6 +164,9 @@ async fn watch_over(
     });
     let how = child.wait().await.map_or_else(|error| error.to_string(), describe);
     clean_up(group).await;
+    if let Some(mut keeper) = keeper {
+        let _ = keeper.wait().await;
+    }
     let _ = timeout(LAST_OUTPUT_TIMEOUT, output).await;
     let lines: Vec<String> = last_lines.lock().drain(..).collect();
     ended.send_replace(Some(format!("{how}; it wrote last:\n{}", lines.join("\n"))));

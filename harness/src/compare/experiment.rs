@@ -15,6 +15,7 @@ use super::way::{Way, WayKind};
 use crate::{
     fleet::{Late, Link, Setup},
     outcome::Slo,
+    profile,
     trace::Trace,
 };
 
@@ -456,8 +457,8 @@ impl Reader<'_> {
 
     fn profile(&mut self, written: &Spanned<PathBuf>, base: &Path) -> Option<(PathBuf, Profile)> {
         let file = base.join(written.get_ref());
-        match Profile::read(&file) {
-            Ok(profile) => Some((file, profile)),
+        match profile::read(&file) {
+            Ok(given) => Some((file, given.profile)),
             Err(error) => {
                 self.add(written.span().start, "profile", error.to_string());
                 None

@@ -315,9 +315,9 @@ fn report(
         scenarios.push(Scenario {
             name: name(experiment, cell),
             trace: inspect_trace(cell.trace)?,
-            workers: cell.workers,
+            workers: Some(cell.workers),
             slo: cell.slo,
-            late: cell.asked.late.to_string(),
+            late: Some(cell.asked.late.to_string()),
             min_decile: cell.asked.min_decile,
             load: Some(load),
             contenders: own.filter_map(|(_, contender)| contender.take()).collect(),
@@ -330,7 +330,8 @@ fn report(
             command: command.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             seeds: experiment.seeds.clone(),
-            profile: inspect_profile(file, profile)?,
+            profile: Some(inspect_profile(file, profile)?),
+            endpoint: None,
             experiment: Some(experiment.text.clone()),
         },
         scenarios,
@@ -370,9 +371,9 @@ impl Single<'_> {
         let scenario = Scenario {
             name: cell_name(&trace.trace, setup.workers, &setup.slo),
             trace: inspect_trace(trace)?,
-            workers: setup.workers,
+            workers: Some(setup.workers),
             slo: setup.slo,
-            late: setup.late.to_string(),
+            late: Some(setup.late.to_string()),
             min_decile: self.min_decile,
             load: Some(Load { scale, offered_rps, reason: reason.to_owned() }),
             contenders: vec![contender],
@@ -383,7 +384,8 @@ impl Single<'_> {
                 command: command.to_owned(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 seeds: vec![setup.seed],
-                profile: inspect_profile(self.profile_file, &setup.profile)?,
+                profile: Some(inspect_profile(self.profile_file, &setup.profile)?),
+                endpoint: None,
                 experiment: None,
             },
             scenarios: vec![scenario],
@@ -407,7 +409,7 @@ fn name(experiment: &Experiment, cell: &Cell<'_>) -> String {
     name
 }
 
-fn cell_name(trace: &Trace, workers: u32, slo: &Slo) -> String {
+pub(super) fn cell_name(trace: &Trace, workers: u32, slo: &Slo) -> String {
     let unit = if workers == 1 { "worker" } else { "workers" };
     format!("{}, {workers} {unit}, {}", trace.name, in_words(slo))
 }
@@ -425,7 +427,7 @@ fn in_words(slo: &Slo) -> String {
 ///
 /// # Errors
 /// The file has gone since it was read.
-fn inspect_trace(TraceFile { file, trace }: &TraceFile) -> Result<Input, CompareError> {
+pub fn inspect_trace(TraceFile { file, trace }: &TraceFile) -> Result<Input, CompareError> {
     let requests = trace.requests.len();
     let mean = |of: fn(&crate::trace::TraceRequest) -> u32| {
         let sum: u64 = trace.requests.iter().map(|request| u64::from(of(request))).sum();
@@ -444,7 +446,7 @@ fn inspect_trace(TraceFile { file, trace }: &TraceFile) -> Result<Input, Compare
 ///
 /// # Errors
 /// The file has gone since it was read.
-fn inspect_profile(file: &Path, profile: &Profile) -> Result<Input, CompareError> {
+pub(super) fn inspect_profile(file: &Path, profile: &Profile) -> Result<Input, CompareError> {
     let [a, b, c] = profile.model.prefill_ms;
     let [d, e, f] = profile.model.decode_ms;
     let about = format!(

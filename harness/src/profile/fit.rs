@@ -5,6 +5,8 @@
 //! the best fit without one has some coefficients at zero and is the plain fit of the others, and with
 //! three of them all seven choices are tried.
 
+use std::fmt;
+
 use baton_engine::sim::Profile;
 use baton_types::StepModel;
 
@@ -29,6 +31,20 @@ pub struct FitQuality {
     pub max_error: f64,
     /// Milliseconds measured, and predicted, where the error is largest.
     pub worst_ms: (f64, f64),
+}
+
+impl fmt::Display for FitQuality {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (measured, predicted) = self.worst_ms;
+        write!(
+            f,
+            "{} points; off by {:.2} % in the mean, {:.2} % at most ({measured:.2} ms measured, \
+             {predicted:.2} ms predicted)",
+            self.points,
+            self.mean_error * 100.0,
+            self.max_error * 100.0
+        )
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]

@@ -36,7 +36,10 @@ pub struct Origin {
     pub command: String,
     pub version: String,
     pub seeds: Vec<u64>,
-    pub profile: Input,
+    /// What the engines' times were taken from; none where they were real.
+    pub profile: Option<Input>,
+    /// The server that was asked; none where all was simulated.
+    pub endpoint: Option<String>,
     /// The text of the experiment's file, where there is one.
     pub experiment: Option<String>,
 }
@@ -45,6 +48,7 @@ pub struct Origin {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Input {
     pub file: String,
+    /// Empty where nothing was read: requests that were made up.
     pub sha256: String,
     /// One line on what it holds.
     pub about: String,
@@ -56,10 +60,12 @@ pub struct Scenario {
     /// Short, for headings: "code ↔ conversation, 8 workers, TTFT 2 s, ITL 25 ms".
     pub name: String,
     pub trace: Input,
-    pub workers: u32,
+    /// None where the server does not tell.
+    pub workers: Option<u32>,
     pub slo: Slo,
-    /// How requests are ordered that are predicted to miss their TTFT.
-    pub late: String,
+    /// How requests are ordered that are predicted to miss their TTFT; none where the server's own
+    /// configuration says.
+    pub late: Option<String>,
     /// Success that goodput also asks in the longest deciles of input and of output.
     pub min_decile: Option<f64>,
     /// The load of the runs whose latencies and timelines are shown, and why this one.

@@ -141,11 +141,12 @@ fn setting(scenario: &Scenario) -> String {
         ),
         None => String::new(),
     };
-    text.push_str(match scenario.late.as_str() {
-        "last" => {
+    text.push_str(match scenario.late.as_deref() {
+        Some("last") => {
             "Requests predicted to miss their TTFT are served after all that can still make it."
         }
-        _ => "Requests predicted to miss their TTFT are served as they came.",
+        Some(_) => "Requests predicted to miss their TTFT are served as they came.",
+        None => "",
     });
     if let Some(share) = scenario.min_decile {
         text.push_str(&format!(
@@ -341,8 +342,10 @@ fn origin(report: &Report) -> Markup {
     let input = |input: &super::Input| {
         html! {
             code { (input.file) } ": " (input.about)
-            br {}
-            span.hash { "SHA-256 " (input.sha256) }
+            @if !input.sha256.is_empty() {
+                br {}
+                span.hash { "SHA-256 " (input.sha256) }
+            }
         }
     };
     html! {
@@ -352,7 +355,8 @@ fn origin(report: &Report) -> Markup {
             dl {
                 dt { "Version" } dd { "baton " (origin.version) }
                 dt { (if seeds.len() == 1 { "Seed" } else { "Seeds" }) } dd { (seeds.join(", ")) }
-                dt { "Profile" } dd { (input(&origin.profile)) }
+                @if let Some(endpoint) = &origin.endpoint { dt { "Server" } dd { (endpoint) } }
+                @if let Some(profile) = &origin.profile { dt { "Profile" } dd { (input(profile)) } }
                 @for trace in traces { dt { "Trace" } dd { (input(trace)) } }
             }
             @if let Some(experiment) = &origin.experiment {

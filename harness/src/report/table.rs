@@ -43,11 +43,11 @@ fn cells(scenario: &Scenario, contender: &Contender) -> Vec<(&'static str, Strin
     };
     vec![
         ("trace", text(&scenario.trace.file)),
-        ("workers", scenario.workers.to_string()),
+        ("workers", scenario.workers.map(|workers| workers.to_string()).unwrap_or_default()),
         ("slo_ttft_ms", scenario.slo.ttft_ms.to_string()),
         ("slo_ttft_prefill_factor", scenario.slo.ttft_prefill_factor.to_string()),
         ("slo_itl_ms", scenario.slo.itl_ms.to_string()),
-        ("late", text(&scenario.late)),
+        ("late", scenario.late.clone().unwrap_or_default()),
         ("min_decile", scenario.min_decile.map(|share| share.to_string()).unwrap_or_default()),
         ("mode", text(&contender.mode)),
         ("setup", text(&contender.setup)),

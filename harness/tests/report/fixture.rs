@@ -88,9 +88,9 @@ pub(crate) fn report() -> Report {
             about: "26,118 requests in 32 minutes, on average 2,081 tokens in and 87 out"
                 .to_owned(),
         },
-        workers: 8,
+        workers: Some(8),
         slo: Slo { ttft_ms: 2_000.0, ttft_prefill_factor: 0.0, itl_ms },
-        late: "fifo".to_owned(),
+        late: Some("fifo".to_owned()),
         min_decile: Some(0.8),
         load: Some(Load {
             scale: 1.56,
@@ -110,13 +110,14 @@ pub(crate) fn report() -> Report {
                 .to_owned(),
             version: "0.1.0".to_owned(),
             seeds: vec![1, 2, 3],
-            profile: Input {
+            endpoint: None,
+            profile: Some(Input {
                 file: "harness/samples/h100_tp4_llama70b_fp8.json".to_owned(),
                 sha256: "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
                     .to_owned(),
                 about: "prefill 11.2 ms + 0.061 ms a token; decode 9.8 ms + 0.11 ms a request"
                     .to_owned(),
-            },
+            }),
             experiment: Some("what = \"goodput\"\nworkers = [8]\n".to_owned()),
         },
         scenarios: vec![scenario(25.0, 1.0), scenario(100.0, 0.75)],

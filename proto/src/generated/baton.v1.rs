@@ -349,6 +349,11 @@ pub struct Report {
     /// How long the engine's steps take, as they were observed. Absent where it does not tell of them.
     #[prost(message, optional, tag = "16")]
     pub step_model: ::core::option::Option<StepModel>,
+    /// Of jobs_running, those of other coordinators: prefill legs, and all others.
+    #[prost(uint32, tag = "24")]
+    pub prefills_elsewhere: u32,
+    #[prost(uint32, tag = "25")]
+    pub decodes_elsewhere: u32,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

@@ -1,15 +1,18 @@
 //! What the balancer is shown of the fleet.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use baton_types::{Leg, Role};
 
-use super::Core;
+use super::{Core, hit_tokens};
 use crate::{
     balancer::{
         Answer, Arrival, Balancer, BalancerSettings, Decision, Promise, Verdict, WorkerSight,
     },
-    fleet::{HandoffMode, WorkerKey},
+    fleet::{HandoffMode, WorkerDescription, WorkerKey},
     placement::Split,
     request::{Job, JobId, Phase, RequestKey, Stage},
 };
@@ -111,18 +114,22 @@ impl Core {
         }
     }
 
-    /// A request was placed for the first time.
-    pub(super) fn count_arrival(&mut self, key: RequestKey, worker: WorkerKey, hit_tokens: u32) {
-        let (Some(balancing), Some(on)) = (&mut self.balancing, self.fleet.get(worker)) else {
-            return;
-        };
+    /// A request came, whether or not it is placed at once; those who could take it are known.
+    pub(super) fn count_arrival(&mut self, key: RequestKey, candidates: &[WorkerKey]) {
+        let Some(balancing) = &mut self.balancing else { return };
         let Some(request) = self.requests.get_mut(key.0).filter(|request| !request.is_counted)
         else {
             return;
         };
+        let on = || candidates.iter().filter_map(|key| Some((*key, self.fleet.get(*key)?)));
+        let Some((_, first)) = on().next() else { return };
         request.is_counted = true;
+        // It will go where most of it is cached, as far as that matters.
+        let hits = on().map(|(key, worker)| hit_tokens(key, &worker.prefixes, &request.shape));
+        let hit_tokens = hits.max().unwrap_or_default();
         let arrival = Arrival { prompt_tokens: request.shape.prompt_tokens, hit_tokens };
-        if let Some(balancer) = balancing.watching(&on.description.models, on.description.handoff) {
+        let WorkerDescription { models, handoff, .. } = &first.description;
+        if let Some(balancer) = balancing.watching(models, *handoff) {
             balancer.arrived(&arrival);
         }
     }
@@ -168,11 +175,23 @@ impl Core {
                 _ => {}
             }
         }
+        // Of those who wait to be admitted, for each model the one that came first.
+        let mut outside: BTreeMap<Option<&str>, Duration> = BTreeMap::new();
+        for (_, request) in self.requests.iter().filter(|(_, one)| one.waits_until.is_some()) {
+            let first = outside.entry(request.shape.model.as_deref()).or_insert(request.arrived);
+            *first = request.arrived.min(*first);
+        }
         for (key, worker) in self.fleet.iter() {
             for waiting in worker.queue.keys() {
                 if let Some(request) = self.requests.get(waiting.0) {
                     note(key, request.arrived, 0.0);
                 }
+            }
+            // Admission waits for prefill.
+            let prefills = worker.description.role == Role::Prefill;
+            for (_, since) in outside.iter().filter(|(model, _)| prefills && worker.serves(**model))
+            {
+                note(key, *since, 0.0);
             }
         }
         waits

@@ -1,0 +1,255 @@
+//! TLS on the coordinator's listeners. The files may change while it runs: each new connection is
+//! met with what they say then, and the open ones go on.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use baton_config::{Followed, HttpsConfig, Refreshed, TlsConfig};
+use rustls::{
+    RootCertStore, ServerConfig,
+    crypto::aws_lc_rs,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    server::{VerifierBuilderError, WebPkiClientVerifier},
+    version::{TLS12, TLS13},
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tracing::{info, warn};
+use x509_parser::{extensions::GeneralName, parse_x509_certificate};
+
+/// A stranger who connects and says nothing holds no socket for longer.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Strangers at once. Workers keep their connections for days.
+const MAX_HANDSHAKES: usize = 256;
+/// What a certificate's URI begins with that says which worker's it is.
+const WORKER_URI: &str = "baton:worker:";
+
+/// The files of one listener, ready to be used.
+pub(crate) type TlsFiles = Followed<ServerTls, TlsError>;
+
+pub(crate) struct ServerTls {
+    acceptor: TlsAcceptor,
+}
+
+/// Why certificates cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    #[error("cannot read {path}: {source}", path = path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path} holds no {what} in PEM", path = path.display())]
+    Missing { path: PathBuf, what: &'static str },
+    #[error("{path}: {reason}", path = path.display())]
+    Broken { path: PathBuf, reason: String },
+    #[error("{path} cannot be used with its private key: {source}", path = path.display())]
+    Pair { path: PathBuf, source: rustls::Error },
+    #[error("no certificate of {path} can verify anybody: {source}", path = path.display())]
+    Authority { path: PathBuf, source: VerifierBuilderError },
+}
+
+/// Mutual TLS: only who holds a certificate of the CA gets in. Between ourselves nothing older than
+/// TLS 1.3 is spoken.
+pub(crate) fn for_workers(tls: &TlsConfig) -> Result<TlsFiles, TlsError> {
+    let tls = tls.clone();
+    let files = vec![tls.ca.clone(), tls.certificate.clone(), tls.private_key.clone()];
+    Followed::open(files, move || {
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(&tls.ca)? {
+            roots.add(certificate).map_err(|error| TlsError::Broken {
+                path: tls.ca.clone(),
+                reason: error.to_string(),
+            })?;
+        }
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
+            .build()
+            .map_err(|source| TlsError::Authority { path: tls.ca.clone(), source })?;
+        let pair = |source| TlsError::Pair { path: tls.certificate.clone(), source };
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])
+            .map_err(pair)?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(certificates(&tls.certificate)?, private_key(&tls.private_key)?)
+            .map_err(pair)?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(ServerTls { acceptor: TlsAcceptor::from(Arc::new(config)) })
+    })
+}
+
+/// HTTPS, for whoever trusts the certificate.
+pub(crate) fn for_clients(https: &HttpsConfig) -> Result<TlsFiles, TlsError> {
+    let https = https.clone();
+    let files = vec![https.certificate.clone(), https.private_key.clone()];
+    Followed::open(files, move || {
+        let pair = |source| TlsError::Pair { path: https.certificate.clone(), source };
+        let mut config =
+            ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+                .with_protocol_versions(&[&TLS13, &TLS12])
+                .map_err(pair)?
+                .with_no_client_auth()
+                .with_single_cert(
+                    certificates(&https.certificate)?,
+                    private_key(&https.private_key)?,
+                )
+                .map_err(pair)?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(ServerTls { acceptor: TlsAcceptor::from(Arc::new(config)) })
+    })
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let text = read(path)?;
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&text)
+        .collect::<Result<_, _>>()
+        .map_err(|error| TlsError::Broken { path: path.to_owned(), reason: error.to_string() })?;
+    if certificates.is_empty() {
+        return Err(TlsError::Missing { path: path.to_owned(), what: "certificate" });
+    }
+    Ok(certificates)
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_slice(&read(path)?)
+        .map_err(|_| TlsError::Missing { path: path.to_owned(), what: "private key" })
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+    fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
+}
+
+/// Looks at the files, and says what became of them.
+pub(crate) fn follow(table: &'static str, files: &TlsFiles) {
+    match files.refresh() {
+        Refreshed::Unchanged => {}
+        Refreshed::Renewed => {
+            info!(table, "certificates changed: new connections use the new ones");
+        }
+        Refreshed::Unusable(error) => {
+            warn!(table, %error, "certificates changed and cannot be used: the former ones stay");
+        }
+    }
+}
+
+/// The server's side of one handshake.
+pub(crate) async fn handshake(
+    files: &TlsFiles,
+    stream: TcpStream,
+) -> io::Result<TlsStream<TcpStream>> {
+    let accept = files.current().acceptor.accept(stream);
+    tokio::time::timeout(HANDSHAKE_TIMEOUT, accept).await.map_err(|_| io::ErrorKind::TimedOut)?
+}
+
+/// Connections of `listener` whose handshake is done. A stranger who is slow keeps nobody waiting.
+pub(crate) fn incoming(
+    listener: TcpListener,
+    files: Arc<TlsFiles>,
+) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
+    let (sender, accepted) = mpsc::channel(1);
+    let strangers = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    tokio::spawn(async move {
+        loop {
+            // The semaphore is never closed.
+            let Ok(place) = strangers.clone().acquire_owned().await else { return };
+            let (stream, peer) = tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok(accepted) => accepted,
+                    Err(error) => {
+                        warn!(%error, "cannot accept a worker");
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        continue;
+                    }
+                },
+                () = sender.closed() => return,
+            };
+            let (files, sender) = (files.clone(), sender.clone());
+            tokio::spawn(async move {
+                let met = match stream.set_nodelay(true) {
+                    Ok(()) => handshake(&files, stream).await,
+                    Err(error) => Err(error),
+                };
+                match met {
+                    // Nobody takes it: the server is going.
+                    Ok(stream) => drop(sender.send(Ok(stream)).await),
+                    Err(error) => info!(%peer, %error, "a stranger at the workers' door"),
+                }
+                drop(place);
+            });
+        }
+    });
+    ReceiverStream::new(accepted)
+}
+
+/// The workers as which the holder of a certificate may attach, where it says so: its URIs
+/// `baton:worker:NAME`. One that names none may be any.
+pub(crate) fn worker_names(certificate: &CertificateDer<'_>) -> Vec<String> {
+    let Ok((_, certificate)) = parse_x509_certificate(certificate) else { return Vec::new() };
+    let Ok(Some(names)) = certificate.subject_alternative_name() else { return Vec::new() };
+    let names = names.value.general_names.iter().filter_map(|name| match name {
+        GeneralName::URI(uri) => uri.strip_prefix(WORKER_URI).map(str::to_owned),
+        _ => None,
+    });
+    names.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, KeyPair, SanType};
+
+    use super::*;
+
+    #[test]
+    fn a_certificate_says_which_worker_it_is_for() {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(["prefill-0.internal".to_owned()]).unwrap();
+        let plain = params.self_signed(&key).unwrap();
+        assert!(worker_names(plain.der()).is_empty());
+        for uri in ["https://elsewhere", "baton:worker:prefill-0", "baton:worker:prefill-1"] {
+            params.subject_alt_names.push(SanType::URI(uri.try_into().unwrap()));
+        }
+        let named = params.self_signed(&key).unwrap();
+        assert_eq!(worker_names(named.der()), ["prefill-0", "prefill-1"]);
+    }
+
+    #[test]
+    fn a_key_of_another_certificate_is_refused_and_the_former_pair_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let [certificate, private_key] =
+            ["front.pem", "front.key"].map(|name| directory.path().join(name));
+        let pair = || {
+            let key = KeyPair::generate().unwrap();
+            let params = CertificateParams::new(["localhost".to_owned()]).unwrap();
+            (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
+        };
+        let (pem, key) = pair();
+        // As careful people do, and other than by the clock's grain to be told apart.
+        let put = |path: &Path, text: String| {
+            let beside = path.with_extension("new");
+            fs::write(&beside, text).unwrap();
+            fs::rename(beside, path).unwrap();
+        };
+        put(&certificate, pem);
+        put(&private_key, key);
+        let files = for_clients(&HttpsConfig {
+            certificate: certificate.clone(),
+            private_key: private_key.clone(),
+        })
+        .unwrap();
+        let before = files.current();
+
+        let (pem, key) = pair();
+        put(&certificate, pem);
+        assert!(matches!(files.refresh(), Refreshed::Unchanged), "not yet said");
+        assert!(matches!(files.refresh(), Refreshed::Unusable(TlsError::Pair { .. })));
+        assert!(Arc::ptr_eq(&before, &files.current()));
+        put(&private_key, key);
+        assert!(matches!(files.refresh(), Refreshed::Renewed));
+        assert!(!Arc::ptr_eq(&before, &files.current()));
+    }
+}
