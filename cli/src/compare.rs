@@ -112,6 +112,7 @@ pub(crate) fn run(options: &CompareOptions) -> anyhow::Result<ExitCode> {
         terminal.say(&report.to_json()?);
     } else {
         show(&mut terminal, &report);
+        show_ratios(&mut terminal, &report);
         terminal.say(&told(&options.out));
     }
     Ok(ExitCode::SUCCESS)
@@ -186,6 +187,34 @@ fn show(terminal: &mut Terminal, report: &Report) {
             let line = line.trim_end();
             terminal.say(&if i == 0 { faint(line).to_string() } else { line.to_owned() });
         }
+    }
+}
+
+/// All scenarios at a glance: what each mode serves, and the last mode against the best of the others.
+fn show_ratios(terminal: &mut Terminal, report: &Report) {
+    let rates = |scenario: &Scenario| -> Option<Vec<f64>> {
+        let found =
+            scenario.contenders.iter().map(|contender| Some(contender.goodput.as_ref()?.rps));
+        found.collect::<Option<Vec<f64>>>().filter(|rates| rates.len() > 1)
+    };
+    let Some(first) = report.scenarios.first().filter(|_| report.scenarios.len() > 1) else {
+        return;
+    };
+    let modes: Vec<&str> =
+        first.contenders.iter().map(|contender| contender.mode.as_str()).collect();
+    let Some((last, others)) = modes.split_last() else { return };
+    terminal.say(&format!(
+        "\n{}",
+        strong(&format!("requests/s, and {last} against the better of {}", others.join(", ")))
+    ));
+    let width = report.scenarios.iter().map(|s| s.name.chars().count()).max().unwrap_or(0);
+    for scenario in &report.scenarios {
+        let Some(rates) = rates(scenario) else { continue };
+        let Some((last, others)) = rates.split_last() else { continue };
+        let best = others.iter().copied().fold(0.0, f64::max);
+        let ratio = if best > 0.0 { format!("{:.2}", last / best) } else { "–".to_owned() };
+        let rates: Vec<String> = rates.iter().map(|rps| format!("{:>7}", figures(*rps))).collect();
+        terminal.say(&format!("{:width$}  {}  {ratio:>5}", scenario.name, rates.join("  ")));
     }
 }
 

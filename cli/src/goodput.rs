@@ -54,8 +54,8 @@ pub(crate) fn run(options: &GoodputOptions) -> anyhow::Result<ExitCode> {
         candidates[0].clone()
     } else {
         bar.set_message(format!("tuning {}: {tried} setups", fleet.way()));
-        let (best, _) = best_of(&trace.trace, &candidates, goal, threads)?;
-        candidates[best].clone()
+        let tuned = best_of(&trace.trace, &candidates, goal, threads)?;
+        candidates[tuned.best].clone()
     };
     let found = goodput(&trace.trace, &setup, goal.min_decile, threads, &|point: &LoadPoint| {
         let verdict = if point.is_met { "held" } else { "too much" };

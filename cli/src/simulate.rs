@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use baton_harness::{
     compare::{Single, TraceFile, Way, WayKind},
-    fleet::{Late, Setup, simulate},
+    fleet::{Late, Link, Setup, simulate},
     outcome::Slo,
     profile,
     report::{
@@ -59,12 +59,32 @@ pub(crate) struct FleetOptions {
     /// Places requests by this one of `baton policies`.
     #[arg(long, value_name = "NAME")]
     policy: Option<String>,
+    #[command(flatten)]
+    robustness: RobustnessOptions,
     /// Writes report.html, results.json and results.csv here.
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Prints one JSON object and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Where the world is not as the coordinator believes it to be.
+#[derive(clap::Args)]
+struct RobustnessOptions {
+    /// Each step takes up to this part longer or shorter than the profile says: 0.2 is ±20 %.
+    #[arg(long, value_name = "PART", default_value_t = 0.0, allow_negative_numbers = true)]
+    step_noise: f64,
+    /// The coordinator's and the workers' model of a step is so much too optimistic: 0.15 believes that
+    /// steps take 85 % of what they take. Below 0 it is too pessimistic.
+    #[arg(long, value_name = "PART", default_value_t = 0.0, allow_negative_numbers = true)]
+    model_bias: f64,
+    /// Microseconds to copy the KV of a token between workers: 8 is 400 Gbit/s with 320 KiB a token.
+    #[arg(long, value_name = "US", default_value_t = Link::default().us_per_token, allow_negative_numbers = true)]
+    link_us_per_token: f64,
+    /// Copies of one sender, and those of one receiver, take turns.
+    #[arg(long)]
+    link_shared: bool,
 }
 
 #[derive(clap::Args)]
@@ -102,6 +122,12 @@ impl FleetOptions {
             Setup::new(profile, self.workers, baton_harness::fleet::Mode::Adaptive, slo);
         plain.late = self.late;
         plain.seed = self.seed;
+        let RobustnessOptions { step_noise, model_bias, link_us_per_token, link_shared } =
+            self.robustness;
+        plain.step_noise = step_noise;
+        plain.predicted_part = 1.0 - model_bias;
+        plain.link.us_per_token = link_us_per_token;
+        plain.link.shared = link_shared;
         plain.check()?;
         let candidates = way.candidates(&plain);
         if candidates.is_empty() {

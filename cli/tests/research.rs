@@ -219,6 +219,40 @@ fn what_is_wrong_with_an_experiment_is_said_at_once_with_its_lines() {
 }
 
 #[test]
+fn an_experiment_of_several_goals_has_a_cell_for_each_and_an_slo_its_own_traces() {
+    let several = EXPERIMENT.replace("[[slo]]", "draws_loads = false\nstep_noise = 0.1\n\n[[slo]]");
+    let several = several.trim_end().to_owned()
+        + "\ntraces = [\"trace.jsonl\"]\n\n[[goal]]\nlate = \"fifo\"\n\n\
+           [[goal]]\nlate = \"last\"\nmin_decile = 0.5\n";
+    let directory = laboratory(&several);
+    let output =
+        baton(directory.path(), &["compare", "--config", "experiment.toml", "--out", "out"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let results = fs::read(directory.path().join("out/results.json")).unwrap();
+    let results: Value = serde_json::from_slice(&results).unwrap();
+    let scenarios = results["scenarios"].as_array().unwrap();
+    let asked: Vec<_> = scenarios.iter().map(|s| (&s["late"], &s["min_decile"])).collect();
+    assert_eq!(asked, [(&"fifo".into(), &Value::Null), (&"last".into(), &0.5.into())]);
+    assert!(text(&output.stdout).contains("against the better of"), "{}", text(&output.stdout));
+
+    let wrong = several
+        .replace("late = \"fifo\"", "lat = \"fifo\"\nmin_decile = 2.0")
+        .replace("traces = [\"trace.jsonl\"]\n\n[[goal", "traces = [\"other.jsonl\"]\n\n[[goal")
+        .replace("step_noise = 0.1", "step_noise = 1.0\nlate = [\"last\"]");
+    let directory = laboratory(&wrong);
+    let said = refusal(&baton(directory.path(), &["compare", "--config", "experiment.toml"]));
+    for expected in [
+        "goal[0].lat",
+        "goal[0].min_decile: 2 is not a share from 0 to 1",
+        "slo[0].traces: \"other.jsonl\" is not one of the traces above",
+        "step_noise: 1 is not a number from 0 to below 1",
+        "late: is said in each [[goal]] where there is one",
+    ] {
+        assert!(said.contains(expected), "{expected}\nin\n{said}");
+    }
+}
+
+#[test]
 fn goodput_is_found_and_reported() {
     let directory = laboratory(EXPERIMENT);
     let arguments = [

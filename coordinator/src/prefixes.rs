@@ -279,6 +279,7 @@ mod tests {
                     handoff: HandoffMode::None,
                     model: None,
                     kv_capacity_tokens: None,
+                    pulls_prefixes: false,
                 };
                 core.attach(description, Duration::ZERO, &mut actions)
             })

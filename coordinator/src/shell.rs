@@ -544,7 +544,8 @@ impl Shell {
     fn carry_out(&self, state: &mut State, mut actions: Vec<Action>, answer: Option<&wire::Event>) {
         for action in actions.drain(..) {
             match action {
-                Action::Start { worker, job, request, leg, handoff } => {
+                // No worker says yet that it could pull a prefix.
+                Action::Start { worker, job, request, leg, handoff, pull: _ } => {
                     self.prompt_goes_to(state, worker, request, leg);
                     if let Some(client) = state.clients.get_mut(&request) {
                         client.timeline.leg_given(leg, worker, Instant::now());

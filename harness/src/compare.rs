@@ -10,7 +10,7 @@ mod live;
 mod run;
 mod way;
 
-pub use experiment::{Experiment, TraceFile, What};
+pub use experiment::{Asked, Conditions, Experiment, TraceFile, What};
 pub use live::{Live, LiveError, LiveProgress, run_live};
 pub use run::{CompareError, Progress, Single, inspect_trace, run};
 pub use way::{ParseWayError, Way, WayKind};

@@ -230,9 +230,20 @@ impl Search<'_> {
 }
 
 /// Chunk budgets that are tried to tune an aggregated worker.
-pub const CHUNK_TOKENS: [u32; 6] = [256, 512, 1024, 2048, 4096, 8192];
+pub const CHUNK_TOKENS: [u32; 8] = [256, 512, 768, 1024, 1536, 2048, 4096, 8192];
 
-/// The best of several setups, by goodput at 90 %; the first among equals.
+/// The best of several setups.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tuned {
+    /// Its place.
+    pub best: usize,
+    /// Of each setup the highest load that it was seen to hold, as a part of the trace's; 0 where none.
+    /// A setup is given up where another holds more.
+    pub held: Vec<f64>,
+}
+
+/// The best of several setups, by goodput at 90 %; the first among equals. All are tried at one load after
+/// another, and who does not hold one that another holds is out: who loses costs a few runs, not a search.
 ///
 /// # Errors
 /// A setup that cannot be; the field is named.
@@ -241,30 +252,69 @@ pub fn best_of(
     setups: &[Setup],
     goal: Goal,
     threads: usize,
-) -> Result<(usize, f64), SetupError> {
+) -> Result<Tuned, SetupError> {
+    for setup in setups {
+        setup.check()?;
+    }
+    let mut held = vec![0.0; setups.len()];
+    let mut left: Vec<usize> = (0..setups.len()).collect();
+    let (mut scale, mut lowest, mut highest) = (1.0, None, None);
+    while left.len() > 1 && (LOWEST_SCALE..=HIGHEST_SCALE).contains(&scale) {
+        let holding = who_hold(trace, setups, &left, scale, goal, threads)?;
+        if holding.is_empty() {
+            highest = Some(scale);
+        } else {
+            for place in &holding {
+                held[*place] = scale;
+            }
+            left = holding;
+            lowest = Some(scale);
+        }
+        scale = match (lowest, highest) {
+            (Some(low), None) => low * 2.0,
+            (None, _) => scale / 2.0,
+            (Some(low), Some(high)) if high / low > 1.0 + PRECISION => f64::sqrt(low * high),
+            (Some(_), Some(_)) => break,
+        };
+    }
+    Ok(Tuned { best: left.first().copied().unwrap_or_default(), held })
+}
+
+/// Of the setups in these places, in their order, those that meet the goal at this load.
+fn who_hold(
+    trace: &Trace,
+    setups: &[Setup],
+    places: &[usize],
+    scale: f64,
+    goal: Goal,
+    threads: usize,
+) -> Result<Vec<usize>, SetupError> {
     let next = AtomicUsize::new(0);
-    let results = Mutex::new(vec![None; setups.len()]);
+    let holds = Mutex::new(vec![None; places.len()]);
     thread::scope(|scope| {
-        for _ in 0..threads.clamp(1, setups.len().max(1)) {
+        for _ in 0..threads.clamp(1, places.len().max(1)) {
             scope.spawn(|| {
                 loop {
-                    let place = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(setup) = setups.get(place) else { break };
-                    let scale = highest_scale(trace, setup, goal, 1.0).map(|(scale, _)| scale);
-                    results.lock().unwrap_or_else(PoisonError::into_inner)[place] = Some(scale);
+                    let turn = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(setup) = places.get(turn).and_then(|place| setups.get(*place)) else {
+                        break;
+                    };
+                    let search =
+                        Search { trace, setup, threads: 1, progress: &|_| {}, points: Vec::new() };
+                    let tried = search.try_one(scale, goal).map(|(point, _)| point.is_met);
+                    holds.lock().unwrap_or_else(PoisonError::into_inner)[turn] = Some(tried);
                 }
             });
         }
     });
-    let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let mut best = (0, 0.0);
-    for (place, scale) in results.into_iter().enumerate() {
-        let scale = scale.unwrap_or(Ok(0.0))?;
-        if scale > best.1 {
-            best = (place, scale);
+    let holds = holds.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut holding = Vec::new();
+    for (place, tried) in places.iter().zip(holds) {
+        if tried.unwrap_or(Ok(false))? {
+            holding.push(*place);
         }
     }
-    Ok(best)
+    Ok(holding)
 }
 
 /// Every way to part so many workers into two pools.

@@ -7,6 +7,7 @@ mod handoff;
 mod role;
 mod step_fit;
 mod step_model;
+mod step_tail;
 
 pub use block_hash::{BlockHash, BlockHasher, BlockScope, BlockUnit};
 pub use compatibility::{Compatibility, CompatibilityMismatch};
@@ -15,3 +16,4 @@ pub use handoff::{Epoch, Generation, HandoffId, HandoffKey, ParseIdError, Prompt
 pub use role::{Leg, ParseRoleError, Role};
 pub use step_fit::{StepFit, StepWork};
 pub use step_model::{StepLoad, StepModel};
+pub use step_tail::StepTail;

@@ -45,6 +45,7 @@ fn busy_fleet(split: Split, policy: &str) -> (Core, Vec<WorkerKey>) {
                 handoff: HandoffMode::Fenced { compatibility: [1; 32] },
                 model: Some(MODEL),
                 kv_capacity_tokens: Some(500_000),
+                pulls_prefixes: true,
             };
             core.attach(description, NOW, &mut actions)
         })

@@ -15,7 +15,8 @@ use crate::{
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{Fleet, HandoffMode, Worker, WorkerDescription, WorkerKey, WorkerView},
     keyed::Keyed,
-    placement::{self, AggregatedReason, NoRoute, Plan, Route, Split},
+    late_shares::LateShares,
+    placement::{self, AggregatedReason, Holders, NoRoute, Plan, PrefixPull, Route, Split},
     policy::{Candidate, Choice, POLICIES, Policy, Targets},
     queue::{Order, Waiting},
     recent_prefixes::RecentPrefixes,
@@ -25,6 +26,10 @@ use crate::{
 use self::balance::Balancing;
 pub use self::role_change::AnnouncedChange;
 pub(crate) use self::{balance::Gaps, role_change::RoleChange};
+
+/// A prompt whose like have been late often enough is served ahead of its turn by this part of what it
+/// takes. With more of it others lose more than these gain.
+const HEAD_START: f64 = 0.5;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
@@ -104,6 +109,7 @@ pub struct Core {
     jobs: Keyed<Job>,
     /// Of the requests that have no answer yet.
     deadlines: BTreeSet<(Duration, RequestKey)>,
+    late_shares: LateShares,
     /// Who waits for a turn, by model.
     rooms: BTreeMap<Option<String>, WaitingRoom>,
     accounts: Accounts,
@@ -117,6 +123,8 @@ pub struct Core {
     balancing: Option<Balancing>,
     /// Kept for its memory.
     candidates: Vec<WorkerKey>,
+    /// The same: lengths of prompts that were found late.
+    demoted: Vec<u32>,
 }
 
 impl Core {
@@ -132,6 +140,8 @@ impl Core {
             fallback: least_load(),
             balancing: None,
             candidates: Vec::new(),
+            late_shares: LateShares::default(),
+            demoted: Vec::new(),
             fleet: Fleet::default(),
             requests: Keyed::default(),
             jobs: Keyed::default(),
@@ -321,7 +331,7 @@ impl Core {
                     _ if !self.is_held(key, worker) => self.dispatch(key, worker, now, actions),
                     Order::Arrival => self.dispatch(key, worker, now, actions),
                     Order::LateLast => {
-                        self.enqueue(key, worker);
+                        self.enqueue(key, worker, now);
                         self.pump(worker, now, actions);
                     }
                 }
@@ -345,17 +355,11 @@ impl Core {
         }
         let Some(request) = self.requests.get(key.0) else { return candidates[0] };
         let targets = &self.settings.targets;
+        let holders = Holders::of(&self.fleet, &request.shape);
         let shown: Vec<Candidate<'_>> = candidates
             .iter()
             .filter_map(|worker| Some((*worker, self.fleet.get(*worker)?)))
-            .map(|(key, worker)| Candidate {
-                worker: key,
-                load: &worker.load,
-                hit_tokens: hit_tokens(key, &worker.prefixes, &request.shape),
-                work_ahead_ms: worker.load.dispatched_left_ms(now, targets)
-                    + worker.queue.work_before_ms(request.turn),
-                is_here: here == Some(key),
-            })
+            .map(|(worker, on)| candidate(request, worker, on, here, &holders, targets, now))
             .collect();
         let by_prediction = request.split == self.settings.split;
         let policy = if by_prediction { &mut self.policy } else { &mut self.fallback };
@@ -382,14 +386,43 @@ impl Core {
         candidates[place.min(candidates.len() - 1)]
     }
 
-    fn enqueue(&mut self, key: RequestKey, worker: WorkerKey) {
+    /// What a request that prefills there shall copy from a peer first, and the tokens of its prompt that
+    /// are not to be computed then.
+    fn pull(&self, key: RequestKey, worker: WorkerKey, now: Duration) -> (Option<PrefixPull>, u32) {
+        let (Some(request), Some(on)) = (self.requests.get(key.0), self.fleet.get(worker)) else {
+            return (None, 0);
+        };
+        let targets = &self.settings.targets;
+        let holders = Holders::of(&self.fleet, &request.shape);
+        let shown = candidate(request, worker, on, None, &holders, targets, now);
+        let choice = Choice {
+            now,
+            leg: Leg::Prefill,
+            request: &request.shape,
+            deadline: Some(request.due),
+            targets,
+            candidates: std::slice::from_ref(&shown),
+        };
+        match shown.pull {
+            Some(pull) if self.policy.pulls(&choice, &shown) => (Some(pull), pull.tokens),
+            _ => (None, shown.hit_tokens),
+        }
+    }
+
+    fn enqueue(&mut self, key: RequestKey, worker: WorkerKey, now: Duration) {
+        let (_, cached_tokens) = self.pull(key, worker, now);
         let (Some(request), Some(on)) = (self.requests.get_mut(key.0), self.fleet.get_mut(worker))
         else {
             return;
         };
         let tokens = request.shape.prompt_tokens;
-        let work_ms = on.load.prefill_ms(hit_tokens(worker, &on.prefixes, &request.shape), tokens);
-        on.queue.push(key, request.turn, Waiting { work_ms, tokens });
+        let work_ms = on.load.prefill_ms(cached_tokens, tokens);
+        let due = request.turn;
+        if self.settings.admission.is_none() && self.late_shares.are_spent(tokens) {
+            let takes_ms = work_ms / on.load.prefill_rate(&self.settings.targets);
+            request.turn = due.saturating_sub(milliseconds(HEAD_START * takes_ms));
+        }
+        on.queue.push(key, request.turn, Waiting { work_ms, tokens, due });
         on.queued_ms += work_ms;
         on.queue_changed();
         (request.waits_for, request.queued_ms) = (Some(worker), work_ms);
@@ -397,7 +430,7 @@ impl Core {
 
     /// Gives a worker's engine what it has room for.
     fn pump(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
-        let (targets, most_tokens) = (self.settings.targets, self.settings.engine_queue_tokens);
+        let Settings { targets, engine_queue_tokens: most_tokens, .. } = self.settings;
         while let Some(on) = self.fleet.get_mut(worker)
             && on.queue.len() > 0
         {
@@ -406,15 +439,24 @@ impl Core {
             let (ahead_ms, rate) =
                 (load.dispatched_left_ms(now, &targets), load.prefill_rate(&targets));
             let next = on.queue.pop(
-                now,
-                |waiting| fixed_ms + (ahead_ms + waiting.work_ms) / rate,
+                |waiting| {
+                    let left_ms = fixed_ms + (ahead_ms + waiting.work_ms) / rate;
+                    now + milliseconds(left_ms) > waiting.due
+                },
                 |waiting| {
                     load.prefills < 2
                         || load.prefill_tokens + u64::from(waiting.tokens) <= most_tokens
                 },
+                &mut self.demoted,
             );
             on.queue_changed();
-            let Some(key) = next else { break };
+            for tokens in self.demoted.drain(..) {
+                self.late_shares.served(tokens, true);
+            }
+            let Some((key, is_late)) = next else { break };
+            if !is_late && let Some(request) = self.requests.get(key.0) {
+                self.late_shares.served(request.shape.prompt_tokens, false);
+            }
             if let Some(request) = self.requests.get_mut(key.0) {
                 request.waits_for = None;
                 on.queued_ms -= request.queued_ms;
@@ -526,17 +568,20 @@ impl Core {
             output_tokens: 0,
             work_ms: 0.0,
         };
+        let (pull, cached_tokens) = match leg {
+            Leg::Decode => (None, 0),
+            Leg::Prefill | Leg::Aggregated => self.pull(key, worker, now),
+        };
         if let (Some(request), Some(on)) = (self.requests.get(key.0), self.fleet.get_mut(worker)) {
             let shape = &request.shape;
             job.prompt_tokens = shape.prompt_tokens;
-            job.work_ms =
-                on.load.prefill_ms(hit_tokens(worker, &on.prefixes, shape), shape.prompt_tokens);
+            job.work_ms = on.load.prefill_ms(cached_tokens, shape.prompt_tokens);
             on.prefixes.used(&shape.prefix_blocks, shape.prefix_block_tokens);
         }
         let id = JobId(self.jobs.insert(job));
         self.foresee_unseen(id, &job, now);
         self.fleet.job_started(&job, now);
-        actions.push(Action::Start { worker, job: id, request: key, leg, handoff });
+        actions.push(Action::Start { worker, job: id, request: key, leg, handoff, pull });
         id
     }
 
@@ -903,8 +948,34 @@ fn view(key: WorkerKey, worker: &Worker) -> WorkerView<'_> {
     }
 }
 
+/// A worker as a policy sees it.
+fn candidate<'a>(
+    request: &Request,
+    key: WorkerKey,
+    worker: &'a crate::fleet::Worker,
+    here: Option<WorkerKey>,
+    holders: &Holders,
+    targets: &Targets,
+    now: Duration,
+) -> Candidate<'a> {
+    let hit_tokens = hit_tokens(key, &worker.prefixes, &request.shape);
+    Candidate {
+        worker: key,
+        load: &worker.load,
+        hit_tokens,
+        pull: holders.pull_to(key, worker, hit_tokens),
+        work_ahead_ms: worker.load.dispatched_left_ms(now, targets)
+            + worker.queue.work_before_ms(request.turn),
+        is_here: here == Some(key),
+    }
+}
+
 /// Tokens of the prompt's start whose KV a worker is believed to hold.
-fn hit_tokens(worker: WorkerKey, prefixes: &RecentPrefixes, shape: &RequestShape) -> u32 {
+pub(crate) fn hit_tokens(
+    worker: WorkerKey,
+    prefixes: &RecentPrefixes,
+    shape: &RequestShape,
+) -> u32 {
     let told = shape.held_by(worker);
     if shape.prefix_blocks.is_empty() {
         return told.min(shape.prompt_tokens.saturating_sub(1));
@@ -926,3 +997,7 @@ fn milliseconds(milliseconds: f64) -> Duration {
 #[cfg(test)]
 #[path = "core_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "pull_tests.rs"]
+mod pull_tests;

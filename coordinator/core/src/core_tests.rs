@@ -20,6 +20,7 @@ pub(super) fn worker(name: &str, role: Role) -> WorkerDescription {
         handoff: FENCED,
         model: None,
         kv_capacity_tokens: None,
+        pulls_prefixes: false,
     }
 }
 
@@ -627,6 +628,7 @@ proptest! {
                         // Of some it is not known.
                         model: (fit > 1).then_some(MODEL),
                         kv_capacity_tokens: (fit > 2).then_some(20_000),
+                        pulls_prefixes: fit > 1,
                         ..worker(&name.to_string(), role)
                     };
                     workers.push(core.attach(description, now, &mut actions));
@@ -707,7 +709,7 @@ proptest! {
             }
             for action in actions {
                 match action {
-                    Action::Start { worker, job, request, handoff, leg } => {
+                    Action::Start { worker, job, request, handoff, leg, .. } => {
                         prop_assert!(open.contains(&request));
                         prop_assert!(core.worker(worker).is_some() || core.job(job).is_none());
                         if let (Some(HandoffPlan::Fenced { generation, .. }), Leg::Decode) = (handoff, leg) {

@@ -6,7 +6,7 @@ use crate::{
     admission::ShedReason,
     core::AnnouncedChange,
     fleet::{Elsewhere, WorkerKey, WorkerReport},
-    placement::Route,
+    placement::{PrefixPull, Route},
     request::{JobId, RequestKey},
 };
 
@@ -91,6 +91,8 @@ pub enum Action {
         request: RequestKey,
         leg: Leg,
         handoff: Option<HandoffPlan>,
+        /// What to copy from a peer's cache first. Only workers that can are asked to.
+        pull: Option<PrefixPull>,
     },
     /// Tell a worker to drop a job. Nothing that it still says of that job counts.
     Cancel { worker: WorkerKey, job: JobId },

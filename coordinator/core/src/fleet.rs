@@ -40,6 +40,8 @@ pub struct WorkerDescription {
     /// How long its engine's steps take, where that is known of this worker itself.
     pub model: Option<StepModel>,
     pub kv_capacity_tokens: Option<u64>,
+    /// It can copy a prompt's cached start from a peer that can, before it computes the rest.
+    pub pulls_prefixes: bool,
 }
 
 impl WorkerDescription {

@@ -15,6 +15,7 @@ mod decision;
 mod event;
 mod fleet;
 mod keyed;
+mod late_shares;
 mod placement;
 pub mod policy;
 mod prefix_index;
@@ -29,7 +30,7 @@ pub use crate::{
     decision::{Chosen, Considered, DecisionReason, PlacementDecision, Prediction},
     event::{Action, Event, HandoffPlan, Rejection},
     fleet::{Elsewhere, HandoffMode, Load, WorkerDescription, WorkerKey, WorkerReport, WorkerView},
-    placement::{AggregatedReason, Route, Split},
+    placement::{AggregatedReason, PrefixPull, Route, Split},
     prefix_index::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits},
     queue::Order,
     request::{JobId, RequestKey, RequestShape, RequestView},

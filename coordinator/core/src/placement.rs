@@ -6,6 +6,7 @@ use std::fmt;
 use baton_types::Role;
 
 use crate::{
+    core::hit_tokens,
     fleet::{Fleet, HandoffMode, Worker, WorkerKey},
     request::RequestShape,
 };
@@ -28,6 +29,14 @@ pub enum Split {
 pub enum Route {
     Disaggregated { prefill: WorkerKey, decode: WorkerKey, by_engine: bool },
     Aggregated { worker: WorkerKey, reason: AggregatedReason },
+}
+
+/// A prompt's start, copied from a peer's prefix cache instead of being computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefixPull {
+    pub from: WorkerKey,
+    /// From the prompt's first token on, those that are cached where it is copied to included.
+    pub tokens: u32,
 }
 
 /// Why a request was not split.
@@ -203,5 +212,62 @@ fn select(
     if candidates.is_empty() && !avoid.is_empty() {
         let admitted = fleet.iter().filter(|(_, worker)| admitted(worker));
         candidates.extend(admitted.map(|(key, _)| key));
+    }
+}
+
+/// Who holds the most of a prompt's start, of those whose peers can copy it.
+#[derive(Debug, Default)]
+pub(crate) struct Holders {
+    /// The two that hold the most, so that each worker has one other than itself.
+    most: [Option<Holder>; 2],
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Holder {
+    worker: WorkerKey,
+    handoff: HandoffMode,
+    tokens: u32,
+}
+
+impl Holders {
+    pub(crate) fn of(fleet: &Fleet, shape: &RequestShape) -> Self {
+        let mut holders = Self::default();
+        if shape.prefix_blocks.is_empty() && shape.held_tokens.is_empty() {
+            return holders;
+        }
+        for (key, worker) in fleet.iter().filter(|(_, worker)| worker.description.pulls_prefixes) {
+            let tokens = hit_tokens(key, &worker.prefixes, shape);
+            if tokens > 0 && worker.serves(shape.model.as_deref()) {
+                let handoff = worker.description.handoff;
+                holders.add(Holder { worker: key, handoff, tokens });
+            }
+        }
+        holders
+    }
+
+    fn add(&mut self, holder: Holder) {
+        let tokens = |place: Option<Holder>| place.map_or(0, |holder| holder.tokens);
+        if holder.tokens > tokens(self.most[0]) {
+            self.most = [Some(holder), self.most[0]];
+        } else if holder.tokens > tokens(self.most[1]) {
+            self.most[1] = Some(holder);
+        }
+    }
+
+    /// What this worker, which holds so much itself, could copy.
+    pub(crate) fn pull_to(
+        &self,
+        key: WorkerKey,
+        worker: &Worker,
+        hit_tokens: u32,
+    ) -> Option<PrefixPull> {
+        let handoff = worker.description.handoff;
+        if !worker.description.pulls_prefixes || handoff == HandoffMode::None {
+            return None;
+        }
+        let others = self.most.iter().flatten();
+        let mut others = others.filter(|holder| holder.worker != key && holder.handoff == handoff);
+        let holder = others.next().filter(|holder| holder.tokens > hit_tokens)?;
+        Some(PrefixPull { from: holder.worker, tokens: holder.tokens })
     }
 }

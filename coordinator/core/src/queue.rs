@@ -30,33 +30,35 @@ pub(crate) struct Waiting {
     /// What its prefill costs, predicted.
     pub(crate) work_ms: f64,
     pub(crate) tokens: u32,
+    /// When its first token is due.
+    pub(crate) due: Duration,
 }
 
 impl Queue {
-    pub(crate) fn push(&mut self, key: RequestKey, due: Duration, waiting: Waiting) {
+    pub(crate) fn push(&mut self, key: RequestKey, turn: Duration, waiting: Waiting) {
         self.work_ms += waiting.work_ms;
-        self.on_time.insert((due, key), waiting);
+        self.on_time.insert((turn, key), waiting);
     }
 
-    /// The next to be served, if `admits` it: of those that can make it the one that is due first. Those
-    /// that cannot, by `predicted_ms` (from now to the first token), are set behind.
+    /// The next to be served, if `admits` it, and whether it is late: of those that are not the one whose
+    /// turn is first. Those that are are set behind, and their lengths written down.
     pub(crate) fn pop(
         &mut self,
-        now: Duration,
-        predicted_ms: impl Fn(&Waiting) -> f64,
+        is_late: impl Fn(&Waiting) -> bool,
         admits: impl Fn(&Waiting) -> bool,
-    ) -> Option<RequestKey> {
-        while let Some((&(due, key), waiting)) = self.on_time.first_key_value() {
-            let first_token = now + Duration::from_secs_f64(predicted_ms(waiting) / 1000.0);
-            if first_token <= due {
-                if !admits(waiting) {
+        demoted: &mut Vec<u32>,
+    ) -> Option<(RequestKey, bool)> {
+        while let Some((&(turn, key), waiting)) = self.on_time.first_key_value() {
+            let waiting = *waiting;
+            if !is_late(&waiting) {
+                if !admits(&waiting) {
                     return None;
                 }
-                self.remove_on_time(due, key);
-                return Some(key);
+                self.remove_on_time(turn, key);
+                return Some((key, false));
             }
-            let waiting = *waiting;
-            self.remove_on_time(due, key);
+            self.remove_on_time(turn, key);
+            demoted.push(waiting.tokens);
             self.late.push_back((key, waiting));
         }
         let (key, waiting) = self.late.front()?;
@@ -65,19 +67,19 @@ impl Queue {
         }
         let key = *key;
         self.late.pop_front();
-        Some(key)
+        Some((key, true))
     }
 
-    pub(crate) fn remove(&mut self, key: RequestKey, due: Duration) -> bool {
-        if self.remove_on_time(due, key) {
+    pub(crate) fn remove(&mut self, key: RequestKey, turn: Duration) -> bool {
+        if self.remove_on_time(turn, key) {
             return true;
         }
         let place = self.late.iter().position(|(waiting, _)| *waiting == key);
         place.is_some_and(|place| self.late.remove(place).is_some())
     }
 
-    fn remove_on_time(&mut self, due: Duration, key: RequestKey) -> bool {
-        let Some(waiting) = self.on_time.remove(&(due, key)) else { return false };
+    fn remove_on_time(&mut self, turn: Duration, key: RequestKey) -> bool {
+        let Some(waiting) = self.on_time.remove(&(turn, key)) else { return false };
         self.work_ms -= waiting.work_ms;
         if self.on_time.is_empty() {
             // Nothing is left of rounding.
@@ -86,11 +88,11 @@ impl Queue {
         true
     }
 
-    /// Milliseconds of prefill that are served before one that is due then.
-    pub(crate) fn work_before_ms(&self, due: Duration) -> f64 {
+    /// Milliseconds of prefill that are served before one whose turn is then.
+    pub(crate) fn work_before_ms(&self, turn: Duration) -> f64 {
         match self.on_time.last_key_value() {
-            Some((&(last, _), _)) if last > due => {
-                let before = self.on_time.iter().take_while(|((other, _), _)| *other <= due);
+            Some((&(last, _), _)) if last > turn => {
+                let before = self.on_time.iter().take_while(|((other, _), _)| *other <= turn);
                 before.map(|(_, waiting)| waiting.work_ms).sum()
             }
             _ => self.work_ms,

@@ -152,6 +152,7 @@ fn introduce(
             .as_ref()
             .map(|cache| cache.capacity_tokens)
             .filter(|capacity| *capacity > 0),
+        pulls_prefixes: false,
     };
     Ok((description, peer))
 }

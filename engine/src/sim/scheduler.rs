@@ -405,6 +405,36 @@ impl Scheduler {
         entry.and_then(|entry| entry.sequence.as_ref()).map_or(&[], |sequence| &sequence.blocks)
     }
 
+    /// How many of these blocks, from the first on, the prefix cache holds. They count as used just now.
+    pub fn lend_prefix(&mut self, hashes: &[BlockHash]) -> usize {
+        let held: Vec<BlockId> = hashes.iter().map_while(|hash| self.pool.find(*hash)).collect();
+        for block in &held {
+            self.pool.retain(*block);
+        }
+        release_all(&mut self.pool, &held);
+        held.len()
+    }
+
+    /// Lays blocks that came from elsewhere into the prefix cache, as far as there is room.
+    pub fn lay_prefix(&mut self, hashes: &[BlockHash]) {
+        let mut blocks = Vec::with_capacity(hashes.len());
+        for hash in hashes {
+            let block = match self.pool.find(*hash) {
+                Some(held) => {
+                    self.pool.retain(held);
+                    held
+                }
+                None => {
+                    let Some(block) = self.pool.allocate() else { break };
+                    self.pool.name(block, *hash);
+                    block
+                }
+            };
+            blocks.push(block);
+        }
+        release_all(&mut self.pool, &blocks);
+    }
+
     /// Keeps a block of a sequence beyond the sequence's own end, until [`Self::release`].
     pub fn retain(&mut self, block: BlockId) {
         self.pool.retain(block);

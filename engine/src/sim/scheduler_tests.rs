@@ -264,3 +264,31 @@ proptest! {
         prop_assert_eq!((scheduler.sequences_running(), scheduler.sequences_waiting()), (0, 0));
     }
 }
+
+#[test]
+fn blocks_that_came_from_elsewhere_are_found_like_its_own() {
+    let mut scheduler = Scheduler::new(limits(4, 8, 100));
+    let asked = prompt(1, 16);
+    assert_eq!(scheduler.lend_prefix(&asked.block_hashes), 0);
+    scheduler.lay_prefix(&asked.block_hashes[..3]);
+    assert_eq!(scheduler.blocks_used(), 0, "they are nobody's yet");
+    assert_eq!(scheduler.lend_prefix(&asked.block_hashes), 3);
+    let id = scheduler.add(NewSequence { max_tokens: 16, ..asked.clone() }).unwrap();
+    let admitted = scheduler.plan_step().admitted;
+    let expected = Admission { sequence: id, cached_tokens: 12, waits_for_remote: false };
+    assert_eq!(admitted, [expected]);
+
+    // All blocks are in use now: nothing more is taken in, and nothing of it is lost.
+    scheduler.lay_prefix(&prompt(2, 16).block_hashes);
+    assert_eq!(scheduler.lend_prefix(&asked.block_hashes), 3);
+    assert_eq!(scheduler.lend_prefix(&prompt(2, 16).block_hashes), 0);
+}
+
+#[test]
+fn taking_a_prefix_in_does_not_evict_its_own_beginning() {
+    let mut scheduler = Scheduler::new(limits(4, 8, 100));
+    let long = prompt(1, 24);
+    scheduler.lay_prefix(&long.block_hashes[..2]);
+    scheduler.lay_prefix(&long.block_hashes);
+    assert_eq!(scheduler.lend_prefix(&long.block_hashes), 4, "as many as there is room for");
+}

@@ -12,7 +12,12 @@ use serde_spanned::Spanned;
 use toml::de::DeTable;
 
 use super::way::{Way, WayKind};
-use crate::{fleet::Late, outcome::Slo, profile, trace::Trace};
+use crate::{
+    fleet::{Late, Link, Setup},
+    outcome::Slo,
+    profile,
+    trace::Trace,
+};
 
 #[derive(Clone, Debug)]
 pub struct Experiment {
@@ -22,15 +27,44 @@ pub struct Experiment {
     pub traces: Vec<TraceFile>,
     pub workers: Vec<u32>,
     pub slos: Vec<Slo>,
+    /// Of each SLO the places of the traces that are held against it, where not all are.
+    pub slo_traces: Vec<Option<Vec<usize>>>,
     /// The first is the baseline.
     pub ways: Vec<Way>,
-    pub late: Vec<Late>,
-    pub min_decile: Option<f64>,
+    pub goals: Vec<Asked>,
     pub seeds: Vec<u64>,
+    pub conditions: Conditions,
+    /// How success falls with load is drawn, which takes runs at several loads.
+    pub draws_loads: bool,
     /// KV for the whole answer is held from admission on.
     pub reserves_output: bool,
     /// The file's own text.
     pub text: String,
+}
+
+/// The order in which each cell is served, and what is asked of it beside its SLOs.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Asked {
+    pub late: Late,
+    pub min_decile: Option<f64>,
+}
+
+/// Where the world is not as the coordinator believes it to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Conditions {
+    /// Each step takes up to this part longer or shorter than the profile says.
+    pub step_noise: f64,
+    /// The model by which is decided is so much too optimistic, as a part.
+    pub model_bias: f64,
+    pub link: Link,
+}
+
+impl Conditions {
+    pub fn apply(&self, setup: &mut Setup) {
+        setup.step_noise = self.step_noise;
+        setup.predicted_part = 1.0 - self.model_bias;
+        setup.link = self.link;
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -49,7 +83,7 @@ pub enum What {
     Simulate { scale: f64 },
 }
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 18] = [
     "title",
     "what",
     "scale",
@@ -62,8 +96,15 @@ const KEYS: [&str; 12] = [
     "min_decile",
     "seeds",
     "reserves_output",
+    "goal",
+    "draws_loads",
+    "step_noise",
+    "model_bias",
+    "link_us_per_token",
+    "link_shared",
 ];
-const SLO_KEYS: [&str; 3] = ["ttft_ms", "itl_ms", "ttft_prefill_factor"];
+const SLO_KEYS: [&str; 4] = ["ttft_ms", "itl_ms", "ttft_prefill_factor", "traces"];
+const GOAL_KEYS: [&str; 2] = ["late", "min_decile"];
 
 /// As it is written.
 #[derive(Deserialize)]
@@ -82,6 +123,19 @@ struct Written {
     seeds: Option<Spanned<Vec<u64>>>,
     #[serde(default)]
     reserves_output: bool,
+    goal: Option<Spanned<Vec<WrittenGoal>>>,
+    draws_loads: Option<bool>,
+    step_noise: Option<Spanned<f64>>,
+    model_bias: Option<Spanned<f64>>,
+    link_us_per_token: Option<Spanned<f64>>,
+    #[serde(default)]
+    link_shared: bool,
+}
+
+#[derive(Deserialize)]
+struct WrittenGoal {
+    late: Option<Spanned<String>>,
+    min_decile: Option<Spanned<f64>>,
 }
 
 #[derive(Deserialize)]
@@ -90,6 +144,7 @@ struct WrittenSlo {
     itl_ms: f64,
     #[serde(default)]
     ttft_prefill_factor: f64,
+    traces: Option<Vec<Spanned<PathBuf>>>,
 }
 
 impl Experiment {
@@ -146,14 +201,10 @@ impl Reader<'_> {
         let workers = self.workers(&written.workers);
         let ways = self.ways(&written.modes, &workers);
         let slos = self.slos(&written.slo);
-        let late = self.late(written.late.as_ref());
+        let slo_traces = self.slo_traces(&written);
+        let goals = self.goals(&written);
+        let conditions = self.conditions(&written);
         let what = self.what(&written);
-        if let Some(share) = &written.min_decile
-            && !(0.0..=1.0).contains(share.get_ref())
-        {
-            let message = format!("{} is not a share from 0 to 1", share.get_ref());
-            self.add(share.span().start, "min_decile", message);
-        }
         if let Some(seeds) = &written.seeds
             && seeds.get_ref().is_empty()
         {
@@ -169,9 +220,11 @@ impl Reader<'_> {
             traces,
             workers,
             slos,
+            slo_traces,
             ways,
-            late,
-            min_decile: written.min_decile.map(Spanned::into_inner),
+            goals,
+            conditions,
+            draws_loads: written.draws_loads.unwrap_or(true),
             seeds: written.seeds.map_or(vec![0], Spanned::into_inner),
             reserves_output: written.reserves_output,
             text: self.text.to_owned(),
@@ -186,18 +239,22 @@ impl Reader<'_> {
             if !KEYS.contains(&key) {
                 self.add(name.span().start, key, unknown_key(key, KEYS));
             }
-            if key == "slo"
-                && let Some(tables) = value.get_ref().as_array()
-            {
-                for (index, table) in tables.iter().enumerate() {
-                    for name in
-                        table.get_ref().as_table().into_iter().flat_map(|table| table.keys())
-                    {
-                        let key = name.get_ref().as_ref();
-                        if !SLO_KEYS.contains(&key) {
-                            let path = format!("slo[{index}].{key}");
-                            self.add(name.span().start, path, unknown_key(key, SLO_KEYS));
-                        }
+            let within: &[&str] = match key {
+                "slo" => &SLO_KEYS,
+                "goal" => &GOAL_KEYS,
+                _ => continue,
+            };
+            let tables = value.get_ref().as_array();
+            for (index, table) in tables.into_iter().flat_map(|tables| tables.iter()).enumerate() {
+                for name in table.get_ref().as_table().into_iter().flat_map(|table| table.keys()) {
+                    let inner = name.get_ref().as_ref();
+                    if !within.contains(&inner) {
+                        let path = format!("{key}[{index}].{inner}");
+                        self.add(
+                            name.span().start,
+                            path,
+                            unknown_key(inner, within.iter().copied()),
+                        );
                     }
                 }
             }
@@ -248,7 +305,7 @@ impl Reader<'_> {
     fn slos(&mut self, written: &Spanned<Vec<Spanned<WrittenSlo>>>) -> Vec<Slo> {
         let mut slos = Vec::new();
         for (index, written) in self.filled("slo", written).iter().enumerate() {
-            let WrittenSlo { ttft_ms, itl_ms, ttft_prefill_factor } = *written.get_ref();
+            let WrittenSlo { ttft_ms, itl_ms, ttft_prefill_factor, .. } = *written.get_ref();
             let slo = Slo { ttft_ms, itl_ms, ttft_prefill_factor };
             if let Err(error) = slo.check() {
                 self.add(written.span().start, format!("slo[{index}]"), error.to_string());
@@ -258,18 +315,106 @@ impl Reader<'_> {
         slos
     }
 
-    fn late(&mut self, written: Option<&Spanned<Vec<Spanned<String>>>>) -> Vec<Late> {
-        let Some(written) = written else { return vec![Late::default()] };
-        let mut late = Vec::new();
-        for (index, text) in self.filled("late", written).iter().enumerate() {
-            match text.get_ref().parse() {
-                Ok(order) => late.push(order),
-                Err(error) => {
-                    self.add(text.span().start, format!("late[{index}]"), format!("{error}"));
-                }
+    /// Where an SLO names its traces, their places among the experiment's.
+    fn slo_traces(&mut self, written: &Written) -> Vec<Option<Vec<usize>>> {
+        let all = written.traces.get_ref();
+        let mut by_slo = Vec::new();
+        for (index, slo) in written.slo.get_ref().iter().enumerate() {
+            let named = slo.get_ref().traces.as_ref().map(|named| {
+                let place = |name: &Spanned<PathBuf>| {
+                    let place = all.iter().position(|file| file.get_ref() == name.get_ref());
+                    if place.is_none() {
+                        let message =
+                            format!("{:?} is not one of the traces above", name.get_ref());
+                        self.add(name.span().start, format!("slo[{index}].traces"), message);
+                    }
+                    place
+                };
+                named.iter().filter_map(place).collect()
+            });
+            by_slo.push(named);
+        }
+        by_slo
+    }
+
+    /// What `late` and `min_decile` say for all cells, or each `[[goal]]`.
+    fn goals(&mut self, written: &Written) -> Vec<Asked> {
+        let Some(goals) = &written.goal else {
+            let min_decile = self.min_decile("min_decile", written.min_decile.as_ref());
+            let late = self.late(written.late.as_ref());
+            return late.into_iter().map(|late| Asked { late, min_decile }).collect();
+        };
+        let above = [
+            ("late", written.late.as_ref().map(|late| late.span().start)),
+            ("min_decile", written.min_decile.as_ref().map(|share| share.span().start)),
+        ];
+        for (key, offset) in above {
+            if let Some(offset) = offset {
+                self.add(offset, key, "is said in each [[goal]] where there is one");
             }
         }
-        late
+        let mut asked = Vec::new();
+        for (index, goal) in self.filled("goal", goals).iter().enumerate() {
+            let late = self.order(&format!("goal[{index}].late"), goal.late.as_ref());
+            let share = goal.min_decile.as_ref();
+            let min_decile = self.min_decile(&format!("goal[{index}].min_decile"), share);
+            asked.extend(late.map(|late| Asked { late, min_decile }));
+        }
+        asked
+    }
+
+    fn min_decile(&mut self, key: &str, written: Option<&Spanned<f64>>) -> Option<f64> {
+        let written = written?;
+        let share = *written.get_ref();
+        if !(0.0..=1.0).contains(&share) {
+            let message = format!("{share} is not a share from 0 to 1");
+            self.add(written.span().start, key, message);
+        }
+        Some(share)
+    }
+
+    fn order(&mut self, key: &str, written: Option<&Spanned<String>>) -> Option<Late> {
+        let Some(written) = written else { return Some(Late::default()) };
+        match written.get_ref().parse() {
+            Ok(order) => Some(order),
+            Err(error) => {
+                self.add(written.span().start, key, format!("{error}"));
+                None
+            }
+        }
+    }
+
+    fn late(&mut self, written: Option<&Spanned<Vec<Spanned<String>>>>) -> Vec<Late> {
+        let Some(written) = written else { return vec![Late::default()] };
+        let list = self.filled("late", written).iter().enumerate();
+        list.filter_map(|(index, text)| self.order(&format!("late[{index}]"), Some(text))).collect()
+    }
+
+    fn conditions(&mut self, written: &Written) -> Conditions {
+        let plain = Conditions::default();
+        let mut number = |key: &str, value: &Option<Spanned<f64>>, default: f64, below: f64| {
+            let Some(value) = value else { return default };
+            if !(0.0..below).contains(value.get_ref()) {
+                let message =
+                    format!("{} is not a number from 0 to below {below}", value.get_ref());
+                self.add(value.span().start, key, message);
+            }
+            *value.get_ref()
+        };
+        Conditions {
+            step_noise: number("step_noise", &written.step_noise, 0.0, 1.0),
+            model_bias: number("model_bias", &written.model_bias, 0.0, 1.0),
+            link: Link {
+                us_per_token: number(
+                    "link_us_per_token",
+                    &written.link_us_per_token,
+                    plain.link.us_per_token,
+                    f64::INFINITY,
+                ),
+                shared: written.link_shared,
+                ..plain.link
+            },
+        }
     }
 
     fn what(&mut self, written: &Written) -> Option<What> {

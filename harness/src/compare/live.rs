@@ -250,7 +250,7 @@ pub async fn run_live(
 
 fn scale(experiment: &Experiment) -> Result<f64, LiveError> {
     let refused = |key, reason: &str| Err(LiveError::Experiment { key, reason: reason.to_owned() });
-    if experiment.late.len() > 1 {
+    if experiment.goals.len() > 1 {
         return refused(
             "late",
             "a live cluster orders late requests as its own configuration says",

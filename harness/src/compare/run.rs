@@ -12,16 +12,16 @@ use rayon::prelude::*;
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    experiment::{Experiment, TraceFile, What},
+    experiment::{Asked, Experiment, TraceFile, What},
     way::Way,
 };
 use crate::{
-    fleet::{Late, Setup, SetupError, simulate},
-    goodput::{Goal, Goodput, goodput, highest_scale},
+    fleet::{Setup, SetupError, simulate},
+    goodput::{Goal, Goodput, best_of, goodput},
     outcome::Slo,
     report::{
         Contender, GoodputFindings, Input, Load, LoadPoint, Origin, Report, RunFindings, Scenario,
-        Searched,
+        Searched, number::percent,
     },
     trace::Trace,
 };
@@ -52,7 +52,13 @@ struct Cell<'e> {
     trace: &'e TraceFile,
     workers: u32,
     slo: Slo,
-    late: Late,
+    asked: Asked,
+}
+
+impl Cell<'_> {
+    fn goal(&self) -> Goal {
+        Goal { attainment: 0.9, min_decile: self.asked.min_decile.unwrap_or(0.0) }
+    }
 }
 
 /// One contender of one cell, with the setups that it may come to.
@@ -78,13 +84,14 @@ pub fn run(
         What::Goodput => None,
         What::Simulate { scale } => Some(scale),
     };
-    let searched: usize =
-        entries.iter().map(|entry| entry.candidates.len()).filter(|n| *n > 1).sum();
+    let searched = entries.iter().filter(|entry| entry.candidates.len() > 1).count();
     let found = if scale.is_none() { entries.len() * seeds.len() } else { 0 };
-    let runs = entries.len() * if scale.is_none() { LOADS.len() } else { 1 };
+    let draws = scale.is_none() && experiment.draws_loads;
+    let factors: &[f64] = if draws { &LOADS } else { &LOADS[SHOWN..=SHOWN] };
+    let runs = entries.len() * factors.len();
     let ticker = Ticker { done: AtomicUsize::new(0), total: searched + found + runs, progress };
 
-    let tuned = tune(experiment, &cells, &entries, &ticker)?;
+    let tuned = tune(&cells, &entries, &ticker)?;
     let goodputs = if scale.is_none() {
         search(experiment, &cells, &entries, &tuned, &ticker)?
     } else {
@@ -101,7 +108,6 @@ pub fn run(
             )
         })
         .collect();
-    let factors: &[f64] = if scale.is_none() { &LOADS } else { &LOADS[SHOWN..=SHOWN] };
     let jobs: Vec<(usize, f64)> =
         (0..entries.len()).flat_map(|i| factors.iter().map(move |factor| (i, *factor))).collect();
     let ran = jobs.par_iter().map(|(i, factor)| {
@@ -142,11 +148,14 @@ pub fn run(
 
 fn cells(experiment: &Experiment) -> Vec<Cell<'_>> {
     let mut cells = Vec::new();
-    for trace in &experiment.traces {
+    for (place, trace) in experiment.traces.iter().enumerate() {
         for workers in &experiment.workers {
-            for slo in &experiment.slos {
-                for late in &experiment.late {
-                    cells.push(Cell { trace, workers: *workers, slo: *slo, late: *late });
+            for (slo, of) in experiment.slos.iter().zip(&experiment.slo_traces) {
+                if of.as_ref().is_some_and(|of| !of.contains(&place)) {
+                    continue;
+                }
+                for asked in &experiment.goals {
+                    cells.push(Cell { trace, workers: *workers, slo: *slo, asked: *asked });
                 }
             }
         }
@@ -161,7 +170,8 @@ fn entries<'e>(experiment: &'e Experiment, cells: &[Cell<'_>]) -> Vec<Entry<'e>>
             // The mode is each candidate's own; this one only carries the rest.
             let mode = crate::fleet::Mode::Aggregated;
             let mut plain = Setup::new(experiment.profile.1.clone(), cell.workers, mode, cell.slo);
-            plain.late = cell.late;
+            plain.late = cell.asked.late;
+            experiment.conditions.apply(&mut plain);
             plain.reserves_output = experiment.reserves_output;
             plain.seed = experiment.seeds.first().copied().unwrap_or_default();
             entries.push(Entry { cell: i, way, candidates: way.candidates(&plain) });
@@ -189,49 +199,30 @@ struct Tuned {
     searched: Vec<Searched>,
 }
 
-fn goal(experiment: &Experiment) -> Goal {
-    Goal { attainment: 0.9, min_decile: experiment.min_decile.unwrap_or(0.0) }
-}
-
 /// By goodput, with the first seed; the first among equals.
 fn tune(
-    experiment: &Experiment,
     cells: &[Cell<'_>],
     entries: &[Entry<'_>],
     ticker: &Ticker<'_>,
 ) -> Result<Vec<Tuned>, SetupError> {
-    let goal = goal(experiment);
-    let jobs: Vec<(usize, &Setup)> = entries
-        .iter()
-        .enumerate()
-        .filter(|(_, entry)| entry.candidates.len() > 1)
-        .flat_map(|(i, entry)| entry.candidates.iter().map(move |candidate| (i, candidate)))
-        .collect();
-    let found = jobs.par_iter().map(|(i, candidate)| {
-        let trace = &cells[entries[*i].cell].trace.trace;
-        let (scale, _) = highest_scale(trace, candidate, goal, 1.0)?;
-        ticker.tick("tuning");
-        let rps = if scale > 0.0 { trace.scaled(scale, candidate.seed).rate_rps() } else { 0.0 };
-        Ok((*i, rps))
-    });
-    let found: Vec<(usize, f64)> = found.collect::<Result<_, SetupError>>()?;
-    let mut tuned = Vec::new();
-    for (i, entry) in entries.iter().enumerate() {
-        let rates: Vec<f64> =
-            found.iter().filter(|(of, _)| *of == i).map(|(_, rps)| *rps).collect();
-        let mut best = 0;
-        for (place, rps) in rates.iter().enumerate() {
-            if *rps > rates[best] {
-                best = place;
-            }
+    let found = entries.par_iter().map(|entry| {
+        let Entry { cell, way, candidates } = entry;
+        if candidates.len() < 2 {
+            return Ok(Tuned { setup: candidates[0].clone(), searched: Vec::new() });
         }
-        let searched = entry.candidates.iter().zip(&rates).map(|(candidate, rps)| Searched {
-            setup: entry.way.describe(candidate),
-            goodput_rps: *rps,
+        let trace = &cells[*cell].trace.trace;
+        let tuned = best_of(trace, candidates, cells[*cell].goal(), 1)?;
+        let searched = candidates.iter().zip(&tuned.held).map(|(candidate, scale)| Searched {
+            setup: way.describe(candidate),
+            goodput_rps: match scale {
+                0.0 => 0.0,
+                scale => trace.scaled(*scale, candidate.seed).rate_rps(),
+            },
         });
-        tuned.push(Tuned { setup: entry.candidates[best].clone(), searched: searched.collect() });
-    }
-    Ok(tuned)
+        ticker.tick("tuning");
+        Ok(Tuned { setup: candidates[tuned.best].clone(), searched: searched.collect() })
+    });
+    found.collect()
 }
 
 /// Of each entry, for each seed.
@@ -248,7 +239,7 @@ fn search(
     let found = jobs.par_iter().map(|(i, seed)| {
         let setup = Setup { seed: *seed, ..tuned[*i].setup.clone() };
         let trace = &cells[entries[*i].cell].trace.trace;
-        let min_decile = experiment.min_decile.unwrap_or(0.0);
+        let min_decile = cells[entries[*i].cell].goal().min_decile;
         let found = goodput(trace, &setup, min_decile, 1, &|_| {})?;
         ticker.tick("searching the highest load");
         Ok((*i, found))
@@ -326,8 +317,8 @@ fn report(
             trace: inspect_trace(cell.trace)?,
             workers: Some(cell.workers),
             slo: cell.slo,
-            late: Some(cell.late.to_string()),
-            min_decile: experiment.min_decile,
+            late: Some(cell.asked.late.to_string()),
+            min_decile: cell.asked.min_decile,
             load: Some(load),
             contenders: own.filter_map(|(_, contender)| contender.take()).collect(),
         });
@@ -405,8 +396,15 @@ impl Single<'_> {
 /// With what distinguishes it from the other cells.
 fn name(experiment: &Experiment, cell: &Cell<'_>) -> String {
     let mut name = cell_name(&cell.trace.trace, cell.workers, &cell.slo);
-    if experiment.late.len() > 1 {
-        name.push_str(&format!(", late: {}", cell.late));
+    let goals = &experiment.goals;
+    let Asked { late, min_decile } = cell.asked;
+    if goals.iter().any(|goal| goal.late != late) {
+        name.push_str(&format!(", late: {late}"));
+    }
+    if goals.iter().any(|goal| goal.min_decile != min_decile)
+        && let Some(share) = min_decile
+    {
+        name.push_str(&format!(", longest tenths ≥ {}", percent(share)));
     }
     name
 }

@@ -127,14 +127,7 @@ impl Way {
     /// The setups among which the best is to be found; `plain` says all but the mode. Empty where the
     /// workers are too few to be parted.
     pub fn candidates(&self, plain: &Setup) -> Vec<Setup> {
-        let with = |mode| {
-            let mut setup = Setup::new(plain.profile.clone(), plain.workers, mode, plain.slo);
-            setup.late = plain.late;
-            setup.seed = plain.seed;
-            setup.reserves_output = plain.reserves_output;
-            setup.policy.clone_from(&self.policy);
-            setup
-        };
+        let with = |mode| Setup { policy: self.policy.clone(), ..plain.in_mode(mode) };
         let chunked = |tokens: u32| Setup { chunk_tokens: tokens, ..with(Mode::Aggregated) };
         match self.kind {
             WayKind::Aggregated { chunk_tokens: None } => CHUNK_TOKENS.map(chunked).into(),

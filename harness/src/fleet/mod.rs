@@ -8,6 +8,7 @@ mod flight;
 mod flips;
 mod link;
 mod mode;
+mod pacer;
 mod setup;
 mod worker;
 mod world;

@@ -95,6 +95,12 @@ pub enum SetupError {
     Slo(#[from] SloError),
 }
 
+/// vLLM's own default where prompts are cut for the decodes beside them; elsewhere a step takes what it is
+/// given.
+fn default_chunk_tokens(mode: Mode) -> u32 {
+    if mode == Mode::Aggregated { 2048 } else { 8192 }
+}
+
 impl Setup {
     /// With everything that need not be said at its default.
     pub fn new(profile: Profile, workers: u32, mode: Mode, slo: Slo) -> Self {
@@ -103,7 +109,7 @@ impl Setup {
             mode,
             slo,
             late: Late::default(),
-            chunk_tokens: if mode == Mode::Aggregated { 2048 } else { 8192 },
+            chunk_tokens: default_chunk_tokens(mode),
             policy: None,
             kv_capacity_tokens: profile.kv_capacity_tokens.unwrap_or(600_000),
             kv_bytes_per_token: profile.kv_bytes_per_token.unwrap_or(327_680),
@@ -122,6 +128,12 @@ impl Setup {
             seed: 0,
             profile,
         }
+    }
+
+    /// The same fleet used in another way.
+    #[must_use]
+    pub fn in_mode(&self, mode: Mode) -> Self {
+        Self { mode, chunk_tokens: default_chunk_tokens(mode), ..self.clone() }
     }
 
     /// # Errors

@@ -2,7 +2,7 @@ use baton_core::{JobId, WorkerKey, WorkerReport};
 use baton_engine::sim::{NeverFits, NewSequence, Scheduler, SequenceId, Step};
 use baton_types::{Leg, StepModel};
 
-use super::{link::LinkUse, nanos};
+use super::{link::LinkUse, nanos, pacer::Pacer};
 use crate::fleet::Nanos;
 
 /// One engine.
@@ -18,6 +18,8 @@ pub(super) struct Worker {
     tasks: Vec<Option<Task>>,
     model: StepModel,
     noise: Option<(f64, fastrand::Rng)>,
+    /// Sizes steps by the slack that ITL leaves; without one the chunk budget alone does.
+    pacer: Option<Pacer>,
 }
 
 /// What a sequence is for.
@@ -32,12 +34,15 @@ pub(super) struct Task {
 impl Worker {
     pub(super) fn new(
         key: WorkerKey,
-        scheduler: Scheduler,
+        mut scheduler: Scheduler,
         model: StepModel,
         noise: Option<(f64, fastrand::Rng)>,
+        pacer: Option<Pacer>,
     ) -> Self {
+        scheduler.set_pace(pacer.as_ref().map(Pacer::pace));
         Self {
             key,
+            pacer,
             scheduler,
             link: LinkUse::default(),
             step: Step::default(),
@@ -94,6 +99,10 @@ impl Worker {
         let mut step_ms = self.model.step_ms(&self.step.load(&self.model));
         if let Some((most, rng)) = &mut self.noise {
             step_ms *= 1.0 + *most * (2.0 * rng.f64() - 1.0);
+        }
+        if let Some(pacer) = &mut self.pacer {
+            pacer.observe(&self.step, step_ms);
+            self.scheduler.set_pace(Some(pacer.pace()));
         }
         Some(nanos(step_ms).max(1))
     }

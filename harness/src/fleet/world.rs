@@ -6,17 +6,18 @@ use std::{
 };
 
 use baton_core::{
-    Action, Core, Event, HandoffMode, JobId, Order, RequestKey, RequestShape, Settings, Split,
-    WorkerDescription, WorkerKey,
+    Action, Core, Event, HandoffMode, JobId, Order, PrefixPull, RequestKey, RequestShape, Settings,
+    Split, WorkerDescription, WorkerKey,
     policy::{self, Targets},
 };
-use baton_engine::sim::{BlockHash, NewSequence, PrefillPace, Scheduler, SchedulerLimits};
+use baton_engine::sim::{BlockHash, NewSequence, Scheduler, SchedulerLimits};
 use baton_types::{Epoch, HandoffId, Leg, StepModel};
 
 use super::{
     Late, Mode, Nanos, Run, Setup, duration,
     flight::{Awaited, Flight},
     flips::Pools,
+    pacer::{Pacer, STEP_HEADROOM},
     worker::Worker,
 };
 use crate::{
@@ -25,11 +26,6 @@ use crate::{
     trace::{Trace, TraceRequest},
 };
 
-/// A step is planned to end this much before the target, since the target is on the slowest steps.
-const STEP_HEADROOM: f64 = 0.95;
-const MIN_CHUNK_TOKENS: u32 = 32;
-/// Alone, prompts are batched up to here: a longer batch gains nothing and delays the first of it.
-const BATCH_TOKENS: u32 = 1024;
 const SAMPLE_INTERVAL: Nanos = 1_000_000_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,6 +35,11 @@ pub(super) enum Happening {
     },
     /// The KV that this job waits for has come.
     Transferred {
+        worker: usize,
+        job: JobId,
+    },
+    /// What this job was to copy from a peer's prefix cache has come.
+    Pulled {
         worker: usize,
         job: JobId,
     },
@@ -54,6 +55,15 @@ pub(super) enum Happening {
         worker: usize,
     },
     Sample,
+}
+
+/// A job that waits for a peer's prefix before its engine hears of it.
+struct Pull {
+    new: NewSequence,
+    flight: usize,
+    leg: Leg,
+    /// Of its prompt, from the first on.
+    blocks: usize,
 }
 
 pub(super) struct World<'a> {
@@ -73,6 +83,7 @@ pub(super) struct World<'a> {
     flights_open: usize,
     by_request: HashMap<RequestKey, usize>,
     jobs: HashMap<JobId, (usize, usize)>,
+    pulls: HashMap<JobId, Pull>,
     outcomes: Vec<Option<Outcome>>,
     samples: Vec<(Duration, FleetSample)>,
     /// Workers that may have something to compute now.
@@ -100,6 +111,7 @@ impl<'a> World<'a> {
             flights_open: 0,
             by_request: HashMap::new(),
             jobs: HashMap::new(),
+            pulls: HashMap::new(),
             outcomes: vec![None; trace.requests.len()],
             samples: Vec::new(),
             touched: Vec::new(),
@@ -122,27 +134,20 @@ impl<'a> World<'a> {
         let description = self.description(index as usize, Epoch::from_u128(u128::from(index)));
         let key = self.core.attach(description, Duration::ZERO, &mut self.actions);
         let blocks = setup.kv_capacity_tokens / u64::from(setup.block_size_tokens);
-        let mut scheduler = Scheduler::new(SchedulerLimits {
+        let scheduler = Scheduler::new(SchedulerLimits {
             block_size_tokens: setup.block_size_tokens,
             kv_blocks: u32::try_from(blocks).unwrap_or(u32::MAX),
             max_seqs: setup.max_seqs,
             max_step_tokens: setup.chunk_tokens,
             reserves_output: setup.reserves_output,
         });
-        if setup.mode == Mode::Adaptive {
-            scheduler.set_pace(Some(PrefillPace {
-                step_ms: STEP_HEADROOM * setup.slo.itl_ms,
-                model: believed,
-                min_chunk_tokens: MIN_CHUNK_TOKENS,
-                batch_tokens: BATCH_TOKENS,
-            }));
-        }
+        let pacer = (setup.mode == Mode::Adaptive).then(|| Pacer::new(setup.slo.itl_ms, believed));
         let noise = (setup.step_noise > 0.0).then(|| {
             let seed = setup.seed.wrapping_mul(0x9e37_79b9).wrapping_add(u64::from(index));
             (setup.step_noise, fastrand::Rng::with_seed(seed))
         });
         self.by_key.insert(key, self.workers.len());
-        self.workers.push(Worker::new(key, scheduler, setup.profile.model, noise));
+        self.workers.push(Worker::new(key, scheduler, setup.profile.model, noise, pacer));
     }
 
     /// What a worker says of itself.
@@ -155,6 +160,7 @@ impl<'a> World<'a> {
             handoff: HandoffMode::Fenced { compatibility: [0; 32] },
             model: Some(believed_model(self.setup)),
             kv_capacity_tokens: Some(self.setup.kv_capacity_tokens),
+            pulls_prefixes: true,
         }
     }
 
@@ -234,6 +240,7 @@ impl<'a> World<'a> {
                     self.touched.push(worker);
                 }
             }
+            Happening::Pulled { worker, job } => self.pulled(worker, job),
             Happening::Reports => self.reports(),
             Happening::Balances => self.balances(),
             Happening::Announces { worker } => self.announces(worker),
@@ -291,8 +298,8 @@ impl<'a> World<'a> {
     pub(super) fn carry_out(&mut self, mut actions: Vec<Action>) {
         for action in actions.drain(..) {
             match action {
-                Action::Start { worker, job, request, leg, .. } => {
-                    self.start(worker, job, request, leg);
+                Action::Start { worker, job, request, leg, pull, .. } => {
+                    self.start(worker, job, request, leg, pull);
                 }
                 Action::Cancel { job, .. } => self.cancel(job),
                 Action::Reject { request, .. } => self.close(request, Some(Fate::Rejected)),
@@ -306,7 +313,14 @@ impl<'a> World<'a> {
         self.actions = actions;
     }
 
-    fn start(&mut self, worker: WorkerKey, job: JobId, request: RequestKey, leg: Leg) {
+    fn start(
+        &mut self,
+        worker: WorkerKey,
+        job: JobId,
+        request: RequestKey,
+        leg: Leg,
+        pull: Option<PrefixPull>,
+    ) {
         let (Some(&worker), Some(&place)) =
             (self.by_key.get(&worker), self.by_request.get(&request))
         else {
@@ -325,14 +339,61 @@ impl<'a> World<'a> {
             ),
             remote_kv: leg == Leg::Decode,
         };
+        self.jobs.insert(job, (place, worker));
+        let peer = pull.and_then(|pull| Some((*self.by_key.get(&pull.from)?, pull.tokens)));
+        if let Some((from, tokens)) = peer
+            && let Some((time, blocks)) = self.begin_pull(from, worker, &new, tokens)
+        {
+            self.pulls.insert(job, Pull { new, flight: place, leg, blocks });
+            return self.foresee(time, Happening::Pulled { worker, job });
+        }
+        self.add(new, job, place, worker, leg);
+    }
+
+    fn add(&mut self, new: NewSequence, job: JobId, place: usize, worker: usize, leg: Leg) {
         let added = self.workers[worker].add(new, job, place, leg);
         debug_assert!(added.is_ok(), "what does not fit was turned away when it came");
-        self.jobs.insert(job, (place, worker));
         self.touched.push(worker);
+    }
+
+    /// When the blocks will have come, and up to which; none if the peer holds no more than is here, as
+    /// may be: the core only believes.
+    fn begin_pull(
+        &mut self,
+        from: usize,
+        to: usize,
+        new: &NewSequence,
+        tokens: u32,
+    ) -> Option<(Nanos, usize)> {
+        let block_tokens = self.setup.block_size_tokens;
+        let wanted = new.block_hashes.len().min((tokens / block_tokens) as usize);
+        let wanted = &new.block_hashes[..wanted];
+        let here = self.workers[to].scheduler.lend_prefix(wanted);
+        let there = self.workers[from].scheduler.lend_prefix(wanted);
+        let copied_blocks = there.checked_sub(here).filter(|blocks| *blocks > 0)?;
+        let copied_tokens = u32::try_from(copied_blocks).unwrap_or(u32::MAX) * block_tokens;
+        let mut sender = self.workers[from].link;
+        let receiver = &mut self.workers[to].link;
+        let time = self.setup.link.transfer(self.now, copied_tokens, &mut sender, receiver);
+        self.workers[from].link = sender;
+        Some((time, there))
+    }
+
+    fn pulled(&mut self, worker: usize, job: JobId) {
+        let Some(Pull { new, flight: place, leg, blocks }) = self.pulls.remove(&job) else {
+            return;
+        };
+        self.workers[worker].scheduler.lay_prefix(&new.block_hashes[..blocks]);
+        if let Some(flight) = &mut self.flights[place] {
+            let tokens = u64::from(self.setup.block_size_tokens) * blocks as u64;
+            flight.kv_bytes_moved += tokens * self.setup.kv_bytes_per_token;
+        }
+        self.add(new, job, place, worker, leg);
     }
 
     fn cancel(&mut self, job: JobId) {
         let Some((_, worker)) = self.jobs.remove(&job) else { return };
+        self.pulls.remove(&job);
         if let Some(task) = self.workers[worker].task_of(job) {
             self.workers[worker].remove(task.sequence);
             self.touched.push(worker);

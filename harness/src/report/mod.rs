@@ -100,6 +100,7 @@ pub struct Contender {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Searched {
     pub setup: String,
+    /// The highest rate that it was seen to hold before another held more.
     pub goodput_rps: f64,
 }
 

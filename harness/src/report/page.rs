@@ -164,9 +164,10 @@ fn searched(scenario: &Scenario) -> Markup {
             @let tried = contender.searched.len();
             details {
                 summary { "How " (contender.mode) " was tuned: best of " (tried) " setups, " (contender.setup) }
+                p { "All are tried at the same loads; who does not hold one that another holds is out." }
                 div.scroll {
                     table {
-                        thead { tr { th { "setup" } th.number { "goodput, requests/s" } } }
+                        thead { tr { th { "setup" } th.number { "seen to hold, requests/s" } } }
                         tbody {
                             @for searched in &contender.searched {
                                 tr { th { (searched.setup) } td.number { (figures(searched.goodput_rps)) } }

@@ -24,6 +24,7 @@ fn keys(count: usize) -> Vec<WorkerKey> {
         handoff: HandoffMode::None,
         model: None,
         kv_capacity_tokens: None,
+        pulls_prefixes: false,
     };
     (0..count).map(|name| core.attach(worker(name), Duration::ZERO, &mut Vec::new())).collect()
 }

@@ -4,14 +4,13 @@ use std::{collections::BTreeMap, time::Duration};
 
 use baton_types::Leg;
 
-use super::{Core, OnNoPrefill, Request, hit_tokens, milliseconds};
+use super::{Core, OnNoPrefill, Request, candidate, milliseconds};
 use crate::{
     admission::{OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant, Waits},
     decision::{Considered, DecisionReason, PlacementDecision},
     event::{Action, Rejection},
     fleet::WorkerKey,
-    placement::{self, AggregatedReason, NoRoute, Plan, Split},
-    policy::Candidate,
+    placement::{self, AggregatedReason, Holders, NoRoute, Plan, Split},
     request::{Job, JobId, RequestKey, Stage},
 };
 
@@ -110,7 +109,7 @@ impl Core {
 
     /// From now to the first token on the best path, if every path can be predicted.
     fn least_delay(&self, request: &Request, now: Duration) -> Option<Duration> {
-        let Request { shape, avoid, turn, .. } = request;
+        let Request { shape, avoid, .. } = request;
         let targets = &self.settings.targets;
         let mut candidates = Vec::new();
         placement::plan(&self.fleet, shape, avoid, self.split_now(), &mut candidates).ok()?;
@@ -118,14 +117,7 @@ impl Core {
         for key in candidates {
             let worker = self.fleet.get(key)?;
             let considered = Considered::to_prefill(
-                &Candidate {
-                    worker: key,
-                    load: &worker.load,
-                    hit_tokens: hit_tokens(key, &worker.prefixes, shape),
-                    work_ahead_ms: worker.load.dispatched_left_ms(now, targets)
-                        + worker.queue.work_before_ms(*turn),
-                    is_here: false,
-                },
+                &candidate(request, key, worker, None, &Holders::default(), targets, now),
                 shape.prompt_tokens,
                 targets,
             );

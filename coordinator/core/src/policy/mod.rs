@@ -17,6 +17,7 @@ use baton_types::Leg;
 
 use crate::{
     fleet::{Load, WorkerKey},
+    placement::PrefixPull,
     request::RequestShape,
 };
 
@@ -24,6 +25,11 @@ use crate::{
 pub trait Policy: fmt::Debug + Send {
     /// Answers with a place in `choice.candidates`, of which there is at least one.
     fn choose(&mut self, choice: &Choice<'_>) -> usize;
+
+    /// Whether a candidate shall copy the start of the prompt that a peer holds, where one could.
+    fn pulls(&self, _choice: &Choice<'_>, _candidate: &Candidate<'_>) -> bool {
+        false
+    }
 }
 
 /// One leg of one request, and who could take it.
@@ -46,6 +52,8 @@ pub struct Candidate<'a> {
     pub load: &'a Load,
     /// Tokens of the prompt whose KV it is believed to hold.
     pub hit_tokens: u32,
+    /// A peer holds more, and it could be copied here first.
+    pub pull: Option<PrefixPull>,
     /// Milliseconds of prefill that go before this request's, if it came here.
     pub work_ahead_ms: f64,
     /// The prompt is prefilled here: to decode here costs no handoff.
@@ -65,6 +73,13 @@ pub struct Targets {
 impl Default for Targets {
     fn default() -> Self {
         Self { step_ms: 50.0, handoff_ms: 2.0, handoff_ms_per_thousand_tokens: 8.0 }
+    }
+}
+
+impl Targets {
+    /// To copy the KV of so many tokens from one worker to another.
+    pub fn copy_ms(&self, tokens: u32) -> f64 {
+        self.handoff_ms + self.handoff_ms_per_thousand_tokens * f64::from(tokens) / 1000.0
     }
 }
 

@@ -9,6 +9,12 @@ const PACK_BELOW: f64 = 0.85;
 /// KV may be used up to this part.
 const KV_HIGH: f64 = 0.97;
 
+/// Packing takes links that move a token's KV in this part of the time that computing it takes: one worker
+/// receives what several others prefill.
+const LINK_SHARE: f64 = 0.5;
+/// To copy less is not worth the trouble.
+const MIN_PULL_TOKENS: u32 = 512;
+
 /// Prefill goes where the first token is predicted soonest: work ahead and its own, over the part of
 /// time that the decodes there leave to prefill. A decode stays where its prompt was prefilled, or
 /// decodes are packed on few workers, by which of the two the ITL target makes cheaper.
@@ -27,14 +33,38 @@ impl Policy for Slack {
             Leg::Prefill | Leg::Aggregated => prefill(choice),
         }
     }
+
+    fn pulls(&self, choice: &Choice<'_>, candidate: &Candidate<'_>) -> bool {
+        pulled_ms(choice, candidate)
+            .is_some_and(|pulled_ms| pulled_ms < computed_ms(choice, candidate))
+    }
 }
 
 fn prefill(choice: &Choice<'_>) -> usize {
-    let tokens = choice.request.prompt_tokens;
     least(choice, |candidate| {
-        let work_ms = candidate.load.prefill_ms(candidate.hit_tokens, tokens);
-        (candidate.work_ahead_ms + work_ms) / candidate.load.prefill_rate(choice.targets)
+        let computed_ms = computed_ms(choice, candidate);
+        pulled_ms(choice, candidate).map_or(computed_ms, |pulled_ms| pulled_ms.min(computed_ms))
     })
+}
+
+/// Until the prompt is computed there, all of it that is not cached.
+fn computed_ms(choice: &Choice<'_>, candidate: &Candidate<'_>) -> f64 {
+    let tokens = choice.request.prompt_tokens;
+    let work_ms = candidate.load.prefill_ms(candidate.hit_tokens, tokens);
+    (candidate.work_ahead_ms + work_ms) / candidate.load.prefill_rate(choice.targets)
+}
+
+/// The same if what a peer holds is copied first, beside the work that goes before.
+fn pulled_ms(choice: &Choice<'_>, candidate: &Candidate<'_>) -> Option<f64> {
+    let pull = candidate.pull?;
+    let copied_tokens = pull.tokens - candidate.hit_tokens;
+    if copied_tokens < MIN_PULL_TOKENS {
+        return None;
+    }
+    let rate = candidate.load.prefill_rate(choice.targets);
+    let copy_ms = choice.targets.copy_ms(copied_tokens);
+    let work_ms = candidate.load.prefill_ms(pull.tokens, choice.request.prompt_tokens);
+    Some((candidate.work_ahead_ms / rate).max(copy_ms) + work_ms / rate)
 }
 
 fn decode(choice: &Choice<'_>) -> usize {
@@ -60,8 +90,7 @@ fn decode(choice: &Choice<'_>) -> usize {
             _ => least(choice, cost),
         };
     }
-    let handoff_ms =
-        targets.handoff_ms + targets.handoff_ms_per_thousand_tokens * f64::from(tokens) / 1000.0;
+    let handoff_ms = targets.copy_ms(tokens);
     let decodes_here =
         |candidate: &Candidate<'_>| candidate.load.decodes > 0 && feasible(candidate);
     if choice.candidates.iter().any(decodes_here) {
@@ -89,6 +118,10 @@ fn decode(choice: &Choice<'_>) -> usize {
 fn pays_to_pack(choice: &Choice<'_>) -> bool {
     let models = || choice.candidates.iter().filter_map(|candidate| candidate.load.model);
     let Some(model) = models().next() else { return false };
+    let [_, token_ms, _] = model.prefill_ms;
+    if choice.targets.handoff_ms_per_thousand_tokens / 1000.0 > LINK_SHARE * token_ms {
+        return false;
+    }
     let fixed = model.decode_ms[0] / choice.targets.step_ms;
     (1.0 - fixed) / model.prefill_interference_factor.max(1e-3) < PACK_BELOW
 }
