@@ -117,7 +117,7 @@ async fn values_change_live_and_orders_work() {
         (
             "its transport is named",
             "document.querySelector('#handoffs h2 small').textContent
-            .includes('quic')",
+            .includes('shm')",
         ),
         ("attachments are told", "document.querySelectorAll('#decisions tbody tr').length === 4"),
     ] {
