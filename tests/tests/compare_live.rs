@@ -10,15 +10,16 @@ use serde_json::Value;
 
 const REQUESTS: u64 = 20;
 
-fn write_experiment(directory: &Path, workers: u32) {
+fn write_experiment(directory: &Path, prefill: u32) {
     let line = |n: u64| {
         format!("{{\"timestamp\":{},\"input_length\":{},\"output_length\":3}}\n", n * 10, 40 + n)
     };
     std::fs::write(directory.join("t.jsonl"), (0..REQUESTS).map(line).collect::<String>()).unwrap();
     let profile = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/profiles/demo.json");
     let experiment = format!(
-        "what = \"simulate\"\nprofile = {profile:?}\ntraces = [\"t.jsonl\"]\nworkers = [{workers}]\n\
-         modes = [\"aggregated\", \"static:1P1D\"]\n[[slo]]\nttft_ms = 60000\nitl_ms = 60000\n"
+        "what = \"simulate\"\nprofile = {profile:?}\ntraces = [\"t.jsonl\"]\nworkers = [{}]\n\
+         modes = [\"aggregated\", \"static:{prefill}P1D\"]\n[[slo]]\nttft_ms = 60000\nitl_ms = 60000\n",
+        prefill + 1
     );
     std::fs::write(directory.join("live.toml"), experiment).unwrap();
 }
@@ -44,7 +45,7 @@ async fn compare(cluster: &Cluster, token: &str) -> (bool, String, String) {
 async fn modes_take_turns_on_one_cluster_that_keeps_its_own() {
     let cluster = ClusterBuilder::sim().start().await.unwrap();
     let before = cluster.state().await["mode"].clone();
-    write_experiment(cluster.directory(), 2);
+    write_experiment(cluster.directory(), 1);
     let (success, out, errors) = compare(&cluster, ADMIN_TOKEN).await;
     assert!(success, "{errors}");
     let report: Value = serde_json::from_str(&out).unwrap();
@@ -69,7 +70,7 @@ async fn modes_take_turns_on_one_cluster_that_keeps_its_own() {
 #[tokio::test]
 async fn a_comparison_that_cannot_be_is_refused_before_it_begins() {
     let cluster = ClusterBuilder::sim().start().await.unwrap();
-    write_experiment(cluster.directory(), 3);
+    write_experiment(cluster.directory(), 2);
     let (success, _, errors) = compare(&cluster, ADMIN_TOKEN).await;
     assert!(!success && errors.contains("workers: [3], and the cluster has 2"), "{errors}");
     let (success, _, errors) = compare(&cluster, "guess").await;

@@ -167,8 +167,6 @@ A histogram has `_bucket`, `_sum` and `_count`.
 | `priority` | a request's class: smaller numbers come first, 0 is usual |
 | `direction` | `late`: later, or longer, than predicted; `early` |
 | `verdict`, `to` | what the balancer advised, and the role that a worker was told to take |
-| `priority` | of a request, as its client or tenant said; lower goes first |
-| `direction` | `late` or `early`, against what was predicted |
 | `tenant` | whose key was given; empty without one |
 | `leg` | `prefill`, `decode`, `aggregated` |
 | `origin`, `kind` | who is to blame for a leg's failure, and in which way |
