@@ -147,7 +147,7 @@ impl Load {
         let Some(model) = self.model.filter(|_| self.decodes > 0) else { return 0.95 };
         let slack_ms = targets.step_ms - self.decode_step_ms(0, 0);
         let factor = model.prefill_interference_factor.max(1e-3);
-        (slack_ms / (targets.step_ms * factor)).clamp(0.02, 1.0 / factor)
+        (slack_ms / (targets.step_ms * factor)).min(1.0 / factor).max(0.02)
     }
 
     pub fn has_kv_room(&self, tokens: u32, up_to: f64) -> bool {
