@@ -2,7 +2,7 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     fs,
-    net::TcpListener,
+    net::{TcpListener, UdpSocket},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -554,7 +554,13 @@ impl Cluster {
     }
 }
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago, for TCP and for UDP.
 fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    loop {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        if UdpSocket::bind(address).is_ok() {
+            return Ok(address.port());
+        }
+    }
 }
