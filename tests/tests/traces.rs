@@ -144,7 +144,8 @@ async fn ask(cluster: &Cluster, traceparent: Option<&str>, max_tokens: u32) {
 
 const REQUEST: &str = "POST /v1/completions";
 
-#[tokio::test]
+// The collector answers while the test waits for the coordinator to end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_is_one_trace_over_both_legs() {
     let (collector, endpoint) = Collector::start().await;
     let mut cluster = start(endpoint, "").await;
@@ -234,7 +235,8 @@ async fn a_request_is_one_trace_over_both_legs() {
     assert!(request.events.iter().any(|event| event.name == "leg failed"), "{request:#?}");
 }
 
-#[tokio::test]
+// The collector answers while the test waits for the coordinator to end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_decides_for_its_requests_and_the_ratio_for_the_others() {
     let (collector, endpoint) = Collector::start().await;
     let mut cluster = start(endpoint, "sample_ratio = 0\n").await;
