@@ -586,17 +586,6 @@ const MODEL: StepModel = StepModel {
     prefill_interference_factor: 0.8,
 };
 
-/// What is learnt of an engine whose steps take no time may be anything.
-#[test]
-fn however_dear_a_mixture_is_said_to_be_it_has_a_rate() {
-    for prefill_interference_factor in [0.0, 0.8, 225.0, f64::MAX] {
-        let model = StepModel { prefill_interference_factor, ..MODEL };
-        let load = crate::Load { model: Some(model), decodes: 1, ..crate::Load::default() };
-        let rate = load.prefill_rate(&Targets::default());
-        assert!(rate.is_finite() && rate >= 0.02, "{prefill_interference_factor}: {rate}");
-    }
-}
-
 proptest! {
     #[test]
     fn every_request_ends_once_and_every_count_returns_to_zero(

@@ -482,3 +482,23 @@ impl Fleet {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is learnt of an engine whose steps take no time may be anything.
+    #[test]
+    fn however_dear_a_mixture_is_said_to_be_it_has_a_rate() {
+        for prefill_interference_factor in [0.0, 0.8, 225.0, f64::MAX] {
+            let model = StepModel {
+                prefill_ms: [20.0, 0.05, 1e-6],
+                decode_ms: [10.0, 0.05, 1e-5],
+                prefill_interference_factor,
+            };
+            let load = Load { model: Some(model), decodes: 1, ..Load::default() };
+            let rate = load.prefill_rate(&Targets::default());
+            assert!(rate.is_finite() && rate >= 0.02, "{prefill_interference_factor}: {rate}");
+        }
+    }
+}
