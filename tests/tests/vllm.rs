@@ -231,9 +231,11 @@ async fn steps_keep_the_pace(cluster: &Cluster) {
     body["stream"] = true.into();
     let decoding = cluster.http.post(&url).json(&body).send().await.unwrap();
     let mut tokens = decoding.bytes_stream();
-    // By these the worker learns how long a step takes, if it did not know.
-    for _ in 0..20 {
-        tokens.next().await.unwrap().unwrap();
+    // By these the worker learns how long a step takes, if it did not know, and has time to say so.
+    let mut seen = 0;
+    while seen < 300 {
+        let chunk = tokens.next().await.unwrap().unwrap();
+        seen += chunk.windows(5).filter(|part| *part == b"data:").count();
     }
     let generated =
         async || vllm_metrics(cluster, "prefill-0").await.sum("vllm:generation_tokens_total", &[]);
