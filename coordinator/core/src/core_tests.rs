@@ -5,7 +5,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    AggregatedReason, AnnouncedChange, Elsewhere, HandoffMode, OnNoPrefill, Tenant, WorkerReport,
+    AggregatedReason, AnnouncedChange, Elsewhere, HandoffMode, HandoffPlan, OnNoPrefill, Route,
+    Tenant, WorkerReport,
 };
 
 pub(super) const NOW: Duration = Duration::from_secs(1);

@@ -3,7 +3,7 @@
 use baton_types::{Epoch, StepModel};
 
 use super::*;
-use crate::policy;
+use crate::{HandoffMode, PrefixPull, policy};
 
 const FENCED: HandoffMode = HandoffMode::Fenced { compatibility: [1; 32] };
 const MODEL: StepModel = StepModel {

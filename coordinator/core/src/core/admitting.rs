@@ -4,14 +4,14 @@ use std::{collections::BTreeMap, time::Duration};
 
 use baton_types::Leg;
 
-use super::{Core, OnNoPrefill, Request, candidate, milliseconds};
+use super::{Core, OnNoPrefill, attempt::candidate, milliseconds};
 use crate::{
     admission::{OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant, Waits},
     decision::{Considered, DecisionReason, PlacementDecision},
     event::{Action, Rejection},
     fleet::WorkerKey,
     placement::{self, AggregatedReason, Holders, NoRoute, Plan, Split},
-    request::{Job, JobId, RequestKey, Stage},
+    request::{Job, JobId, Request, RequestKey, Stage},
 };
 
 /// What a client is told to wait where nothing can be predicted.

@@ -1,0 +1,315 @@
+//! One attempt at a request: who could take it, whom the policy chooses, the queue of that worker, and the
+//! start of its legs.
+
+use std::time::Duration;
+
+use baton_types::Leg;
+
+use super::{Core, Settings, hit_tokens, milliseconds};
+use crate::{
+    decision::{Chosen, Considered},
+    event::{Action, HandoffPlan, Rejection},
+    fleet::{HandoffMode, Worker, WorkerKey},
+    placement::{self, AggregatedReason, Holders, NoRoute, Plan, PrefixPull, Route},
+    policy::{Candidate, Choice, Targets},
+    queue::{Order, Waiting},
+    request::{Request, RequestKey},
+};
+
+/// A prompt whose like have been late often enough is served ahead of its turn by this part of what it
+/// takes. With more of it others lose more than these gain.
+const HEAD_START: f64 = 0.5;
+
+impl Core {
+    /// Chooses the worker of the first leg, and puts the request into its queue.
+    pub(super) fn start_attempt(
+        &mut self,
+        key: RequestKey,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let split = self.split_now();
+        let Some(request) = self.requests.get_mut(key.0) else { return };
+        request.split = split;
+        let mut candidates = std::mem::take(&mut self.candidates);
+        let Request { shape, avoid, .. } = request;
+        let plan = placement::plan(&self.fleet, shape, avoid, split, &mut candidates);
+        self.count_arrival(key, &candidates);
+        match plan {
+            Err(NoRoute::NoWorker) if self.waits_for_workers() => {
+                self.wait(key, now + self.settings.wait_for_worker, now, actions);
+            }
+            Ok(Plan::Aggregated(AggregatedReason::NoPrefillWorker)) if self.rejects_local() => {
+                if self.waits_for_workers() {
+                    self.wait(key, now + self.settings.wait_for_worker, now, actions);
+                } else {
+                    self.reject(key, Rejection::NoPrefillWorker, now, actions);
+                }
+            }
+            Ok(_) if self.has_to_wait(key, &candidates, now) => {
+                let max_wait = self.settings.admission.unwrap_or_default().max_wait;
+                self.wait(key, now + max_wait, now, actions);
+            }
+            Err(reason) => {
+                let rejection = match reason {
+                    NoRoute::NoWorker => Rejection::NoWorker,
+                    NoRoute::UnknownModel => self.unknown_model(key),
+                };
+                self.reject(key, rejection, now, actions);
+            }
+            Ok(plan) => {
+                self.decide(key, plan, now);
+                let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
+                self.fleet.placed(worker);
+                if let Some(request) = self.requests.get_mut(key.0) {
+                    request.plan = plan;
+                }
+                match self.settings.order {
+                    _ if !self.is_held(key, worker) => self.dispatch(key, worker, now, actions),
+                    Order::Arrival => self.dispatch(key, worker, now, actions),
+                    Order::LateLast => {
+                        self.enqueue(key, worker, now);
+                        self.pump(worker, now, actions);
+                    }
+                }
+            }
+        }
+        self.candidates = candidates;
+    }
+
+    /// One of the candidates, of which there must be one.
+    pub(super) fn choose(
+        &mut self,
+        key: RequestKey,
+        leg: Leg,
+        here: Option<WorkerKey>,
+        candidates: &[WorkerKey],
+        now: Duration,
+    ) -> WorkerKey {
+        let keeps = self.settings.keeps_decisions;
+        if let ([only], false) = (candidates, keeps) {
+            return *only;
+        }
+        let Some(request) = self.requests.get(key.0) else { return candidates[0] };
+        let targets = &self.settings.targets;
+        let holders = Holders::of(&self.fleet, &request.shape);
+        let shown: Vec<Candidate<'_>> = candidates
+            .iter()
+            .filter_map(|worker| Some((*worker, self.fleet.get(*worker)?)))
+            .map(|(worker, on)| candidate(request, worker, on, here, &holders, targets, now))
+            .collect();
+        let by_prediction = request.split == self.settings.split;
+        let policy = if by_prediction { &mut self.policy } else { &mut self.fallback };
+        let place = policy.choose(&Choice {
+            now,
+            leg,
+            request: &request.shape,
+            deadline: Some(request.due),
+            targets,
+            candidates: &shown,
+        });
+        debug_assert!(place < shown.len(), "a policy chooses one of the candidates");
+        if keeps {
+            let (tokens, prefills) = (request.shape.prompt_tokens, leg == Leg::Prefill);
+            let predict = if prefills { Considered::to_prefill } else { Considered::to_decode };
+            let considered = shown.iter().map(|one| predict(one, tokens, targets)).collect();
+            let chosen = Chosen::new(considered, place);
+            if let Some(request) = self.requests.get_mut(key.0)
+                && let Some(decision) = &mut request.decision
+            {
+                *(if prefills { &mut decision.first } else { &mut decision.decode }) = chosen;
+            }
+        }
+        candidates[place.min(candidates.len() - 1)]
+    }
+
+    /// What a request that prefills there shall copy from a peer first, and the tokens of its prompt that
+    /// are not to be computed then.
+    pub(super) fn pull(
+        &self,
+        key: RequestKey,
+        worker: WorkerKey,
+        now: Duration,
+    ) -> (Option<PrefixPull>, u32) {
+        let (Some(request), Some(on)) = (self.requests.get(key.0), self.fleet.get(worker)) else {
+            return (None, 0);
+        };
+        let targets = &self.settings.targets;
+        let holders = Holders::of(&self.fleet, &request.shape);
+        let shown = candidate(request, worker, on, None, &holders, targets, now);
+        let choice = Choice {
+            now,
+            leg: Leg::Prefill,
+            request: &request.shape,
+            deadline: Some(request.due),
+            targets,
+            candidates: std::slice::from_ref(&shown),
+        };
+        match shown.pull {
+            Some(pull) if self.policy.pulls(&choice, &shown) => (Some(pull), pull.tokens),
+            _ => (None, shown.hit_tokens),
+        }
+    }
+
+    pub(super) fn enqueue(&mut self, key: RequestKey, worker: WorkerKey, now: Duration) {
+        let (_, cached_tokens) = self.pull(key, worker, now);
+        let (Some(request), Some(on)) = (self.requests.get_mut(key.0), self.fleet.get_mut(worker))
+        else {
+            return;
+        };
+        let tokens = request.shape.prompt_tokens;
+        let work_ms = on.load.prefill_ms(cached_tokens, tokens);
+        let due = request.turn;
+        if self.settings.admission.is_none() && self.late_shares.are_spent(tokens) {
+            let takes_ms = work_ms / on.load.prefill_rate(&self.settings.targets);
+            request.turn = due.saturating_sub(milliseconds(HEAD_START * takes_ms));
+        }
+        on.queue.push(key, request.turn, Waiting { work_ms, tokens, due });
+        on.queued_ms += work_ms;
+        on.queue_changed();
+        (request.waits_for, request.queued_ms) = (Some(worker), work_ms);
+    }
+
+    /// Gives a worker's engine what it has room for.
+    pub(super) fn pump(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
+        let Settings { targets, engine_queue_tokens: most_tokens, .. } = self.settings;
+        while let Some(on) = self.fleet.get_mut(worker)
+            && on.queue.len() > 0
+        {
+            let load = &on.load;
+            let fixed_ms = load.model.map_or(0.0, |model| model.prefill_ms[0]);
+            let (ahead_ms, rate) =
+                (load.dispatched_left_ms(now, &targets), load.prefill_rate(&targets));
+            let next = on.queue.pop(
+                |waiting| {
+                    let left_ms = fixed_ms + (ahead_ms + waiting.work_ms) / rate;
+                    now + milliseconds(left_ms) > waiting.due
+                },
+                |waiting| {
+                    load.prefills < 2
+                        || load.prefill_tokens + u64::from(waiting.tokens) <= most_tokens
+                },
+                &mut self.demoted,
+            );
+            on.queue_changed();
+            for tokens in self.demoted.drain(..) {
+                self.late_shares.served(tokens, true);
+            }
+            let Some((key, is_late)) = next else { break };
+            if !is_late && let Some(request) = self.requests.get(key.0) {
+                self.late_shares.served(request.shape.prompt_tokens, false);
+            }
+            if let Some(request) = self.requests.get_mut(key.0) {
+                request.waits_for = None;
+                on.queued_ms -= request.queued_ms;
+            }
+            if on.queue.len() == 0 {
+                // Nothing is left of rounding.
+                on.queued_ms = 0.0;
+            }
+            self.dispatch(key, worker, now, actions);
+        }
+        self.admit(now, actions);
+    }
+
+    /// Starts the legs of a request whose first worker is chosen.
+    pub(super) fn dispatch(
+        &mut self,
+        key: RequestKey,
+        worker: WorkerKey,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(request) = self.requests.get(key.0) else { return };
+        let reason = match request.plan {
+            Plan::Aggregated(reason) => reason,
+            Plan::Split => {
+                let mut partners = Vec::new();
+                placement::partners(
+                    &self.fleet,
+                    &request.shape,
+                    &request.avoid,
+                    request.split,
+                    worker,
+                    &mut partners,
+                );
+                if partners.is_empty() {
+                    // Whoever could decode went away meanwhile.
+                    AggregatedReason::NoDecodeWorker
+                } else {
+                    let decode = self.choose(key, Leg::Decode, Some(worker), &partners, now);
+                    if decode != worker {
+                        self.fleet.placed(decode);
+                        return self.start_split(key, worker, decode, now, actions);
+                    }
+                    AggregatedReason::StaysByPolicy
+                }
+            }
+        };
+        self.start_aggregated(key, worker, reason, now, actions);
+    }
+
+    pub(super) fn start_aggregated(
+        &mut self,
+        key: RequestKey,
+        worker: WorkerKey,
+        reason: AggregatedReason,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let job = self.start(key, worker, Leg::Aggregated, None, now, actions);
+        if let Some(request) = self.requests.get_mut(key.0) {
+            request.route = Some(Route::Aggregated { worker, reason });
+            (request.prefill, request.answering) = (None, Some(job));
+        }
+    }
+
+    pub(super) fn start_split(
+        &mut self,
+        key: RequestKey,
+        prefill: WorkerKey,
+        decode: WorkerKey,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(request) = self.requests.get(key.0) else { return };
+        let (id, generation) = (request.handoff, request.generation);
+        let mode = self.fleet.get(prefill).map(|worker| worker.description.handoff);
+        let by_engine = mode == Some(HandoffMode::Engine);
+        let jobs = if by_engine {
+            let plan = HandoffPlan::Engine { prefill: None };
+            (self.start(key, prefill, Leg::Prefill, Some(plan), now, actions), None)
+        } else {
+            let fenced = |peer| Some(HandoffPlan::Fenced { id, generation, peer });
+            let first = self.start(key, prefill, Leg::Prefill, fenced(decode), now, actions);
+            let second = self.start(key, decode, Leg::Decode, fenced(prefill), now, actions);
+            (first, Some(second))
+        };
+        if let Some(request) = self.requests.get_mut(key.0) {
+            request.route = Some(Route::Disaggregated { prefill, decode, by_engine });
+            (request.prefill, request.answering) = (Some(jobs.0), jobs.1);
+        }
+    }
+}
+
+/// A worker as a policy sees it.
+pub(super) fn candidate<'a>(
+    request: &Request,
+    key: WorkerKey,
+    worker: &'a Worker,
+    here: Option<WorkerKey>,
+    holders: &Holders,
+    targets: &Targets,
+    now: Duration,
+) -> Candidate<'a> {
+    let hit_tokens = hit_tokens(key, &worker.prefixes, &request.shape);
+    Candidate {
+        worker: key,
+        load: &worker.load,
+        hit_tokens,
+        pull: holders.pull_to(key, worker, hit_tokens),
+        work_ahead_ms: worker.load.dispatched_left_ms(now, targets)
+            + worker.queue.work_before_ms(request.turn),
+        is_here: here == Some(key),
+    }
+}
