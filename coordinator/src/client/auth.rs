@@ -166,7 +166,7 @@ pub(super) async fn admit(
 ) -> Response {
     let id = request.headers().get(&REQUEST_ID).cloned();
     let refused = |tenant: &str, outcome, error: &ClientError| {
-        metrics.tenant_request(tenant, outcome);
+        metrics.requests.of_tenant(tenant, outcome);
         let mut response = refuse(error);
         if let Some(id) = id {
             response.headers_mut().insert(REQUEST_ID, id);
@@ -191,7 +191,7 @@ pub(super) async fn admit(
     };
     // The key is ours: engines neither need nor see it.
     request.headers_mut().remove(header::AUTHORIZATION);
-    metrics.tenant_request(&tenant.tenant.name, "admitted");
+    metrics.requests.of_tenant(&tenant.tenant.name, "admitted");
     request.extensions_mut().insert(tenant.tenant.clone());
     let response = next.run(request).await;
     match place {
