@@ -60,6 +60,8 @@ pub struct TenantConfig {
     pub priority: i32,
     /// Requests in flight; further ones are answered with 429.
     pub max_requests: Option<u32>,
+    /// Of prompts and answers; beyond that it gets 429 until they are made up for.
+    pub max_tokens_per_minute: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

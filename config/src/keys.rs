@@ -257,6 +257,9 @@ keys! {
         priority => priority: Priority = ByDefault;
         /// Requests in flight; further ones are answered with 429. Default: any number.
         max_requests => max_requests: Maybe<Count> = Optional("64");
+        /// Tokens of its prompts and answers, at each coordinator. Who has used more is answered with 429
+        /// until as much time has passed as that makes up for. Default: any number.
+        max_tokens_per_minute => max_tokens_per_minute: Maybe<Count> = Optional("1000000");
     }
 }
 
@@ -514,6 +517,7 @@ pub(crate) fn blank_tenant() -> TenantConfig {
         weight: 1.0,
         priority: 0,
         max_requests: None,
+        max_tokens_per_minute: None,
     }
 }
 

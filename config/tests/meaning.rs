@@ -168,6 +168,7 @@ fn the_samples_examples_are_right() {
     assert_eq!(https.certificate, directory.path().join("tls/front.pem"));
     let [tenant] = cluster.tenants.try_into().unwrap();
     assert_eq!((tenant.name.as_str(), tenant.max_requests), ("search", Some(64)));
+    assert_eq!(tenant.max_tokens_per_minute, Some(1_000_000));
     assert_eq!(tenant.key_sha256.map(|digest| digest[0]), Some(0x2b));
     let scaling = cluster.kubernetes.unwrap();
     assert_eq!(scaling.prefill_deployment, "baton-prefill");
@@ -269,6 +270,7 @@ proptest! {
             weight: 0.5,
             priority: -3,
             max_requests: Some(2),
+            max_tokens_per_minute: Some(90),
         });
         cluster.insecure_plaintext = insecure_plaintext;
         cluster.admin = insecure_plaintext.then(|| AdminConfig {

@@ -148,15 +148,16 @@ pub async fn run(
         let router = admin::router(shell.clone(), token);
         tokio::spawn(listener::serve(router, listener, admin_limits, None))
     });
+    let metrics = shell.metrics.clone();
     let follows = tokio::spawn(async move {
         let mut interval = tokio::time::interval(FOLLOW_INTERVAL);
         loop {
             interval.tick().await;
             if let Some(tls) = &tls {
-                tls::follow("tls", tls);
+                tls::follow("tls", tls, &metrics);
             }
             if let Some(https) = &access.https {
-                tls::follow("coordinator.https", https);
+                tls::follow("coordinator.https", https, &metrics);
             }
             access.tenants.follow();
         }

@@ -15,7 +15,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use baton_config::SloConfig;
-use prometheus_client::{encoding::text::encode, metrics::gauge::Gauge, registry::Unit};
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{family::Family, gauge::Gauge},
+    registry::Unit,
+};
 
 pub(crate) use self::{
     catalogue::Catalogue,
@@ -38,6 +42,11 @@ pub(crate) fn page(shell: &Shell) -> Response {
     ([(header::CONTENT_TYPE, content_type)], text).into_response()
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TableLabels {
+    table: &'static str,
+}
+
 /// The coordinator's metrics, by what they tell of.
 #[derive(Debug)]
 pub(crate) struct Metrics {
@@ -48,6 +57,7 @@ pub(crate) struct Metrics {
     pub(crate) placement: PlacementMetrics,
     pub(crate) balancer: BalancerMetrics,
     workers: WorkerMetrics,
+    certificates: Family<TableLabels, Gauge>,
 }
 
 impl Metrics {
@@ -69,8 +79,20 @@ impl Metrics {
             gauge.set(milliseconds / 1000.0);
             catalogue.register_with_unit(name, help, Unit::Seconds, gauge);
         }
+        let certificates = Family::<TableLabels, Gauge>::default();
+        catalogue.register_with_unit(
+            "certificate_expiry_timestamp",
+            "When a certificate of this coordinator expires, since 1970",
+            Unit::Seconds,
+            certificates.clone(),
+        );
         let catalogue = Mutex::new(catalogue);
-        Self { catalogue, requests, handoffs, prefixes, placement, balancer, workers }
+        Self { catalogue, requests, handoffs, prefixes, placement, balancer, workers, certificates }
+    }
+
+    /// Of this table of the configuration.
+    pub(crate) fn certificate_expires(&self, table: &'static str, unix_s: i64) {
+        self.certificates.get_or_create(&TableLabels { table }).set(unix_s);
     }
 
     /// In Prometheus' text format, with how things stand now.

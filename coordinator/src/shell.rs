@@ -26,7 +26,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tracing::{info, warn};
 
 use crate::{
-    client::{Answer, ClientError},
+    client::{Answer, ClientError, TokenBudget},
     handoffs::HandoffMatrix,
     journal::Journal,
     metrics::{Metrics, Outcome},
@@ -85,6 +85,8 @@ pub(crate) struct IncomingRequest {
     pub(crate) request_id: HeaderValue,
     pub(crate) arrived: Instant,
     pub(crate) trace: Option<Box<RequestTrace>>,
+    /// What its tenant may use.
+    pub(crate) budget: Option<Arc<TokenBudget>>,
     pub(crate) forward: ForwardedRequest,
 }
 
@@ -194,6 +196,7 @@ impl Shell {
                 model,
                 relaying: None,
                 tenant,
+                budget: incoming.budget,
                 placed,
             },
         );

@@ -59,6 +59,8 @@ async fn on_a_real_api_server() {
 
     say("every overlay and component is taken as it is");
     custom_resources_are_defined(&control_plane).await;
+    apply(&control_plane, &manifests().join("overlays/cuda"));
+    secrets_are_made(&control_plane);
     for overlay in OVERLAYS {
         overlay_is_taken(&control_plane, overlay).await;
     }
@@ -122,6 +124,32 @@ async fn custom_resources_are_defined(control_plane: &ControlPlane) {
     control_plane
         .kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"], "")
         .unwrap();
+}
+
+/// As docs/kubernetes.md makes them.
+fn secrets_are_made(control_plane: &ControlPlane) {
+    let pem = |name: &str| {
+        let path = control_plane.path().join(name);
+        std::fs::write(&path, "PEM").unwrap();
+        path.display().to_string()
+    };
+    let [ca, certificate, key] = ["ca.pem", "host.pem", "host.key"].map(pem);
+    let files = [
+        "--type=kubernetes.io/tls".to_owned(),
+        format!("--from-file=ca.crt={ca}"),
+        format!("--from-file=tls.crt={certificate}"),
+        format!("--from-file=tls.key={key}"),
+    ];
+    let create = |name: &str, arguments: &[String]| {
+        let begin = ["-n", NAMESPACE, "create", "secret", "generic", name];
+        let rest = arguments.iter().map(String::as_str);
+        let all: Vec<&str> = begin.into_iter().chain(rest).collect();
+        control_plane.kubectl(&all, "").unwrap();
+    };
+    create("baton-coordinator-tls", &files);
+    create("baton-worker-tls", &files);
+    create("baton-api-keys", &["--from-literal=default=0123456789abcdef".to_owned()]);
+    create("baton-admin", &["--from-literal=token=0123456789abcdef".to_owned()]);
 }
 
 fn api<K>(client: &Client) -> Api<K>
@@ -198,6 +226,15 @@ async fn what_it_mounts_is_there(client: &Client, pod: &Pod) {
     for volume in spec.volumes.iter().flatten() {
         if let Some(map) = &volume.config_map {
             api::<ConfigMap>(client).get(&map.name).await.unwrap();
+        }
+        if let Some(secret) = &volume.secret {
+            let name = secret.secret_name.as_deref().unwrap();
+            api::<Secret>(client).get(name).await.unwrap();
+            assert_eq!(
+                secret.default_mode,
+                Some(0o440),
+                "{name}: for its group, and for no others"
+            );
         }
     }
     for container in spec.init_containers.iter().flatten() {

@@ -174,6 +174,7 @@ async fn deployments_follow_the_load_from_nothing_and_back() {
              max_decode = {MAX_DECODE}\nzero_after_seconds = 8\n"
         ))
         .environment("KUBECONFIG", &kubeconfig.to_string_lossy())
+        .drain_timeout_seconds(30)
         .without_workers()
         .start()
         .await
@@ -181,7 +182,9 @@ async fn deployments_follow_the_load_from_nothing_and_back() {
     let mut nodes = Nodes::new(control_plane.admin().unwrap(), cluster);
 
     // The first request waits for the first workers.
-    while nodes.cluster.get("/health").await.status != 200 {}
+    while nodes.cluster.try_metrics().await.is_err() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     assert_eq!(nodes.keep().await, [0, 0], "nobody asked for anything");
     let first = tokio::spawn({
         let (http, url) = (nodes.cluster.http.clone(), nodes.cluster.url("/v1/completions"));

@@ -2,6 +2,7 @@ use std::{collections::BTreeMap, fmt::Write as _, fs, time::Duration};
 
 use baton_config::SloConfig;
 use baton_core::{AggregatedReason, Decision, PoolFigures, Reason, ShedReason, Verdict};
+use baton_kubernetes::Scaled;
 use baton_proto as wire;
 use baton_types::{Fault, FaultKind, Leg, Origin, Role};
 
@@ -53,6 +54,8 @@ fn observed() -> (Metrics, String) {
     });
     metrics.balancer.flip(Role::Prefill, "operator");
     metrics.balancer.in_flight(0);
+    metrics.balancer.scaled(Role::Prefill, &Ok(Scaled { before: 1, after: 2 }));
+    metrics.certificate_expires("tls", 0);
     metrics.placement.decided(Path::Aggregated, "predicted");
     metrics.placement.waited(0, Duration::from_millis(1));
     metrics.placement.shed(ShedReason::QueueFull, 0);
@@ -168,7 +171,7 @@ A histogram has `_bucket`, `_sum` and `_count`.
 | Label | Values |
 |---|---|
 | `path` | `disaggregated`, `aggregated`; `none`: it ended before a worker answered |
-| `outcome` | `ok`, `client_error` (4xx), `server_error` (5xx), `broken_off` (in the middle of its answer), `cancelled` (the client went away), `too_slow` (the client left too much unread) |
+| `outcome` | `ok`, `client_error` (4xx), `server_error` (5xx), `broken_off` (in the middle of its answer), `cancelled` (the client went away), `too_slow` (the client left too much unread); of orders to Kubernetes, `more`, `fewer`, `unchanged`, `failed` |
 | `reason` | why a request was not split: [http.md](http.md#what-is-not-split); of placement, `predicted` (by predicted TTFT and ITL), `pools` (all are split) or `no_model` (step times are not known) too; of 429, `queue_full`, `waited_too_long` or `cannot_meet_slo`; of the balancer, why it decided so |
 | `priority` | a request's class: smaller numbers come first, 0 is usual |
 | `direction` | `late`: later, or longer, than predicted; `early` |
@@ -177,5 +180,6 @@ A histogram has `_bucket`, `_sum` and `_count`.
 | `leg` | `prefill`, `decode`, `aggregated` |
 | `origin`, `kind` | who is to blame for a leg's failure, and in which way |
 | `worker`, `role` | a worker's name, and `prefill` or `decode` |
+| `table` | of the configuration: `tls`, `coordinator.https` |
 | `name` | how a handoff failed or ended: [transfer.md](transfer.md#what-is-checked-and-where) |
 ";

@@ -8,7 +8,7 @@ use http::{HeaderValue, StatusCode};
 
 use super::ForwardedRequest;
 use crate::{
-    client::{Answer, ClientError, broken_stream_event},
+    client::{Answer, ClientError, TokenBudget, broken_stream_event},
     metrics::{Metrics, Outcome, Path},
     placed::Placed,
     prefixes::CachedPrefix,
@@ -31,6 +31,7 @@ pub(super) struct Client {
     pub(super) model: Option<String>,
     pub(super) relaying: Option<Relaying>,
     pub(super) tenant: Tenant,
+    pub(super) budget: Option<Arc<TokenBudget>>,
     pub(super) placed: Placed,
 }
 

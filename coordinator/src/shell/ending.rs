@@ -51,6 +51,11 @@ impl Shell {
         client.placed.last_token = client.last_token();
         let (path, e2e) = (client.path(), client.timeline.arrived.elapsed());
         state.core.answered_tokens(&client.tenant, client.placed.output_tokens);
+        if let Some(budget) = &client.budget {
+            let decision = client.placed.decisions.last();
+            let prompt_tokens = decision.map_or(0, |decision| u64::from(decision.prompt_tokens));
+            budget.take(prompt_tokens + client.placed.output_tokens, Instant::now());
+        }
         if let Some(placed) = client.placed.decisions.last() {
             self.metrics.placement.prediction(
                 client.placed.predicted_ttft().zip(client.placed.first_token),
