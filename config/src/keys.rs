@@ -14,9 +14,10 @@ use toml::de::DeValue;
 use crate::{
     cluster::{
         AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, CheckChoice, ClusterConfig,
-        CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig, OnNoPrefill,
-        PlacementConfig, PlacementMode, SimConfig, SloConfig, TelemetryConfig, TenantConfig,
-        TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+        CoordinatorConfig, EngineConfig, HttpsConfig, KubernetesScaling, LateRequests,
+        LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode, SimConfig, SloConfig,
+        TelemetryConfig, TenantConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig,
+        VllmSource, WorkerConfig,
     },
     value::{
         ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
@@ -165,6 +166,25 @@ keys! {
         /// Requests that name no tenant otherwise are of the one that this header names. Whoever can
         /// reach the coordinator can then be anyone: for use behind a proxy that sets it.
         tenant_header => tenant_header: Maybe<HeaderName> = Optional("\"x-tenant\"");
+    }
+}
+
+keys! {
+    /// `[balancer.kubernetes]`
+    KUBERNETES: KubernetesScaling {
+        /// Of the Deployments. Default: the coordinator's own.
+        namespace => namespace: Maybe<Text> = Optional("\"baton\"");
+        /// Whose pods are prefill workers: their names begin with its name.
+        prefill_deployment => prefill_deployment: Text = Required("\"baton-prefill\"");
+        /// Whose pods are decode workers.
+        decode_deployment => decode_deployment: Text = Required("\"baton-decode\"");
+        /// Most replicas of the one; the fewest are balancer.min_prefill.
+        max_prefill => max_prefill: Count = Required("8");
+        /// And of the other.
+        max_decode => max_decode: Count = Required("8");
+        /// After so long without any request both go to nothing, and the next request asks for the first
+        /// of each; give it time by admission.wait_for_worker_seconds. Default: never.
+        zero_after_seconds => zero_after: Maybe<Seconds> = Optional("1800");
     }
 }
 
@@ -497,6 +517,17 @@ pub(crate) fn blank_tenant() -> TenantConfig {
     }
 }
 
+pub(crate) fn blank_kubernetes() -> KubernetesScaling {
+    KubernetesScaling {
+        namespace: None,
+        prefill_deployment: String::new(),
+        decode_deployment: String::new(),
+        max_prefill: 1,
+        max_decode: 1,
+        zero_after: None,
+    }
+}
+
 pub(crate) fn blank_tls() -> TlsConfig {
     TlsConfig { ca: PathBuf::new(), certificate: PathBuf::new(), private_key: PathBuf::new() }
 }
@@ -523,6 +554,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
         placement: PlacementConfig::default(),
         admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
+        kubernetes: None,
         admin: None,
         telemetry: TelemetryConfig::default(),
         tls: None,

@@ -13,7 +13,9 @@ use std::{
     time::Duration,
 };
 
-use baton_kubernetes::{ConnectError, KubernetesConfig, KubernetesReplicas, ScaleError, Target};
+use baton_kubernetes::{
+    ConnectError, KubernetesConfig, KubernetesReplicas, ScaleError, Size, Target,
+};
 use baton_tests::{ControlPlane, kube_or_skip};
 use baton_types::Role;
 use k8s_openapi::api::{
@@ -408,15 +410,25 @@ async fn wanted(client: &Client, deployment: &str) -> i32 {
 async fn bounds(control_plane: &ControlPlane) {
     let admin = control_plane.admin().unwrap();
     let actuator = actuator(control_plane, config()).await;
-    for (asked, given) in [(4, 4), (1, 1), (0, 1), (9, 5), (9, 5), (2, 2)] {
+    use Size::{AtLeast, AtMost};
+    for (asked, given) in [
+        (AtLeast(4), 4),
+        (AtLeast(2), 4),
+        (AtMost(5), 4),
+        (AtMost(1), 1),
+        (AtMost(0), 1),
+        (AtLeast(9), 5),
+        (AtLeast(9), 5),
+        (AtMost(2), 2),
+    ] {
         let before = wanted(&admin, "baton-prefill").await;
         let scaled = actuator.scale(Role::Prefill, asked).await.unwrap();
         assert_eq!(scaled.before, u32::try_from(before).unwrap());
-        assert_eq!(scaled.after, given, "{asked}");
+        assert_eq!(scaled.after, given, "{asked:?}");
         assert_eq!(wanted(&admin, "baton-prefill").await, i32::try_from(given).unwrap());
         assert_eq!(actuator.replicas(Role::Prefill).await.unwrap().wanted, given);
     }
-    actuator.scale(Role::Decode, 100).await.unwrap();
+    actuator.scale(Role::Decode, Size::AtLeast(100)).await.unwrap();
     assert_eq!(wanted(&admin, "baton-decode").await, 3);
     assert_eq!(wanted(&admin, "baton-prefill").await, 2, "the other pool's stays");
 
@@ -458,7 +470,7 @@ async fn conflicts(control_plane: &ControlPlane) {
     let times = Arc::new(AtomicU32::new(3));
     let client = meddled_client(control_plane, times.clone()).await;
     let actuator = KubernetesReplicas::with_client(config(), client).unwrap();
-    let scaled = actuator.scale(Role::Prefill, 4).await.unwrap();
+    let scaled = actuator.scale(Role::Prefill, Size::AtLeast(4)).await.unwrap();
     assert_eq!((scaled.before, scaled.after), (2, 4));
     assert_eq!(times.load(Relaxed), 0, "each of the three was a conflict");
     assert_eq!(wanted(&admin, "baton-prefill").await, 4);
@@ -469,7 +481,7 @@ async fn conflicts(control_plane: &ControlPlane) {
     let patience = Duration::from_millis(500);
     let actuator =
         KubernetesReplicas::with_client(KubernetesConfig { patience, ..config() }, client).unwrap();
-    let error = actuator.scale(Role::Prefill, 2).await.unwrap_err();
+    let error = actuator.scale(Role::Prefill, Size::AtMost(2)).await.unwrap_err();
     assert!(matches!(error, ScaleError::Conflict { .. }), "{error}");
     assert_eq!(wanted(&admin, "baton-prefill").await, 4, "and nothing was overwritten");
 }
@@ -477,7 +489,11 @@ async fn conflicts(control_plane: &ControlPlane) {
 async fn refusals(control_plane: &ControlPlane) {
     let mut other = KubernetesConfig { patience: Duration::from_millis(300), ..config() };
     other.decode.deployment = "baton-coordinator".to_owned();
-    let forbidden = actuator(control_plane, other).await.scale(Role::Decode, 2).await.unwrap_err();
+    let forbidden = actuator(control_plane, other)
+        .await
+        .scale(Role::Decode, Size::AtLeast(2))
+        .await
+        .unwrap_err();
     let said = forbidden.to_string();
     assert!(matches!(forbidden, ScaleError::Forbidden { .. }), "{said}");
     assert!(said.contains("may not get deployments/scale of baton-coordinator in baton"), "{said}");
@@ -486,7 +502,7 @@ async fn refusals(control_plane: &ControlPlane) {
     absent.prefill.deployment = "baton-prefil".to_owned();
     let credentials = control_plane.credentials("admin-token-of-a-test").unwrap();
     let actuator = KubernetesReplicas::connect_as(absent, credentials).unwrap();
-    let error = actuator.scale(Role::Prefill, 2).await.unwrap_err();
+    let error = actuator.scale(Role::Prefill, Size::AtMost(2)).await.unwrap_err();
     assert!(matches!(error, ScaleError::NoSuchDeployment { .. }), "{error}");
 }
 
@@ -497,14 +513,14 @@ async fn outage(control_plane: &mut ControlPlane) {
     let impatient =
         KubernetesReplicas::connect_as(impatient, control_plane.credentials(&token).unwrap())
             .unwrap();
-    actuator.scale(Role::Prefill, 3).await.unwrap();
+    actuator.scale(Role::Prefill, Size::AtMost(3)).await.unwrap();
 
     control_plane.stop("kube-apiserver");
-    let error = impatient.scale(Role::Prefill, 1).await.unwrap_err();
+    let error = impatient.scale(Role::Prefill, Size::AtMost(1)).await.unwrap_err();
     assert!(matches!(error, ScaleError::Unreachable { .. }), "{error}");
     let waiting = tokio::spawn({
         let actuator = actuator.clone();
-        async move { actuator.scale(Role::Prefill, 5).await }
+        async move { actuator.scale(Role::Prefill, Size::AtLeast(5)).await }
     });
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(!waiting.is_finished(), "it goes on trying");
