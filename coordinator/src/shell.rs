@@ -37,10 +37,7 @@ use crate::{
     timeline::Timeline,
 };
 
-use self::{
-    client::{Client, KnownPrompt},
-    workers::Attached,
-};
+use self::{client::Client, workers::Attached};
 pub(crate) use self::{
     legs::ForwardedRequest,
     operators::UnknownWorker,
@@ -169,7 +166,7 @@ impl Shell {
             let cached = state.prefixes.cached(model.as_deref(), &prompt, now);
             incoming.shape.prompt_tokens = cached.prompt_tokens;
             incoming.shape.held_tokens = cached.held_tokens.clone();
-            KnownPrompt { prompt, model, cached }
+            cached
         });
         let model = incoming.shape.model.clone();
         let (priority, tenant) = (incoming.shape.priority, incoming.shape.tenant.clone());
@@ -366,9 +363,8 @@ impl Shell {
     fn prompt_goes_to(&self, state: &mut State, worker: WorkerKey, request: RequestKey, leg: Leg) {
         let State { clients, prefixes, .. } = state;
         let client = clients.get(&request);
-        let Some(known) = client.and_then(|client| client.prompt.as_ref()) else { return };
-        let KnownPrompt { prompt, model, cached } = known;
-        prefixes.routed(worker, model.as_deref(), prompt, self.started.elapsed());
-        self.metrics.prefixes.prompt(leg, cached.prompt_tokens, cached.held_by(worker));
+        let Some(prompt) = client.and_then(|client| client.prompt.as_ref()) else { return };
+        prefixes.routed(worker, prompt, self.started.elapsed());
+        self.metrics.prefixes.prompt(leg, prompt.prompt_tokens, prompt.held_by(worker));
     }
 }

@@ -12,7 +12,6 @@ use crate::{
     metrics::{Metrics, Outcome, Path},
     placed::Placed,
     prefixes::CachedPrefix,
-    prompt::Prompt,
     spans::RequestTrace,
     timeline::Timeline,
 };
@@ -23,7 +22,8 @@ pub(super) struct Client {
     pub(super) answer: Arc<Answer>,
     /// Kept for another try, until the first answer.
     pub(super) request: Option<ForwardedRequest>,
-    pub(super) prompt: Option<KnownPrompt>,
+    /// Of its prompt, as it arrived.
+    pub(super) prompt: Option<CachedPrefix>,
     pub(super) request_id: HeaderValue,
     pub(super) streams: bool,
     pub(super) timeline: Timeline,
@@ -43,14 +43,6 @@ pub(super) struct Relaying {
     pub(super) status: StatusCode,
     pub(super) event_stream: bool,
     pub(super) last_tokens: Option<Instant>,
-}
-
-/// What is known of a request's prompt, and who holds how much of it.
-#[derive(Debug)]
-pub(super) struct KnownPrompt {
-    pub(super) prompt: Prompt,
-    pub(super) model: Option<String>,
-    pub(super) cached: CachedPrefix,
 }
 
 impl Client {

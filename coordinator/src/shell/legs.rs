@@ -162,8 +162,8 @@ impl State {
     fn handed_over(&mut self, request: RequestKey, to: WorkerKey, moved: &wire::HandoffResult) {
         let Some(client) = self.clients.get_mut(&request) else { return };
         let blocks = moved.blocks.saturating_add(moved.blocks_reused);
-        if let Some(known) = &client.prompt {
-            self.prefixes.prompt_had_blocks(to, &known.prompt, blocks);
+        if let Some(prompt) = &client.prompt {
+            self.prefixes.prompt_had_blocks(to, prompt, blocks);
         }
         client.placed.handoff = Some(Handoff {
             bytes: moved.bytes,
