@@ -201,8 +201,9 @@ const ADMISSION: &str = "
 [admission]";
 
 const KUBERNETES: &str = "
-# Where both pools are pressed, or one has been idle for long, the balancer asks Kubernetes for more or
-# fewer workers. Needs the right to get and patch deployments/scale of these two.
+# Where flips do not help, or a pool has long had more than it needs, the balancer asks Kubernetes for more
+# or fewer workers. Needs placement.mode = \"always\", and the right to get and patch deployments/scale of
+# these two.
 #[balancer.kubernetes]";
 
 const BALANCER: &str = "
