@@ -69,8 +69,8 @@ pub enum Size {
 }
 
 impl Size {
-    /// In place of so many.
-    fn from(self, replicas: u32) -> u32 {
+    /// What comes of so many.
+    fn in_place_of(self, replicas: u32) -> u32 {
         match self {
             Self::AtLeast(least) => replicas.max(least),
             Self::AtMost(most) => replicas.min(most),
@@ -240,7 +240,7 @@ impl KubernetesReplicas {
         let scale =
             self.deployments.get_scale(&target.deployment).await.map_err(|error| ("get", error))?;
         let before = told(&scale).wanted;
-        let after = target.within(size.from(before));
+        let after = target.within(size.in_place_of(before));
         if before == after {
             return Ok(Scaled { before, after });
         }
