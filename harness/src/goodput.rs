@@ -147,8 +147,11 @@ impl Search<'_> {
                 break;
             }
         }
-        let (Some(mut low), Some(mut high)) = (best, worst) else {
-            return Ok((0.0, None));
+        let (mut low, mut high) = match (best, worst) {
+            (Some(low), Some(high)) => (low, high),
+            // Of a few requests any load is held.
+            (Some((scale, summary)), None) => return Ok((scale, Some(summary))),
+            (None, _) => return Ok((0.0, None)),
         };
         while high / low.0 > 1.0 + PRECISION {
             let ratio = (high / low.0).powf(0.25);
