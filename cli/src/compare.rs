@@ -228,7 +228,7 @@ fn rows(scenario: &Scenario) -> Vec<[String; 7]> {
         rows.push([
             contender.mode.clone(),
             goodput.map_or_else(none, |found| figures(found.rps)),
-            goodput.map_or_else(none, |found| figures(found.rps_p99)),
+            goodput.and_then(|found| found.rps_p99).map_or_else(none, figures),
             run.map_or_else(none, |run| percent(run.summary.attainment)),
             served.map_or_else(none, |run| span(run.summary.ttft_ms.p90)),
             served.map_or_else(none, |run| span(run.summary.tbt_ms.p90)),

@@ -6,7 +6,7 @@ use anyhow::bail;
 use baton_harness::{
     compare::{Single, TraceFile},
     fleet::{Setup, simulate},
-    goodput::{Goal, Goodput, LoadPoint, best_of, goodput},
+    goodput::{Goal, Goodput, LoadPoint, Sought, best_of, goodput},
     report::{
         RunFindings,
         number::{figures, percent},
@@ -50,14 +50,16 @@ pub(crate) fn run(options: &GoodputOptions) -> anyhow::Result<ExitCode> {
     );
     bar.enable_steady_tick(std::time::Duration::from_millis(120));
     let tried = candidates.len();
-    let setup = if tried == 1 {
-        candidates[0].clone()
+    let (setup, near) = if tried == 1 {
+        (candidates[0].clone(), None)
     } else {
         bar.set_message(format!("tuning {}: {tried} setups", fleet.way()));
-        let tuned = best_of(&trace.trace, &candidates, goal, threads)?;
-        candidates[tuned.best].clone()
+        let tuned = best_of(&trace.trace, &candidates, goal, None, threads)?;
+        let held = Some(tuned.held[tuned.best]).filter(|scale| *scale > 0.0);
+        (candidates[tuned.best].clone(), held)
     };
-    let found = goodput(&trace.trace, &setup, goal.min_decile, threads, &|point: &LoadPoint| {
+    let sought = Sought { min_decile: goal.min_decile, p99: true, near };
+    let found = goodput(&trace.trace, &setup, sought, threads, &|point: &LoadPoint| {
         let verdict = if point.is_met { "held" } else { "too much" };
         bar.set_message(format!("{} requests/s: {verdict}", figures(point.rps)));
     })?;
@@ -112,7 +114,7 @@ fn show(terminal: &mut Terminal, trace: &TraceFile, setup: &Setup, found: &Goodp
         strong(&rps),
         figures(found.scale),
         "",
-        figures(found.goodput_rps_p99),
+        found.goodput_rps_p99.map_or_else(String::new, figures),
     ));
     for (phase, share) in &found.attainment_by_phase {
         terminal.say(&format!("{phase:12}{:>10} within both", percent(*share)));

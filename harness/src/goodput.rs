@@ -12,7 +12,7 @@ use std::{
 use serde::Serialize;
 
 use crate::{
-    fleet::{Mode, Setup, SetupError, simulate_while_hopeful},
+    fleet::{Hope, Mode, Setup, SetupError, simulate_while_hopeful},
     summary::Summary,
     trace::Trace,
 };
@@ -43,8 +43,8 @@ pub struct LoadPoint {
 pub struct Goodput {
     /// Requests per second at the highest load at which 90 % of them meet both SLOs.
     pub goodput_rps: f64,
-    /// The same for 99 %.
-    pub goodput_rps_p99: f64,
+    /// The same for 99 %, where it was sought.
+    pub goodput_rps_p99: Option<f64>,
     /// Of the trace's load, at `goodput_rps`.
     pub scale: f64,
     pub mode: String,
@@ -56,38 +56,54 @@ pub struct Goodput {
     pub summary: Option<Summary>,
 }
 
+/// What is sought of one setup.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sought {
+    /// As in [`Goal`].
+    pub min_decile: f64,
+    /// The load for 99 % too, which takes as long again.
+    pub p99: bool,
+    /// A load that is near the answer, where one is known. It only saves runs.
+    pub near: Option<f64>,
+}
+
 /// How finely the highest load is found, as a part of it.
 const PRECISION: f64 = 0.01;
 /// Loads that are tried, relative to that of the trace.
 const LOWEST_SCALE: f64 = 1.0 / 256.0;
 const HIGHEST_SCALE: f64 = 65_536.0;
 
-/// Bisects the load of a trace on one setup, for 90 % and for 99 %. `progress` is told each load that
-/// was tried.
+/// Searches the load of a trace that one setup holds, for 90 %, and for 99 %. `progress` is told each load
+/// that was tried.
 ///
 /// # Errors
 /// A setup that cannot be; the field is named.
 pub fn goodput(
     trace: &Trace,
     setup: &Setup,
-    min_decile: f64,
+    sought: Sought,
     threads: usize,
     progress: &(dyn Fn(&LoadPoint) + Sync),
 ) -> Result<Goodput, SetupError> {
     setup.check()?;
+    let Sought { min_decile, p99, near } = sought;
     let mut search = Search { trace, setup, threads: threads.max(1), progress, points: Vec::new() };
-    let (scale, summary) = search.highest(Goal { attainment: 0.9, min_decile }, 1.0)?;
-    let strict = Goal { attainment: 0.99, min_decile: min_decile.max(0.0) };
-    let start = if scale > 0.0 { scale * 0.7 } else { 1.0 };
-    let (strict_scale, strict_summary) = search.highest(strict, start)?;
+    let (scale, summary) = search.highest(Goal { attainment: 0.9, min_decile }, near)?;
     let rps = |scale: f64, summary: &Option<Summary>| {
         summary.as_ref().map_or(0.0, |_| trace.scaled(scale, setup.seed).rate_rps())
+    };
+    let goodput_rps_p99 = if p99 {
+        let near = (scale > 0.0).then_some(scale * 0.7);
+        let (scale, summary) = search.highest(Goal { attainment: 0.99, min_decile }, near)?;
+        Some(rps(scale, &summary))
+    } else {
+        None
     };
     let mut points = search.points;
     points.sort_by(|a, b| a.scale.total_cmp(&b.scale));
     Ok(Goodput {
         goodput_rps: rps(scale, &summary),
-        goodput_rps_p99: rps(strict_scale, &strict_summary),
+        goodput_rps_p99,
         scale,
         mode: setup.mode.to_string(),
         chunk_tokens: setup.chunk_tokens,
@@ -100,7 +116,7 @@ pub fn goodput(
     })
 }
 
-/// Only the load for 90 %: what a comparison of many setups needs.
+/// Only the load for 90 %, of the trace's own, and how that run went; `near` as in [`Sought`].
 ///
 /// # Errors
 /// A setup that cannot be; the field is named.
@@ -108,12 +124,50 @@ pub fn highest_scale(
     trace: &Trace,
     setup: &Setup,
     goal: Goal,
-    start: f64,
+    near: Option<f64>,
 ) -> Result<(f64, Option<Summary>), SetupError> {
     setup.check()?;
     let mut search = Search { trace, setup, threads: 1, progress: &|_| {}, points: Vec::new() };
-    search.highest(goal, start)
+    search.highest(goal, near)
 }
+
+/// From one load to another until one is held and a higher one is not. From a guess in strides that are short at
+/// first, so that a good guess is rewarded and a bad one not punished.
+#[derive(Clone, Copy, Debug)]
+struct Strides {
+    scale: f64,
+    stride: f64,
+    held: Option<f64>,
+    failed: Option<f64>,
+}
+
+impl Strides {
+    fn from(near: Option<f64>) -> Self {
+        let (scale, stride) = near.map_or((1.0, 2.0), |near| (near, 1.04));
+        Self { scale, stride, held: None, failed: None }
+    }
+
+    /// The next load to be tried; none where both are found, or nothing is.
+    fn next(&self) -> Option<f64> {
+        let is_open = self.held.is_none() || self.failed.is_none();
+        let is_there = (LOWEST_SCALE..=HIGHEST_SCALE).contains(&self.scale);
+        (is_open && is_there).then_some(self.scale)
+    }
+
+    fn tried(&mut self, holds: bool) {
+        if holds {
+            self.held = Some(self.scale);
+            self.scale *= self.stride;
+        } else {
+            self.failed = Some(self.scale);
+            self.scale /= self.stride;
+        }
+        self.stride = f64::min(2.0, self.stride * self.stride);
+    }
+}
+
+/// A load, and how its run went if it met the goal.
+type Tried = Result<(LoadPoint, Option<Summary>), SetupError>;
 
 struct Search<'a> {
     trace: &'a Trace,
@@ -126,28 +180,21 @@ struct Search<'a> {
 impl Search<'_> {
     /// The highest scale that meets the goal, and how that run went; 0 where none does.
     ///
-    /// The loads that are tried do not depend on the number of threads: each round tries the same three
-    /// inner points, whoever computes them.
-    fn highest(&mut self, goal: Goal, start: f64) -> Result<(f64, Option<Summary>), SetupError> {
-        let mut best: Option<(f64, Summary)> = None;
-        let mut worst = None;
-        let mut scale = start;
-        while best.is_none() || worst.is_none() {
-            match self.try_all(&[scale], goal)?.pop().flatten() {
-                Some(summary) => {
-                    best = Some((scale, summary));
-                    scale = worst.map_or(scale * 2.0, |_| scale);
-                }
-                None => {
-                    worst = Some(scale);
-                    scale = if best.is_some() { scale } else { scale / 2.0 };
-                }
-            }
-            if !(LOWEST_SCALE..=HIGHEST_SCALE).contains(&scale) {
-                break;
-            }
+    /// The loads that count do not depend on the number of threads: each round has the same three inner points
+    /// up to the first that fails, whoever computes them.
+    fn highest(
+        &mut self,
+        goal: Goal,
+        near: Option<f64>,
+    ) -> Result<(f64, Option<Summary>), SetupError> {
+        let mut best = None;
+        let mut strides = Strides::from(near);
+        while let Some(scale) = strides.next() {
+            let held = self.try_upwards(&[scale], goal)?.pop();
+            strides.tried(held.is_some());
+            best = held.map(|summary| (scale, summary)).or(best);
         }
-        let (mut low, mut high) = match (best, worst) {
+        let (mut low, mut high) = match (best, strides.failed) {
             (Some(low), Some(high)) => (low, high),
             // Of a few requests any load is held.
             (Some((scale, summary)), None) => return Ok((scale, Some(summary))),
@@ -156,57 +203,57 @@ impl Search<'_> {
         while high / low.0 > 1.0 + PRECISION {
             let ratio = (high / low.0).powf(0.25);
             let inner = [low.0 * ratio, low.0 * ratio * ratio, high / ratio];
-            let tried = self.try_all(&inner, goal)?;
-            // Attainment need not fall evenly: the first that fails ends what is trusted.
-            for (scale, summary) in inner.into_iter().zip(tried) {
-                match summary {
-                    Some(summary) => low = (scale, summary),
-                    None => {
-                        high = scale;
-                        break;
-                    }
-                }
-            }
+            let held = self.try_upwards(&inner, goal)?;
+            high = inner.get(held.len()).copied().unwrap_or(high);
+            low = inner.into_iter().zip(held).next_back().unwrap_or(low);
         }
         Ok((low.0, Some(low.1)))
     }
 
-    /// Of each load its summary, if it meets the goal.
-    fn try_all(&mut self, scales: &[f64], goal: Goal) -> Result<Vec<Option<Summary>>, SetupError> {
-        let next = AtomicUsize::new(0);
-        let results = Mutex::new(vec![None; scales.len()]);
-        let work = || {
-            while let Some(scale) = scales.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let tried = self.try_one(*scale, goal);
-                let place = scales.iter().position(|other| other == scale).unwrap_or_default();
-                results.lock().unwrap_or_else(PoisonError::into_inner)[place] = Some(tried);
-            }
-        };
-        if self.threads == 1 || scales.len() == 1 {
-            work();
+    /// Of these loads, the lowest first, the summaries of those that meet the goal before the first that does not:
+    /// attainment need not fall evenly, and the first that fails ends what is trusted.
+    fn try_upwards(&mut self, scales: &[f64], goal: Goal) -> Result<Vec<Summary>, SetupError> {
+        let mut ahead = if self.threads > 1 && scales.len() > 1 {
+            self.try_at_once(scales, goal).into_iter()
         } else {
-            thread::scope(|scope| {
-                for _ in 0..self.threads.min(scales.len()) {
-                    scope.spawn(work);
-                }
-            });
-        }
-        let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let mut met = Vec::with_capacity(scales.len());
-        for tried in results.into_iter().flatten() {
-            let (point, summary) = tried?;
+            Vec::new().into_iter()
+        };
+        let mut held = Vec::with_capacity(scales.len());
+        for scale in scales {
+            let (point, summary) =
+                ahead.next().flatten().unwrap_or_else(|| self.try_one(*scale, goal))?;
             self.points.push(point);
-            met.push(summary);
+            match summary {
+                Some(summary) => held.push(summary),
+                None => break,
+            }
         }
-        Ok(met)
+        Ok(held)
     }
 
-    fn try_one(&self, scale: f64, goal: Goal) -> Result<(LoadPoint, Option<Summary>), SetupError> {
+    fn try_at_once(&self, scales: &[f64], goal: Goal) -> Vec<Option<Tried>> {
+        let next = AtomicUsize::new(0);
+        let results = Mutex::new(scales.iter().map(|_| None).collect::<Vec<_>>());
+        thread::scope(|scope| {
+            for _ in 0..self.threads.min(scales.len()) {
+                scope.spawn(|| {
+                    loop {
+                        let turn = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(scale) = scales.get(turn) else { break };
+                        let tried = self.try_one(*scale, goal);
+                        let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
+                        results[turn] = Some(tried);
+                    }
+                });
+            }
+        });
+        results.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn try_one(&self, scale: f64, goal: Goal) -> Tried {
         let trace = self.trace.scaled(scale, self.setup.seed);
-        // So many may miss.
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-        let most_misses = ((1.0 - goal.attainment) * trace.requests.len() as f64).floor() as usize;
-        let run = simulate_while_hopeful(&trace, self.setup, most_misses)?;
+        let hope = Hope::of(&trace, goal.attainment, goal.min_decile);
+        let run = simulate_while_hopeful(&trace, self.setup, hope)?;
         let mut point = LoadPoint {
             scale,
             rps: trace.rate_rps(),
@@ -247,6 +294,7 @@ pub struct Tuned {
 
 /// The best of several setups, by goodput at 90 %; the first among equals. All are tried at one load after
 /// another, and who does not hold one that another holds is out: who loses costs a few runs, not a search.
+/// `near` as in [`Sought`].
 ///
 /// # Errors
 /// A setup that cannot be; the field is named.
@@ -254,6 +302,7 @@ pub fn best_of(
     trace: &Trace,
     setups: &[Setup],
     goal: Goal,
+    near: Option<f64>,
     threads: usize,
 ) -> Result<Tuned, SetupError> {
     for setup in setups {
@@ -261,24 +310,28 @@ pub fn best_of(
     }
     let mut held = vec![0.0; setups.len()];
     let mut left: Vec<usize> = (0..setups.len()).collect();
-    let (mut scale, mut lowest, mut highest) = (1.0, None, None);
-    while left.len() > 1 && (LOWEST_SCALE..=HIGHEST_SCALE).contains(&scale) {
-        let holding = who_hold(trace, setups, &left, scale, goal, threads)?;
-        if holding.is_empty() {
-            highest = Some(scale);
-        } else {
+    let mut who_hold_more = |left: &mut Vec<usize>, scale: f64| {
+        let holding = who_hold(trace, setups, left, scale, goal, threads)?;
+        let is_held = !holding.is_empty();
+        if is_held {
             for place in &holding {
                 held[*place] = scale;
             }
-            left = holding;
-            lowest = Some(scale);
+            *left = holding;
         }
-        scale = match (lowest, highest) {
-            (Some(low), None) => low * 2.0,
-            (None, _) => scale / 2.0,
-            (Some(low), Some(high)) if high / low > 1.0 + PRECISION => f64::sqrt(low * high),
-            (Some(_), Some(_)) => break,
-        };
+        Ok::<_, SetupError>(is_held)
+    };
+    let mut strides = Strides::from(near);
+    while let (2.., Some(scale)) = (left.len(), strides.next()) {
+        let is_held = who_hold_more(&mut left, scale)?;
+        strides.tried(is_held);
+    }
+    if let (Some(mut low), Some(mut high)) = (strides.held, strides.failed) {
+        while left.len() > 1 && high / low > 1.0 + PRECISION {
+            let scale = f64::sqrt(low * high);
+            let is_held = who_hold_more(&mut left, scale)?;
+            (low, high) = if is_held { (scale, high) } else { (low, scale) };
+        }
     }
     Ok(Tuned { best: left.first().copied().unwrap_or_default(), held })
 }

@@ -7,7 +7,7 @@ use std::{path::Path, time::Duration};
 use baton_engine::sim::Profile;
 use baton_harness::{
     fleet::{Mode, Setup, simulate},
-    goodput::goodput,
+    goodput::{Sought, goodput},
     outcome::{Fate, Slo},
     trace::{Trace, TraceRequest},
 };
@@ -93,8 +93,10 @@ fn where_no_load_can_be_held_goodput_is_zero() {
         if !held {
             setup.slo.ttft_ms = 1.0;
         }
-        let found = goodput(&trace(requests), &setup, 0.0, 2, &|_| {}).unwrap();
-        assert!(found.goodput_rps.is_finite() && found.goodput_rps_p99.is_finite(), "{found:?}");
+        let sought = Sought { p99: true, ..Sought::default() };
+        let found = goodput(&trace(requests), &setup, sought, 2, &|_| {}).unwrap();
+        let [rps, rps_p99] = [Some(found.goodput_rps), found.goodput_rps_p99];
+        assert!(rps.zip(rps_p99).is_some_and(|(a, b)| a.is_finite() && b.is_finite()), "{found:?}");
         assert_eq!(found.summary.is_some(), held, "{found:?}");
         assert_numbers(&found.points);
     }

@@ -103,7 +103,7 @@ fn goodput_is_that_of_an_independent_simulator() {
                     setup.reserves_output = true;
                     let goal = Goal { attainment: 0.9, min_decile: 0.0 };
                     let expected = cell.goodput_rps / trace.rate_rps();
-                    let (scale, _) = highest_scale(&trace, &setup, goal, expected).unwrap();
+                    let (scale, _) = highest_scale(&trace, &setup, goal, Some(expected)).unwrap();
                     let goodput_rps = scale * trace.rate_rps();
                     let error = goodput_rps / cell.goodput_rps - 1.0;
                     close.fetch_add(usize::from(error.abs() <= 0.05), Ordering::Relaxed);

@@ -78,13 +78,13 @@ fn giving_up_those_who_lose_finds_the_same_winner() {
     let goal = Goal { attainment: 0.9, min_decile: 0.0 };
     let aggregated = setup(Mode::Aggregated, 2);
     let setups = [512, 768, 2048].map(|chunk_tokens| Setup { chunk_tokens, ..aggregated.clone() });
-    let tuned = best_of(&trace, &setups, goal, 2).unwrap();
+    let tuned = best_of(&trace, &setups, goal, None, 2).unwrap();
     let scales: Vec<f64> =
-        setups.iter().map(|setup| highest_scale(&trace, setup, goal, 1.0).unwrap().0).collect();
+        setups.iter().map(|setup| highest_scale(&trace, setup, goal, None).unwrap().0).collect();
     let best = scales.iter().copied().fold(0.0, f64::max);
     assert!(scales[tuned.best] > 0.97 * best, "{:?} of {scales:?}", tuned.best);
     for (held, scale) in tuned.held.iter().zip(&scales) {
         assert!(*held <= scale * 1.02, "{:?} of {scales:?}", tuned.held);
     }
-    assert_eq!(best_of(&trace, &setups, goal, 1).unwrap(), tuned, "on any number of threads");
+    assert_eq!(best_of(&trace, &setups, goal, None, 1).unwrap(), tuned, "on any number of threads");
 }

@@ -36,6 +36,8 @@ pub struct Experiment {
     pub conditions: Conditions,
     /// How success falls with load is drawn, which takes runs at several loads.
     pub draws_loads: bool,
+    /// The highest load with 99 % within the SLOs is sought too, which takes as long as that with 90 %.
+    pub finds_p99: bool,
     /// KV for the whole answer is held from admission on.
     pub reserves_output: bool,
     /// The file's own text.
@@ -83,7 +85,7 @@ pub enum What {
     Simulate { scale: f64 },
 }
 
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "title",
     "what",
     "scale",
@@ -98,6 +100,7 @@ const KEYS: [&str; 18] = [
     "reserves_output",
     "goal",
     "draws_loads",
+    "finds_p99",
     "step_noise",
     "model_bias",
     "link_us_per_token",
@@ -125,6 +128,7 @@ struct Written {
     reserves_output: bool,
     goal: Option<Spanned<Vec<WrittenGoal>>>,
     draws_loads: Option<bool>,
+    finds_p99: Option<bool>,
     step_noise: Option<Spanned<f64>>,
     model_bias: Option<Spanned<f64>>,
     link_us_per_token: Option<Spanned<f64>>,
@@ -225,6 +229,7 @@ impl Reader<'_> {
             goals,
             conditions,
             draws_loads: written.draws_loads.unwrap_or(true),
+            finds_p99: written.finds_p99.unwrap_or(true),
             seeds: written.seeds.map_or(vec![0], Spanned::into_inner),
             reserves_output: written.reserves_output,
             text: self.text.to_owned(),

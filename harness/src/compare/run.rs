@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     fleet::{Setup, SetupError, simulate},
-    goodput::{Goal, Goodput, best_of, goodput},
+    goodput::{Goal, Goodput, Sought, best_of, goodput},
     outcome::Slo,
     report::{
         Contender, GoodputFindings, Input, Load, LoadPoint, Origin, Report, RunFindings, Scenario,
@@ -50,6 +50,8 @@ pub struct Progress {
 /// One trace, fleet and SLO.
 struct Cell<'e> {
     trace: &'e TraceFile,
+    /// Of the trace and the SLO in the experiment.
+    places: [usize; 2],
     workers: u32,
     slo: Slo,
     asked: Asked,
@@ -91,12 +93,8 @@ pub fn run(
     let runs = entries.len() * factors.len();
     let ticker = Ticker { done: AtomicUsize::new(0), total: searched + found + runs, progress };
 
-    let tuned = tune(&cells, &entries, &ticker)?;
-    let goodputs = if scale.is_none() {
-        search(experiment, &cells, &entries, &tuned, &ticker)?
-    } else {
-        Vec::new()
-    };
+    let found = search(experiment, &cells, &entries, &ticker)?;
+    let (tuned, goodputs): (Vec<Tuned>, Vec<Vec<Goodput>>) = found.into_iter().unzip();
     let loads: Vec<Load> = (0..cells.len())
         .map(|cell| {
             let contenders = || (0..entries.len()).filter(|i| entries[*i].cell == cell);
@@ -104,7 +102,7 @@ pub fn run(
                 &cells[cell].trace.trace,
                 seeds,
                 scale,
-                contenders().map(|i| (entries[i].way, goodputs.get(i))),
+                contenders().map(|i| (entries[i].way, &*goodputs[i])),
             )
         })
         .collect();
@@ -127,9 +125,9 @@ pub fn run(
 
     let mut contenders: Vec<Contender> = Vec::new();
     for (i, (entry, tuned)) in entries.iter().zip(tuned).enumerate() {
-        let found = goodputs
-            .get(i)
-            .map(|found| findings(found, ran.iter().filter(|r| r.0 == i).map(|r| r.1)));
+        let grid = ran.iter().filter(|r| r.0 == i).map(|r| r.1);
+        let found = goodputs.get(i).filter(|found| !found.is_empty());
+        let found = found.map(|found| findings(found, grid));
         contenders.push(Contender {
             mode: entry.way.to_string(),
             setup: entry.way.describe(&tuned.setup),
@@ -150,12 +148,15 @@ fn cells(experiment: &Experiment) -> Vec<Cell<'_>> {
     let mut cells = Vec::new();
     for (place, trace) in experiment.traces.iter().enumerate() {
         for workers in &experiment.workers {
-            for (slo, of) in experiment.slos.iter().zip(&experiment.slo_traces) {
+            let slos = experiment.slos.iter().zip(&experiment.slo_traces).enumerate();
+            for (slo_place, (slo, of)) in slos {
                 if of.as_ref().is_some_and(|of| !of.contains(&place)) {
                     continue;
                 }
                 for asked in &experiment.goals {
-                    cells.push(Cell { trace, workers: *workers, slo: *slo, asked: *asked });
+                    let places = [place, slo_place];
+                    let (workers, slo, asked) = (*workers, *slo, *asked);
+                    cells.push(Cell { trace, places, workers, slo, asked });
                 }
             }
         }
@@ -199,57 +200,91 @@ struct Tuned {
     searched: Vec<Searched>,
 }
 
-/// By goodput, with the first seed; the first among equals.
-fn tune(
-    cells: &[Cell<'_>],
-    entries: &[Entry<'_>],
-    ticker: &Ticker<'_>,
-) -> Result<Vec<Tuned>, SetupError> {
-    let found = entries.par_iter().map(|entry| {
-        let Entry { cell, way, candidates } = entry;
-        if candidates.len() < 2 {
-            return Ok(Tuned { setup: candidates[0].clone(), searched: Vec::new() });
-        }
-        let trace = &cells[*cell].trace.trace;
-        let tuned = best_of(trace, candidates, cells[*cell].goal(), 1)?;
-        let searched = candidates.iter().zip(&tuned.held).map(|(candidate, scale)| Searched {
-            setup: way.describe(candidate),
-            goodput_rps: match scale {
-                0.0 => 0.0,
-                scale => trace.scaled(*scale, candidate.seed).rate_rps(),
-            },
-        });
-        ticker.tick("tuning");
-        Ok(Tuned { setup: candidates[tuned.best].clone(), searched: searched.collect() })
-    });
-    found.collect()
-}
-
-/// Of each entry, for each seed.
+/// Of each entry the best of its candidates and, where goodput is asked for, what that one serves with each
+/// seed.
+///
+/// The entries of one trace, SLO and way are a chain: what one serves is where the search of the next begins.
+/// Chains do not know of one another, so that a mode's figures are the same whatever it is compared with.
 fn search(
     experiment: &Experiment,
     cells: &[Cell<'_>],
     entries: &[Entry<'_>],
-    tuned: &[Tuned],
     ticker: &Ticker<'_>,
-) -> Result<Vec<Vec<Goodput>>, SetupError> {
-    let jobs: Vec<(usize, u64)> = (0..entries.len())
-        .flat_map(|i| experiment.seeds.iter().map(move |seed| (i, *seed)))
-        .collect();
-    let found = jobs.par_iter().map(|(i, seed)| {
-        let setup = Setup { seed: *seed, ..tuned[*i].setup.clone() };
-        let trace = &cells[entries[*i].cell].trace.trace;
-        let min_decile = cells[entries[*i].cell].goal().min_decile;
-        let found = goodput(trace, &setup, min_decile, 1, &|_| {})?;
-        ticker.tick("searching the highest load");
-        Ok((*i, found))
-    });
-    let found: Vec<(usize, Goodput)> = found.collect::<Result<_, SetupError>>()?;
-    let mut goodputs: BTreeMap<usize, Vec<Goodput>> = BTreeMap::new();
-    for (i, found) in found {
-        goodputs.entry(i).or_default().push(found);
+) -> Result<Vec<(Tuned, Vec<Goodput>)>, SetupError> {
+    let ways = experiment.ways.len();
+    let mut chains: BTreeMap<([usize; 2], usize), Vec<usize>> = BTreeMap::new();
+    for (i, entry) in entries.iter().enumerate() {
+        chains.entry((cells[entry.cell].places, i % ways)).or_default().push(i);
     }
-    Ok(goodputs.into_values().collect())
+    let chains: Vec<Vec<usize>> = chains.into_values().collect();
+    let found = chains.par_iter().map(|chain| {
+        let mut found: Vec<(usize, Tuned, Vec<Goodput>)> = Vec::with_capacity(chain.len());
+        for i in chain {
+            let cell = &cells[entries[*i].cell];
+            // Of the cell before: as many requests for each worker.
+            let near = found.last().and_then(|(before, _, goodputs)| {
+                let before = &cells[entries[*before].cell];
+                let scale =
+                    goodputs.first().map(|found| found.scale).filter(|scale| *scale > 0.0)?;
+                Some(scale * f64::from(cell.workers) / f64::from(before.workers))
+            });
+            let (tuned, near) = tune(cell, &entries[*i], near, ticker)?;
+            let goodputs = match experiment.what {
+                What::Goodput => goodputs(experiment, cell, &tuned.setup, near, ticker)?,
+                What::Simulate { .. } => Vec::new(),
+            };
+            found.push((*i, tuned, goodputs));
+        }
+        Ok(found)
+    });
+    let mut found: Vec<_> =
+        found.collect::<Result<Vec<_>, SetupError>>()?.into_iter().flatten().collect();
+    found.sort_by_key(|(i, ..)| *i);
+    Ok(found.into_iter().map(|(_, tuned, goodputs)| (tuned, goodputs)).collect())
+}
+
+/// By goodput, with the first seed; the first among equals. And a load that is near the most it holds.
+fn tune(
+    cell: &Cell<'_>,
+    Entry { way, candidates, .. }: &Entry<'_>,
+    near: Option<f64>,
+    ticker: &Ticker<'_>,
+) -> Result<(Tuned, Option<f64>), SetupError> {
+    if candidates.len() < 2 {
+        return Ok((Tuned { setup: candidates[0].clone(), searched: Vec::new() }, near));
+    }
+    let trace = &cell.trace.trace;
+    let tuned = best_of(trace, candidates, cell.goal(), near, 1)?;
+    let searched = candidates.iter().zip(&tuned.held).map(|(candidate, scale)| Searched {
+        setup: way.describe(candidate),
+        goodput_rps: match scale {
+            0.0 => 0.0,
+            scale => trace.scaled(*scale, candidate.seed).rate_rps(),
+        },
+    });
+    ticker.tick("tuning");
+    let held = Some(tuned.held[tuned.best]).filter(|scale| *scale > 0.0);
+    Ok((Tuned { setup: candidates[tuned.best].clone(), searched: searched.collect() }, held))
+}
+
+/// With each seed.
+fn goodputs(
+    experiment: &Experiment,
+    cell: &Cell<'_>,
+    setup: &Setup,
+    mut near: Option<f64>,
+    ticker: &Ticker<'_>,
+) -> Result<Vec<Goodput>, SetupError> {
+    let mut goodputs = Vec::with_capacity(experiment.seeds.len());
+    for seed in &experiment.seeds {
+        let setup = Setup { seed: *seed, ..setup.clone() };
+        let sought = Sought { min_decile: cell.goal().min_decile, p99: experiment.finds_p99, near };
+        let found = goodput(&cell.trace.trace, &setup, sought, 1, &|_| {})?;
+        near = Some(found.scale).filter(|scale| *scale > 0.0);
+        ticker.tick("searching the highest load");
+        goodputs.push(found);
+    }
+    Ok(goodputs)
 }
 
 /// The load at which all contenders of a cell are shown: the most that the baseline holds, so that it
@@ -258,7 +293,7 @@ fn load<'g>(
     trace: &Trace,
     seeds: &[u64],
     scale: Option<f64>,
-    contenders: impl Iterator<Item = (&'g Way, Option<&'g Vec<Goodput>>)>,
+    contenders: impl Iterator<Item = (&'g Way, &'g [Goodput])>,
 ) -> Load {
     let seed = seeds.first().copied().unwrap_or_default();
     let at = |scale: f64, reason: String| Load {
@@ -270,7 +305,7 @@ fn load<'g>(
         return at(scale, "as the experiment asks".to_owned());
     }
     let held: Vec<(&Way, f64)> = contenders
-        .filter_map(|(way, found)| Some((way, found?.first()?.scale)))
+        .filter_map(|(way, found)| Some((way, found.first()?.scale)))
         .filter(|(_, scale)| *scale > 0.0)
         .collect();
     let first_held = held.first().map(|(way, scale)| (*way, *scale));
@@ -294,7 +329,7 @@ fn findings(found: &[Goodput], grid: impl Iterator<Item = LoadPoint>) -> Goodput
     points.dedup_by(|a, b| a.offered_rps == b.offered_rps);
     GoodputFindings {
         rps: mean(rates().sum()),
-        rps_p99: mean(found.iter().map(|found| found.goodput_rps_p99).sum()),
+        rps_p99: found.iter().map(|found| found.goodput_rps_p99).sum::<Option<f64>>().map(mean),
         range: [rates().fold(f64::INFINITY, f64::min), rates().fold(0.0, f64::max)],
         points,
     }

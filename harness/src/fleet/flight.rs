@@ -19,6 +19,8 @@ pub(super) struct Flight {
     pub(super) kv_bytes_moved: u64,
     pub(super) disaggregated: bool,
     pub(super) gaps: Gaps,
+    /// An SLO is missed for certain, and that was counted.
+    pub(super) missed: bool,
     /// Until both are there, the transfer cannot begin.
     pub(super) prefilled_by: Option<usize>,
     pub(super) awaited: Option<Awaited>,

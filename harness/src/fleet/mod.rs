@@ -2,10 +2,11 @@
 //! engine's own scheduler, and take the time that a profile says.
 //!
 //! `world` is the loop over events; `worker` one engine; `flight` one request; `link` what a transfer
-//! of KV costs. Nothing here decides: the core places, the scheduler batches.
+//! of KV costs; `hope` says when to go on is of no use. Nothing here decides: the core places, the scheduler batches.
 
 mod flight;
 mod flips;
+mod hope;
 mod link;
 mod mode;
 mod pacer;
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 pub use self::{
     flips::{Flip, Stuck, Trouble},
+    hope::Hope,
     link::Link,
     mode::{Mode, ParseModeError},
     setup::{Late, ParseLateError, Setup, SetupError},
@@ -55,17 +57,13 @@ pub fn simulate(trace: &Trace, setup: &Setup) -> Result<Run, SetupError> {
     Ok(world::World::new(trace, setup, None).run())
 }
 
-/// [`simulate`], given up as soon as more than `most_misses` requests have missed an SLO for certain.
+/// [`simulate`], given up as soon as there is no hope left.
 ///
 /// # Errors
 /// A setup that cannot be; the field is named.
-pub fn simulate_while_hopeful(
-    trace: &Trace,
-    setup: &Setup,
-    most_misses: usize,
-) -> Result<Run, SetupError> {
+pub fn simulate_while_hopeful(trace: &Trace, setup: &Setup, hope: Hope) -> Result<Run, SetupError> {
     setup.check()?;
-    Ok(world::World::new(trace, setup, Some(most_misses)).run())
+    Ok(world::World::new(trace, setup, Some(hope)).run())
 }
 
 /// Virtual time, in nanoseconds since the start of the run.

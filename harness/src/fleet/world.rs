@@ -14,7 +14,7 @@ use baton_engine::sim::{BlockHash, NewSequence, Scheduler, SchedulerLimits};
 use baton_types::{Epoch, HandoffId, Leg, StepModel};
 
 use super::{
-    Late, Mode, Nanos, Run, Setup, duration,
+    Hope, Late, Mode, Nanos, Run, Setup, duration,
     flight::{Awaited, Flight},
     flips::Pools,
     pacer::{Pacer, STEP_HEADROOM},
@@ -89,12 +89,11 @@ pub(super) struct World<'a> {
     /// Workers that may have something to compute now.
     touched: Vec<usize>,
     pub(super) actions: Vec<Action>,
-    misses: usize,
-    most_misses: Option<usize>,
+    hope: Option<Hope>,
 }
 
 impl<'a> World<'a> {
-    pub(super) fn new(trace: &'a Trace, setup: &'a Setup, most_misses: Option<usize>) -> Self {
+    pub(super) fn new(trace: &'a Trace, setup: &'a Setup, hope: Option<Hope>) -> Self {
         let mut world = Self {
             trace,
             setup,
@@ -116,8 +115,7 @@ impl<'a> World<'a> {
             samples: Vec::new(),
             touched: Vec::new(),
             actions: Vec::new(),
-            misses: 0,
-            most_misses,
+            hope,
         };
         for index in 0..setup.workers {
             world.add_worker(index);
@@ -195,7 +193,7 @@ impl<'a> World<'a> {
                 }
             }
             self.begin_steps();
-            if self.most_misses.is_some_and(|most| self.misses > most) {
+            if self.hope.as_ref().is_some_and(Hope::is_lost) {
                 given_up = true;
                 break;
             }
@@ -265,7 +263,7 @@ impl<'a> World<'a> {
         let capacity = self.setup.kv_capacity_tokens / block_size * block_size;
         if tokens > capacity || request.input_tokens == 0 || request.output_tokens == 0 {
             self.outcomes[index] = Some(flight.outcome(request.phase, Some(Fate::Rejected)));
-            self.misses += 1;
+            missed(&mut self.hope, &mut flight);
             return;
         }
         let shape = RequestShape {
@@ -408,7 +406,9 @@ impl<'a> World<'a> {
         let asked = &self.trace.requests[flight.index];
         let outcome = flight.outcome(asked.phase, fate);
         let kept = self.setup.slo.kept(&outcome.fate, self.alone_ms(asked.input_tokens));
-        self.misses += usize::from(!kept.both());
+        if !kept.both() {
+            missed(&mut self.hope, &mut flight);
+        }
         self.outcomes[flight.index] = Some(outcome);
     }
 
@@ -472,6 +472,9 @@ impl<'a> World<'a> {
             let is_first = flight.first_token.is_none();
             let gap = (!is_first).then(|| duration(self.now - flight.last_token));
             let is_last = flight.token(self.now);
+            if is_first && is_overdue(self.setup, flight, self.now) {
+                missed(&mut self.hope, flight);
+            }
             if is_last {
                 self.workers[worker].remove(task.sequence);
             }
@@ -496,7 +499,7 @@ impl<'a> World<'a> {
 
     fn sample(&mut self) {
         let open = self.flights.iter().flatten();
-        let queued = open.clone().filter(|flight| flight.first_token.is_none()).count();
+        let queued = open.filter(|flight| flight.first_token.is_none()).count();
         let used: u64 = self.workers.iter().map(Worker::kv_used_tokens).sum();
         let capacity = self.setup.kv_capacity_tokens as f64 * self.workers.len() as f64;
         let mut sample = FleetSample {
@@ -506,16 +509,11 @@ impl<'a> World<'a> {
             ..FleetSample::default()
         };
         self.pools.sample(self.setup.mode, &mut sample);
-        if let Some(most) = self.most_misses {
-            let overdue = open
-                .filter(|flight| {
-                    let limit = self.setup.slo.ttft_limit_ms(self.alone_ms(flight.input_tokens));
-                    let waited = super::milliseconds(self.now - flight.arrived);
-                    flight.first_token.is_none() && waited > limit
-                })
-                .count();
-            if self.misses + overdue > most {
-                self.misses += overdue;
+        if self.hope.is_some() {
+            for flight in self.flights.iter_mut().flatten() {
+                if flight.first_token.is_none() && is_overdue(self.setup, flight, self.now) {
+                    missed(&mut self.hope, flight);
+                }
             }
         }
         self.samples.push((duration(self.now), sample));
@@ -525,6 +523,21 @@ impl<'a> World<'a> {
     fn alone_ms(&self, tokens: u32) -> f64 {
         self.setup.profile.model.prefill_alone_ms(0, tokens)
     }
+}
+
+/// The request misses an SLO for certain; it counts once.
+fn missed(hope: &mut Option<Hope>, flight: &mut Flight) {
+    if let Some(hope) = hope
+        && !std::mem::replace(&mut flight.missed, true)
+    {
+        hope.miss(flight.input_tokens, flight.output_tokens);
+    }
+}
+
+/// A first token now would be too late.
+fn is_overdue(setup: &Setup, flight: &Flight, now: Nanos) -> bool {
+    let alone_ms = setup.profile.model.prefill_alone_ms(0, flight.input_tokens);
+    super::milliseconds(now - flight.arrived) > setup.slo.ttft_limit_ms(alone_ms)
 }
 
 fn core(setup: &Setup) -> Core {

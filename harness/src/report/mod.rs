@@ -109,8 +109,8 @@ pub struct Searched {
 pub struct GoodputFindings {
     /// Highest rate at which at least 90 % of all requests meet both SLOs.
     pub rps: f64,
-    /// The same with 99 %.
-    pub rps_p99: f64,
+    /// The same with 99 %, where it was sought.
+    pub rps_p99: Option<f64>,
     /// Lowest and highest `rps` of the seeds.
     pub range: [f64; 2],
     /// Of the first seed, in the order of load.

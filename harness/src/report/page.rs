@@ -212,9 +212,9 @@ fn rows(scenario: &Scenario) -> Vec<Row> {
         better,
         cells: contenders.iter().map(cell).collect(),
     };
-    let goodput = |name, of: fn(&super::GoodputFindings) -> f64| {
+    let goodput = |name, of: fn(&super::GoodputFindings) -> Option<f64>| {
         row(name, Better::More, &|contender| {
-            let value = of(contender.goodput.as_ref()?);
+            let value = of(contender.goodput.as_ref()?)?;
             Some((value, figures(value)))
         })
     };
@@ -234,7 +234,7 @@ fn rows(scenario: &Scenario) -> Vec<Row> {
         row(name, Better::Neither, &|contender| Some((0.0, of(contender.run.as_ref()?))))
     };
     let mut rows = vec![
-        goodput("Goodput, 90 % within the SLOs, requests/s", |found| found.rps),
+        goodput("Goodput, 90 % within the SLOs, requests/s", |found| Some(found.rps)),
         goodput("Goodput, 99 % within the SLOs, requests/s", |found| found.rps_p99),
         run("Both SLOs met", Better::More, |run| run.summary.attainment, percent),
         run("TTFT met", Better::More, |run| run.summary.attainment_ttft, percent),

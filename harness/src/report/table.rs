@@ -52,7 +52,15 @@ fn cells(scenario: &Scenario, contender: &Contender) -> Vec<(&'static str, Strin
         ("mode", text(&contender.mode)),
         ("setup", text(&contender.setup)),
         ("goodput_rps", goodput(|found| found.rps)),
-        ("goodput_rps_p99", goodput(|found| found.rps_p99)),
+        (
+            "goodput_rps_p99",
+            contender
+                .goodput
+                .as_ref()
+                .and_then(|found| found.rps_p99)
+                .map(|rps| rps.to_string())
+                .unwrap_or_default(),
+        ),
         ("goodput_rps_lowest_seed", goodput(|found| found.range[0])),
         ("goodput_rps_highest_seed", goodput(|found| found.range[1])),
         ("run_scale", load(|load| load.scale)),

@@ -143,7 +143,7 @@ fn contender(character: &Character, skill: f64, seed: u64) -> Contender {
             .collect(),
         goodput: Some(GoodputFindings {
             rps: goodput_rps,
-            rps_p99: goodput_rps * 0.82,
+            rps_p99: Some(goodput_rps * 0.82),
             range: [goodput_rps * 0.97, goodput_rps * 1.02],
             points: points.map(point).into(),
         }),

@@ -164,7 +164,7 @@ impl Bar {
         let change = against.and_then(|base| change(rps, base)).unwrap_or_default();
         let goodput = contender.goodput.as_ref();
         let stricter =
-            goodput.map(|found| found.rps_p99).filter(|rps| rps.is_finite() && *rps > 0.0);
+            goodput.and_then(|found| found.rps_p99).filter(|rps| rps.is_finite() && *rps > 0.0);
         let range = goodput.map(|found| found.range).filter(|[low, high]| low < high);
         let says = format!("{}: {} requests/s ({})", contender.mode, figures(rps), contender.setup);
         let value_x = range.map_or(end, |[_, high]| axis.place(high, from, to).max(end)) + 7.0;
