@@ -27,7 +27,7 @@ import sys
 import time
 
 SAMPLE = pathlib.Path(__file__).parent.parent / "harness/samples/azure_conv.csv"
-LONE_PROMPTS = [32, 256, 768, 1536]
+LONE_PROMPTS = [32, 256, 512, 1024]
 LONE_REPEATS = 3
 # The coordinator's own, which the simulated one is told too.
 SLO = ["--slo-ttft-ms", "2000", "--slo-itl-ms", "50"]
