@@ -194,8 +194,11 @@ impl Search<'_> {
             strides.tried(held.is_some());
             best = held.map(|summary| (scale, summary)).or(best);
         }
-        let (Some(mut low), Some(mut high)) = (best, strides.failed) else {
-            return Ok((0.0, None));
+        let (mut low, mut high) = match (best, strides.failed) {
+            (Some(low), Some(high)) => (low, high),
+            // Of a few requests any load is held.
+            (Some((scale, summary)), None) => return Ok((scale, Some(summary))),
+            (None, _) => return Ok((0.0, None)),
         };
         while high / low.0 > 1.0 + PRECISION {
             let ratio = (high / low.0).powf(0.25);

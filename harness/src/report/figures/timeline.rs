@@ -239,10 +239,10 @@ impl Stack<'_> {
                 (highest > 0.0).then(|| format!("{} {role}", range(lowest, highest)))
             })
             .collect();
-        // Which shade is which role, for those too who tell no shades apart.
-        let from_below = if summary.len() > 1 { ", from below" } else { "" };
+        // "Under" says which shade is which role, to those too who tell no shades apart.
+        let workers = format!("{}: {} workers", contender.mode, summary.join(" under "));
         html! {
-            (self.title(area, &format!("{}: {} workers{from_below}", contender.mode, summary.join(", "))))
+            (self.title(area, &workers))
             @for layer in &drawn { (layer) }
             (chart.grid(is_last.then_some(&tick as &dyn Fn(f64) -> String), &tick))
         }
