@@ -40,6 +40,11 @@ SCENARIOS = {
         "args": ["-c", "16", "--stream", "--max-tokens", "128", "--uniq"],
         "show": ["tok_s", "cpu_s_Mtok", "workers_s_Mtok", "ttft_p50", "ttft_p99"],
     },
+    "32-token streams at 5 ms ITL, c16": {
+        "args": ["-c", "16", "--stream", "--max-tokens", "32", "--uniq"],
+        "itl_us": 5000,
+        "show": ["rps", "ttft_p50", "ttft_p99", "cpu_us_req", "workers_us_req"],
+    },
     "256 KiB prompt, c1": {
         "args": ["-c", "1", "--max-tokens", "2", "--prompt-bytes", "262144", "--uniq"],
         "show": ["lat_p50", "lat_p99", "cpu_us_req"],

@@ -15,6 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
     bench::{above_zero, any_seed, vocabulary},
+    operators::AdminClient,
     simulate::{command_line, told},
     terminal::{Terminal, faint, strong},
 };
@@ -64,18 +65,15 @@ struct LiveOptions {
 }
 
 impl LiveOptions {
-    fn read(&self) -> anyhow::Result<Option<Live>> {
+    fn read(&self) -> anyhow::Result<Option<(Live, AdminClient)>> {
         let (Some(url), Some(admin), Some(token_file)) =
             (&self.live, &self.admin, &self.token_file)
         else {
             return Ok(None);
         };
-        let token = std::fs::read_to_string(token_file)
-            .with_context(|| format!("cannot read {}", token_file.display()))?;
-        Ok(Some(Live {
+        let coordinator = AdminClient::new(admin, token_file)?;
+        let live = Live {
             url: url.clone(),
-            admin_url: admin.clone(),
-            admin_token: token.trim().to_owned(),
             model: self.model.clone(),
             api_key: std::env::var(&self.api_key_env).ok().filter(|key| !key.is_empty()),
             rounds: self.rounds,
@@ -83,7 +81,8 @@ impl LiveOptions {
             prompt_seed: any_seed(),
             vocabulary: self.vocabulary.clone(),
             options: BenchOptions { warmup: 4, patience: Duration::from_secs(600) },
-        }))
+        };
+        Ok(Some((live, coordinator)))
     }
 }
 
@@ -98,9 +97,9 @@ pub(crate) fn run(options: &CompareOptions) -> anyhow::Result<ExitCode> {
             bar.set_position(u64::try_from(progress.done).unwrap_or(u64::MAX));
             bar.set_message(progress.doing);
         })?,
-        Some(live) => {
+        Some((live, coordinator)) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(run_on(&experiment, &live, &bar))?
+            runtime.block_on(run_on(&experiment, &live, &coordinator, &bar))?
         }
     };
     bar.finish_and_clear();
@@ -122,6 +121,7 @@ pub(crate) fn run(options: &CompareOptions) -> anyhow::Result<ExitCode> {
 async fn run_on(
     experiment: &Experiment,
     live: &Live,
+    coordinator: &AdminClient,
     bar: &ProgressBar,
 ) -> Result<Report, LiveError> {
     let stop = async {
@@ -147,7 +147,7 @@ async fn run_on(
     };
     let command = command_line();
     tokio::select! {
-        report = compare::run_live(experiment, live, &command, begun, stop) => report,
+        report = compare::run_live(experiment, live, coordinator, &command, begun, stop) => report,
         never = drawn => never,
     }
 }

@@ -20,10 +20,9 @@ mod up;
 
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
+use baton_process::{CoordinatorOptions, WorkerOptions};
 use baton_types::Role;
 use clap::{CommandFactory as _, Parser, Subcommand};
-
-use crate::processes::ProcessOptions;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -69,17 +68,11 @@ enum Command {
     /// Shows what this machine has to move KV blocks with, and whether its workers' needs are met.
     TransferCheck(transfer_check::CheckOptions),
     /// Runs the coordinator of a cluster.
-    Coordinator {
-        /// The cluster's baton.toml.
-        #[arg(long)]
-        config: PathBuf,
-        #[command(flatten)]
-        options: ProcessOptions,
-    },
+    Coordinator(CoordinatorOptions),
     /// Runs one prefill worker of a cluster.
-    PrefillWorker(WorkerArguments),
+    PrefillWorker(WorkerOptions),
     /// Runs one decode worker of a cluster.
-    DecodeWorker(WorkerArguments),
+    DecodeWorker(WorkerOptions),
     /// Replays a trace on a simulated fleet, in virtual time.
     Simulate(simulate::SimulateOptions),
     /// Finds the highest load that a simulated fleet serves within its SLOs.
@@ -88,21 +81,6 @@ enum Command {
     Compare(compare::CompareOptions),
     /// Lists the policies that place requests.
     Policies,
-}
-
-#[derive(clap::Args)]
-struct WorkerArguments {
-    /// The cluster's baton.toml.
-    #[arg(long)]
-    config: PathBuf,
-    /// Which of the file's workers this is.
-    #[arg(long)]
-    name: String,
-    /// HOST:PORT at which other workers reach this one, in place of the file's.
-    #[arg(long)]
-    advertise: Option<String>,
-    #[command(flatten)]
-    options: ProcessOptions,
 }
 
 fn main() -> ExitCode {
@@ -119,7 +97,7 @@ fn main() -> ExitCode {
         Command::Profile(arguments) => profile::run(&arguments),
         Command::BenchTransfer(options) => bench_transfer::run(&options),
         Command::TransferCheck(options) => transfer_check::run(&options),
-        Command::Coordinator { config, options } => processes::coordinator(&config, &options),
+        Command::Coordinator(options) => processes::coordinator(&options),
         Command::PrefillWorker(worker) => processes::worker(&worker, Role::Prefill),
         Command::DecodeWorker(worker) => processes::worker(&worker, Role::Decode),
         Command::Simulate(options) => simulate::run(&options),

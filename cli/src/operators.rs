@@ -45,8 +45,7 @@ pub(crate) fn drain(options: &DrainOptions) -> anyhow::Result<ExitCode> {
 }
 
 pub(crate) fn mode(options: &ModeOptions) -> anyhow::Result<ExitCode> {
-    let order = json!({ "mode": options.mode });
-    block_on(options.access.client()?.post("/admin/mode", &order))?;
+    block_on(options.access.client()?.set_mode(options.mode))?;
     terminal::Terminal::stdout().say(&format!("the mode is {}", options.mode));
     Ok(ExitCode::SUCCESS)
 }

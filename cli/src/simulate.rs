@@ -59,6 +59,9 @@ pub(crate) struct FleetOptions {
     /// Places requests by this one of `baton policies`.
     #[arg(long, value_name = "NAME")]
     policy: Option<String>,
+    /// Sequences in one step of a worker [default: 256].
+    #[arg(long, value_name = "N")]
+    max_sequences: Option<u32>,
     #[command(flatten)]
     robustness: RobustnessOptions,
     /// Writes report.html, results.json and results.csv here.
@@ -82,6 +85,9 @@ struct RobustnessOptions {
     /// Microseconds to copy the KV of a token between workers: 8 is 400 Gbit/s with 320 KiB a token.
     #[arg(long, value_name = "US", default_value_t = Link::default().us_per_token, allow_negative_numbers = true)]
     link_us_per_token: f64,
+    /// Milliseconds that each copy takes besides.
+    #[arg(long, value_name = "MS", default_value_t = Link::default().latency_ms, allow_negative_numbers = true)]
+    link_latency_ms: f64,
     /// Copies of one sender, and those of one receiver, take turns.
     #[arg(long)]
     link_shared: bool,
@@ -122,12 +128,23 @@ impl FleetOptions {
             Setup::new(profile, self.workers, baton_harness::fleet::Mode::Adaptive, slo);
         plain.late = self.late;
         plain.seed = self.seed;
-        let RobustnessOptions { step_noise, model_bias, link_us_per_token, link_shared } =
-            self.robustness;
+        let RobustnessOptions {
+            step_noise,
+            model_bias,
+            link_us_per_token,
+            link_latency_ms,
+            link_shared,
+        } = self.robustness;
         plain.step_noise = step_noise;
         plain.predicted_part = 1.0 - model_bias;
-        plain.link.us_per_token = link_us_per_token;
-        plain.link.shared = link_shared;
+        plain.link = Link {
+            latency_ms: link_latency_ms,
+            us_per_token: link_us_per_token,
+            shared: link_shared,
+        };
+        if let Some(max_sequences) = self.max_sequences {
+            plain.max_seqs = max_sequences;
+        }
         plain.check()?;
         let candidates = way.candidates(&plain);
         if candidates.is_empty() {

@@ -72,6 +72,8 @@ fn a_fleet_that_cannot_be_is_refused_with_what_would_be_right() {
         ("--slo-ttft-prefill-factor", "-1"),
         ("--scale", "0"),
         ("--late", "never"),
+        ("--max-sequences", "0"),
+        ("--link-latency-ms", "-1"),
         ("--policy", "fastest"),
         ("--trace", "no-such-file.csv"),
     ];
@@ -108,9 +110,27 @@ fn json_is_one_object_and_the_same_each_time() {
     assert_eq!(text(&first.stdout).lines().count(), 1);
     let summary: Value = serde_json::from_slice(&first.stdout).unwrap();
     assert_eq!(summary["requests"], 2000);
-    for field in ["completed", "rejected", "unfinished", "duration_s", "goodput_rps", "attainment"]
-    {
-        assert!(summary[field].is_number(), "{field}");
+    for field in [
+        "/completed",
+        "/rejected",
+        "/unfinished",
+        "/duration_s",
+        "/goodput_rps",
+        "/attainment",
+        "/attainment_longest_input_decile",
+        "/attainment_longest_output_decile",
+        "/output_tokens_per_s",
+        "/prefix_hit_ratio",
+        "/flips",
+        "/workers_seconds/prefill",
+        "/workers_seconds/decode",
+    ] {
+        assert!(summary.pointer(field).is_some_and(Value::is_number), "{field}");
+    }
+    for latency in ["ttft_ms", "tbt_ms", "tpot_ms", "e2e_ms"] {
+        for percentile in ["p50", "p90", "p99"] {
+            assert!(summary[latency][percentile].is_number(), "{latency} {percentile}");
+        }
     }
     assert!(
         summary["ttft_ms"]["p99"].as_f64().unwrap() > summary["ttft_ms"]["p50"].as_f64().unwrap()

@@ -10,6 +10,8 @@ pub struct ClusterConfig {
     pub placement: PlacementConfig,
     pub admission: AdmissionConfig,
     pub balancer: BalancerConfig,
+    /// Who gives the pools more or fewer workers.
+    pub kubernetes: Option<KubernetesScaling>,
     /// Absent: nobody can look in or intervene.
     pub admin: Option<AdminConfig>,
     pub telemetry: TelemetryConfig,
@@ -58,6 +60,8 @@ pub struct TenantConfig {
     pub priority: i32,
     /// Requests in flight; further ones are answered with 429.
     pub max_requests: Option<u32>,
+    /// Of prompts and answers; beyond that it gets 429 until they are made up for.
+    pub max_tokens_per_minute: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -204,6 +208,20 @@ impl Default for BalancerConfig {
             drain_timeout: Duration::from_secs(120),
         }
     }
+}
+
+/// The two Deployments of Kubernetes whose pods are the workers. As long as there are requests never fewer
+/// replicas than the balancer's `min_prefill` and `min_decode`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KubernetesScaling {
+    /// The coordinator's own where not given.
+    pub namespace: Option<String>,
+    pub prefill_deployment: String,
+    pub decode_deployment: String,
+    pub max_prefill: u32,
+    pub max_decode: u32,
+    /// Both pools go to nothing when they had no request for so long.
+    pub zero_after: Option<Duration>,
 }
 
 /// What becomes of the balancer's advice.

@@ -14,9 +14,10 @@ use toml::de::DeValue;
 use crate::{
     cluster::{
         AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, CheckChoice, ClusterConfig,
-        CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig, OnNoPrefill,
-        PlacementConfig, PlacementMode, SimConfig, SloConfig, TelemetryConfig, TenantConfig,
-        TlsConfig, TransferConfig, TransportChoice, VllmConfig, VllmSource, WorkerConfig,
+        CoordinatorConfig, EngineConfig, HttpsConfig, KubernetesScaling, LateRequests,
+        LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode, SimConfig, SloConfig,
+        TelemetryConfig, TenantConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig,
+        VllmSource, WorkerConfig,
     },
     value::{
         ActuatorName, Address, AnyBytes, Codec, Count, Environment, ExistingDirectory,
@@ -169,6 +170,25 @@ keys! {
 }
 
 keys! {
+    /// `[balancer.kubernetes]`
+    KUBERNETES: KubernetesScaling {
+        /// Of the Deployments. Default: the coordinator's own.
+        namespace => namespace: Maybe<Text> = Optional("\"baton\"");
+        /// Whose pods are prefill workers: their names begin with its name.
+        prefill_deployment => prefill_deployment: Text = Required("\"baton-prefill\"");
+        /// Whose pods are decode workers.
+        decode_deployment => decode_deployment: Text = Required("\"baton-decode\"");
+        /// Most replicas of the one; the fewest are balancer.min_prefill.
+        max_prefill => max_prefill: Count = Required("8");
+        /// And of the other.
+        max_decode => max_decode: Count = Required("8");
+        /// After so long without any request both go to nothing, and the next request asks for the first
+        /// of each; give it time by admission.wait_for_worker_seconds. Default: never.
+        zero_after_seconds => zero_after: Maybe<Seconds> = Optional("1800");
+    }
+}
+
+keys! {
     /// `[balancer]`
     BALANCER: BalancerConfig {
         /// "flip": workers go over to the pool that needs them. "advise": it is only said, in log and
@@ -237,6 +257,9 @@ keys! {
         priority => priority: Priority = ByDefault;
         /// Requests in flight; further ones are answered with 429. Default: any number.
         max_requests => max_requests: Maybe<Count> = Optional("64");
+        /// Tokens of its prompts and answers, at each coordinator. Who has used more is answered with 429
+        /// until as much time has passed as that makes up for. Default: any number.
+        max_tokens_per_minute => max_tokens_per_minute: Maybe<Count> = Optional("1000000");
     }
 }
 
@@ -494,6 +517,18 @@ pub(crate) fn blank_tenant() -> TenantConfig {
         weight: 1.0,
         priority: 0,
         max_requests: None,
+        max_tokens_per_minute: None,
+    }
+}
+
+pub(crate) fn blank_kubernetes() -> KubernetesScaling {
+    KubernetesScaling {
+        namespace: None,
+        prefill_deployment: String::new(),
+        decode_deployment: String::new(),
+        max_prefill: 1,
+        max_decode: 1,
+        zero_after: None,
     }
 }
 
@@ -523,6 +558,7 @@ pub(crate) fn blank_cluster() -> ClusterConfig {
         placement: PlacementConfig::default(),
         admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
+        kubernetes: None,
         admin: None,
         telemetry: TelemetryConfig::default(),
         tls: None,

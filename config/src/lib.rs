@@ -18,10 +18,10 @@ mod write;
 pub use choose::NoSuchWorker;
 pub use cluster::{
     AdminConfig, AdmissionConfig, ArenaConfig, BalancerActuator, BalancerConfig, CheckChoice,
-    ClusterConfig, CoordinatorConfig, EngineConfig, HttpsConfig, LateRequests, LimitsConfig,
-    MAX_PRIORITY, OnNoPrefill, PlacementConfig, PlacementMode, Requirement, SimConfig, SloConfig,
-    TelemetryConfig, TenantConfig, TlsConfig, TransferConfig, TransportChoice, VllmConfig,
-    VllmSource, WorkerConfig,
+    ClusterConfig, CoordinatorConfig, EngineConfig, HttpsConfig, KubernetesScaling, LateRequests,
+    LimitsConfig, MAX_PRIORITY, OnNoPrefill, PlacementConfig, PlacementMode, Requirement,
+    SimConfig, SloConfig, TelemetryConfig, TenantConfig, TlsConfig, TransferConfig,
+    TransportChoice, VllmConfig, VllmSource, WorkerConfig,
 };
 pub use document::{nearest, unknown as unknown_key};
 pub use error::{ConfigError, ConfigErrors};

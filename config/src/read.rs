@@ -97,7 +97,12 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
         reader.read_keys(&place, keys::ADMISSION, &[], &[], &mut cluster.admission);
     }
     if let Some(place) = reader.table(root, "balancer") {
-        reader.read_keys(&place, keys::BALANCER, &[], &[], &mut cluster.balancer);
+        reader.read_keys(&place, keys::BALANCER, &["kubernetes"], &[], &mut cluster.balancer);
+        if let Some(place) = reader.table(&place, "kubernetes") {
+            let scaling = cluster.kubernetes.insert(keys::blank_kubernetes());
+            reader.read_keys(&place, keys::KUBERNETES, &[], &[], scaling);
+            rules::scaling(reader, &place, scaling, &cluster.balancer, &cluster.placement);
+        }
     }
     if let Some(place) = reader.table(root, "tls") {
         let tls = cluster.tls.insert(keys::blank_tls());

@@ -7,7 +7,8 @@ use std::{
 
 use crate::{
     cluster::{
-        AdminConfig, ArenaConfig, ClusterConfig, CoordinatorConfig, TenantConfig, TransferConfig,
+        AdminConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
+        KubernetesScaling, PlacementConfig, PlacementMode, TenantConfig, TransferConfig,
         WorkerConfig,
     },
     document::{Place, Reader},
@@ -108,6 +109,32 @@ pub(crate) fn transfer_exposure(
     refuse_exposure(reader, place, "listen", &transfer.listen.ip().to_string());
     if let Some(advertise) = &transfer.advertise {
         refuse_peer_exposure(reader, place, "advertise", advertise);
+    }
+}
+
+/// Bounds that exclude each other, and a balancer that has no pools to look at.
+pub(crate) fn scaling(
+    reader: &mut Reader<'_>,
+    place: &Place<'_>,
+    scaling: &KubernetesScaling,
+    balancer: &BalancerConfig,
+    placement: &PlacementConfig,
+) {
+    for (key, max, min_key, min) in [
+        ("max_prefill", scaling.max_prefill, "min_prefill", balancer.min_prefill),
+        ("max_decode", scaling.max_decode, "min_decode", balancer.min_decode),
+    ] {
+        if let Some(value) = place.get(key)
+            && max < min
+        {
+            let message = format!("{max} is less than balancer.{min_key}, which is {min}");
+            reader.add(value.span().start, place.key_path(key), message);
+        }
+    }
+    if placement.mode != PlacementMode::Always {
+        let message = "pools are scaled by what each has to do, which can be told under placement.mode = \
+                       \"always\" alone: set that, or scale by KEDA or an HPA";
+        reader.add(place.offset, place.path.clone(), message);
     }
 }
 

@@ -25,6 +25,9 @@ impl ClusterConfig {
         write_table(&mut text, "[placement]", keys::PLACEMENT, &self.placement);
         write_table(&mut text, "[admission]", keys::ADMISSION, &self.admission);
         write_table(&mut text, "[balancer]", keys::BALANCER, &self.balancer);
+        if let Some(scaling) = &self.kubernetes {
+            write_table(&mut text, "[balancer.kubernetes]", keys::KUBERNETES, scaling);
+        }
         if let Some(admin) = &self.admin {
             write_table(&mut text, "[admin]", keys::ADMIN, admin);
         }
@@ -100,6 +103,8 @@ pub fn sample() -> String {
     describe_keys(&mut text, keys::ADMISSION, &AdmissionConfig::default(), Shown::AsNeeded);
     push(&mut text, BALANCER);
     describe_keys(&mut text, keys::BALANCER, &BalancerConfig::default(), Shown::AsNeeded);
+    push(&mut text, KUBERNETES);
+    describe_keys(&mut text, keys::KUBERNETES, &keys::blank_kubernetes(), Shown::Commented);
     push(&mut text, ADMIN);
     describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
     push(&mut text, TELEMETRY);
@@ -194,6 +199,12 @@ const ADMISSION: &str = "
 # Who waits, how long, and who is turned away. A request's priority is a whole number, in its JSON or in
 # the header x-baton-priority: smaller ones come first.
 [admission]";
+
+const KUBERNETES: &str = "
+# Where flips do not help, or a pool has long had more than it needs, the balancer asks Kubernetes for more
+# or fewer workers. Needs placement.mode = \"always\", and the right to get and patch deployments/scale of
+# these two.
+#[balancer.kubernetes]";
 
 const BALANCER: &str = "
 # Pools that follow the load: a worker goes over to the pool whose workers are all pressed, if the

@@ -7,15 +7,23 @@ use std::{collections::BTreeSet, fs, path::Path};
 use baton_config::{ClusterConfig, EngineConfig, Requirement, TransportChoice, VllmSource};
 use baton_types::Role;
 
-/// Reads one of the files where the Secret of certificates is mounted.
+/// Reads one of the files where the Secrets are mounted.
 fn deployed(file: &str) -> ClusterConfig {
     let mounted = tempfile::tempdir().unwrap();
-    for file in ["ca.crt", "tls.crt", "tls.key"] {
-        fs::write(mounted.path().join(file), "").unwrap();
+    for file in [
+        "baton-tls/ca.crt",
+        "baton-tls/tls.crt",
+        "baton-tls/tls.key",
+        "baton-api-keys/default",
+        "baton-admin/token",
+    ] {
+        let path = mounted.path().join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "").unwrap();
     }
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(file);
     let text = fs::read_to_string(path).unwrap();
-    let text = text.replace("/etc/baton-tls", &mounted.path().to_string_lossy());
+    let text = text.replace("/etc/baton-", &format!("{}/baton-", mounted.path().display()));
     ClusterConfig::parse(&text, mounted.path()).unwrap_or_else(|errors| panic!("{file}: {errors}"))
 }
 
@@ -69,6 +77,7 @@ fn only_the_rdma_overlay_wants_rdma_and_will_have_nothing_else() {
 fn coordinators_listen_where_workers_dial() {
     for (coordinator, worker) in [
         ("kubernetes/base/coordinator.toml", WORKERS[0]),
+        ("kubernetes/components/autoscaling/coordinator.toml", WORKERS[0]),
         ("kubernetes/overlays/cpu-demo/coordinator.toml", WORKERS[2]),
     ] {
         let (coordinator, worker) = (deployed(coordinator), deployed(worker));
@@ -76,6 +85,18 @@ fn coordinators_listen_where_workers_dial() {
         assert_eq!(coordinator.coordinator.advertise, worker.coordinator.advertise);
         assert_eq!(coordinator.coordinator.workers_listen.port(), 7000);
         assert_eq!(coordinator.tls.is_some(), worker.tls.is_some());
+    }
+}
+
+#[test]
+fn nobody_is_let_in_without_a_key_but_by_the_demonstration() {
+    for file in ["base", "components/autoscaling", "overlays/cpu-demo"] {
+        let cluster = deployed(&format!("kubernetes/{file}/coordinator.toml"));
+        let is_demo = file.ends_with("demo");
+        assert_eq!(cluster.tenants.is_empty(), is_demo, "{file}");
+        assert!(cluster.tenants.iter().all(|tenant| tenant.key_file.is_some()), "{file}");
+        assert_eq!(cluster.admin.is_none(), is_demo, "{file}");
+        assert!(cluster.admin.is_none_or(|admin| admin.listen.ip().is_loopback()), "{file}");
     }
 }
 

@@ -318,3 +318,28 @@ baton.toml:11: admission.wait_for_worker_seconds: -1 is not a number of seconds 
 "#,
     );
 }
+
+#[test]
+fn pools_are_scaled_within_bounds_that_make_sense() {
+    let scaling = |placement: &str, keys: &str| {
+        format!(
+            "[coordinator]\nlisten = \"127.0.0.1:8000\"\nworkers_listen = \"127.0.0.1:7000\"\n\
+             [placement]\nmode = \"{placement}\"\n[balancer]\nmin_decode = 4\n[balancer.kubernetes]\n\
+             prefill_deployment = \"p\"\ndecode_deployment = \"d\"\nmax_prefill = 1\n{keys}"
+        )
+    };
+    assert_errors(
+        &scaling("always", "max_decode = 3\nmax_decod = 3"),
+        r#"
+baton.toml:12: balancer.kubernetes.max_decode: 3 is less than balancer.min_decode, which is 4
+baton.toml:13: balancer.kubernetes.max_decod: unknown key; did you mean "max_decode"?
+"#,
+    );
+    assert_errors(
+        &scaling("adaptive", ""),
+        r#"
+baton.toml:8: balancer.kubernetes: pools are scaled by what each has to do, which can be told under placement.mode = "always" alone: set that, or scale by KEDA or an HPA
+baton.toml:8: balancer.kubernetes.max_decode: missing; for example max_decode = 8
+"#,
+    );
+}

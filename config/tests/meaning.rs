@@ -45,6 +45,7 @@ fn default_cluster() -> ClusterConfig {
         placement: PlacementConfig::default(),
         admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
+        kubernetes: None,
         admin: None,
         telemetry: TelemetryConfig::default(),
         tls: None,
@@ -150,10 +151,11 @@ fn the_samples_examples_are_right() {
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (_, rest) = vllm.split_once("# Staging memory").unwrap();
-    let tables = ["[tls]", "[[tenant]]", "[coordinator.https]", "[admin]"];
+    let tables = ["[tls]", "[[tenant]]", "[coordinator.https]", "[balancer.kubernetes]", "[admin]"];
     let sim =
         tables.iter().fold(sim.to_owned(), |sim, table| sim.replace(&format!("#{table}"), table));
-    let sim = uncomment(&sim, |_, _| true);
+    // Pools are scaled where there are pools.
+    let sim = uncomment(&sim, |_, _| true).replace("mode = \"adaptive\"", "mode = \"always\"");
     let transfer_advertise = "advertise = \"127.0.0.1:7100\"";
     let rest = uncomment(rest, |_, _| true);
     let file = format!("{sim}\n# Staging memory{rest}");
@@ -166,7 +168,11 @@ fn the_samples_examples_are_right() {
     assert_eq!(https.certificate, directory.path().join("tls/front.pem"));
     let [tenant] = cluster.tenants.try_into().unwrap();
     assert_eq!((tenant.name.as_str(), tenant.max_requests), ("search", Some(64)));
+    assert_eq!(tenant.max_tokens_per_minute, Some(1_000_000));
     assert_eq!(tenant.key_sha256.map(|digest| digest[0]), Some(0x2b));
+    let scaling = cluster.kubernetes.unwrap();
+    assert_eq!(scaling.prefill_deployment, "baton-prefill");
+    assert_eq!((scaling.max_decode, scaling.zero_after), (8, Some(Duration::from_secs(1800))));
     assert_eq!(cluster.admin.unwrap().token_file, Some(directory.path().join("admin.token")));
 }
 
@@ -264,6 +270,7 @@ proptest! {
             weight: 0.5,
             priority: -3,
             max_requests: Some(2),
+            max_tokens_per_minute: Some(90),
         });
         cluster.insecure_plaintext = insecure_plaintext;
         cluster.admin = insecure_plaintext.then(|| AdminConfig {

@@ -1,42 +1,33 @@
 //! What becomes of the balancer's advice: flips are ordered, replicas asked for, or all of it is only
 //! told in log and metrics.
 
+mod kubernetes;
 mod metrics;
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use async_trait::async_trait;
-use baton_config::{BalancerActuator, BalancerConfig};
-use baton_core::{BalancerSettings, Decision, Event, Verdict};
+use baton_config::{BalancerActuator, BalancerConfig, KubernetesScaling};
+use baton_core::{BalancerSettings, Decision, Event, OnDemand, Reason, Verdict};
+use baton_kubernetes::Size;
 use baton_types::Role;
-use tokio::time::MissedTickBehavior;
+use tokio::{
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior},
+};
 use tracing::{info, warn};
 
-pub(crate) use self::metrics::BalancerMetrics;
+pub(crate) use self::{kubernetes::KubernetesPools, metrics::BalancerMetrics};
 use crate::shell::Shell;
 
-/// Gives the pools more or fewer workers.
-#[async_trait]
-pub trait Replicas: Send + Sync {
-    /// Asks that a pool have so many workers; they come and go later. Asked again whenever the wanted
-    /// number changes.
-    ///
-    /// # Errors
-    /// Whoever runs the workers did not take it. It is told in the log, and asked again should the
-    /// balancer still want it a dwell later.
-    async fn scale(&self, role: Role, replicas: u32) -> Result<(), ScaleError>;
-}
-
-/// Why a pool was not given the replicas that were asked for.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct ScaleError(#[from] Box<dyn std::error::Error + Send + Sync>);
-
-pub(crate) fn settings(config: &BalancerConfig) -> BalancerSettings {
+pub(crate) fn settings(
+    config: &BalancerConfig,
+    scaling: Option<&KubernetesScaling>,
+) -> BalancerSettings {
     BalancerSettings {
         min_prefill: config.min_prefill,
         min_decode: config.min_decode,
         dwell: config.dwell,
+        on_demand: scaling.map(|scaling| OnDemand { unused_after: scaling.zero_after }),
         ..BalancerSettings::default()
     }
 }
@@ -45,15 +36,15 @@ pub(crate) fn settings(config: &BalancerConfig) -> BalancerSettings {
 pub(crate) async fn keep_balanced(
     shell: Shell,
     config: BalancerConfig,
-    replicas: Option<Arc<dyn Replicas>>,
+    pools: Option<KubernetesPools>,
 ) {
     if config.actuator == BalancerActuator::Off {
         return;
     }
-    let mut interval = tokio::time::interval(settings(&config).interval);
+    let mut interval = tokio::time::interval(settings(&config, None).interval);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut told = Vec::new();
-    let mut asked = Asked::default();
+    let mut orders = ScaleOrders::default();
     loop {
         interval.tick().await;
         let decisions = shell.balance(config.actuator);
@@ -62,42 +53,84 @@ pub(crate) async fn keep_balanced(
             info!(%decision, "balancer");
         }
         told = news;
-        if config.actuator != BalancerActuator::Flip {
+        let Some(pools) = pools.as_ref().filter(|_| config.actuator == BalancerActuator::Flip)
+        else {
             continue;
-        }
+        };
         for decision in decisions {
-            if let (Verdict::Scale { role, replicas: wanted }, Some(replicas)) =
-                (decision.verdict, &replicas)
-                && asked.is_new(role, wanted, config.dwell)
-                && let Err(error) = replicas.scale(role, wanted).await
-            {
-                warn!(%role, replicas = wanted, %error, "the pool was not scaled");
-            }
+            orders.follow(&shell, pools, &decision, config.dwell);
         }
     }
 }
 
-/// What was asked for last of each pool.
+/// What was asked of Kubernetes for each pool.
 #[derive(Debug, Default)]
-struct Asked {
-    last: [Option<(u32, tokio::time::Instant)>; 2],
+struct ScaleOrders {
+    last: [Option<(Size, Instant)>; 2],
+    /// One for each pool at most. An API server that does not answer holds no flip up.
+    under_way: [JoinSet<()>; 2],
 }
 
-impl Asked {
-    /// Whether this was not asked for within the last dwell.
-    fn is_new(&mut self, role: Role, replicas: u32, dwell: Duration) -> bool {
-        let last = &mut self.last[role as usize];
-        let now = tokio::time::Instant::now();
-        let is_new =
-            last.is_none_or(|(asked, at)| asked != replicas || now.duration_since(at) >= dwell);
+impl ScaleOrders {
+    fn follow(
+        &mut self,
+        shell: &Shell,
+        pools: &KubernetesPools,
+        decision: &Decision,
+        dwell: Duration,
+    ) {
+        let Verdict::Scale { role, replicas } = decision.verdict else { return };
+        let (workers, are_ours) = shell.roles();
+        // Of several coordinators one scales: the one that the workers follow. Without workers there is
+        // none, and whoever has a request asks for the first.
+        if !are_ours && decision.reason != Reason::FirstWorker {
+            return;
+        }
+        let is_more = replicas > decision.pool(role).workers;
+        let size = if is_more { Size::AtLeast(replicas) } else { Size::AtMost(replicas) };
+        if !self.is_new(role, size, dwell) {
+            return;
+        }
+        let (shell, pools, reason) = (shell.clone(), pools.clone(), decision.reason.as_str());
+        self.under_way[role as usize].spawn(async move {
+            let outcome = pools.scale(role, size, &workers).await;
+            shell.metrics.balancer.scaled(role, &outcome);
+            match outcome {
+                Ok(scaled) if scaled.before != scaled.after => {
+                    let change =
+                        format!("{reason}: {} to {} replicas", scaled.before, scaled.after);
+                    shell.lock().journal.decided("scale", role.as_str(), change, "balancer");
+                }
+                Ok(_) => {}
+                Err(error) => warn!(%role, wanted = replicas, %error, "the pool was not scaled"),
+            }
+        });
+    }
+
+    /// Whether this was not asked for within the last dwell, and nothing else is being asked for.
+    fn is_new(&mut self, role: Role, size: Size, dwell: Duration) -> bool {
+        let under_way = &mut self.under_way[role as usize];
+        while under_way.try_join_next().is_some() {}
+        let (last, now) = (&mut self.last[role as usize], Instant::now());
+        let rests = last.is_some_and(|(asked, at)| asked == size && now < at + dwell);
+        let is_new = under_way.is_empty() && !rests;
         if is_new {
-            *last = Some((replicas, now));
+            *last = Some((size, now));
         }
         is_new
     }
 }
 
 impl Shell {
+    /// Every worker's name with the pool that it is in, and whether any of them follows this balancer.
+    fn roles(&self) -> (Vec<(String, Role)>, bool) {
+        let state = self.lock();
+        let name =
+            |it: baton_core::WorkerView<'_>| (it.description.name.clone(), it.description.role);
+        let are_ours = state.core.workers().any(|worker| worker.follows);
+        (state.core.workers().map(name).collect(), are_ours)
+    }
+
     /// Asks the balancer, and orders the flips that it advises where that is its actuator.
     fn balance(&self, actuator: BalancerActuator) -> Vec<Decision> {
         let mut state = self.lock();

@@ -7,6 +7,7 @@ mod forward;
 mod pages;
 mod peek;
 mod server;
+mod token_budget;
 
 pub(crate) use answer::{Answer, Head};
 pub use auth::KeyFileError;
@@ -14,3 +15,4 @@ pub(crate) use auth::Tenants;
 pub(crate) use error::{ClientError, broken_stream_event};
 pub(crate) use forward::is_hop_by_hop;
 pub(crate) use server::{Access, serve};
+pub(crate) use token_budget::TokenBudget;

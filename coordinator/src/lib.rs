@@ -35,17 +35,14 @@ use tracing::info;
 
 use crate::{
     admin::AdminToken,
+    balancing::KubernetesPools,
     client::{Access, Tenants},
     fleet::FleetService,
     listener::ConnectionLimits,
     shell::Shell,
     spans::Tracer,
 };
-pub use crate::{
-    balancing::{Replicas, ScaleError},
-    client::KeyFileError,
-    tls::TlsError,
-};
+pub use crate::{client::KeyFileError, tls::TlsError};
 
 /// What is due by the clock, and by predictions, is looked after this often.
 const TICK_INTERVAL: Duration = Duration::from_millis(20);
@@ -70,6 +67,8 @@ pub enum CoordinatorError {
     Policy { name: String, known: String },
     #[error(transparent)]
     AdminToken(#[from] admin::TokenError),
+    #[error("balancer.kubernetes: {0}")]
+    Kubernetes(#[from] baton_kubernetes::ConnectError),
     #[error("the worker listener ended: {0}")]
     Fleet(#[from] tonic::transport::Error),
 }
@@ -77,15 +76,6 @@ pub enum CoordinatorError {
 /// Serves until `shutdown`, then lets open answers finish for a while.
 pub async fn run(
     config: ClusterConfig,
-    shutdown: impl Future<Output = ()>,
-) -> Result<(), CoordinatorError> {
-    run_with(config, None, shutdown).await
-}
-
-/// The same, with somebody who can give the pools more or fewer workers.
-pub async fn run_with(
-    config: ClusterConfig,
-    replicas: Option<Arc<dyn Replicas>>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), CoordinatorError> {
     let policy = settings::placement_policy(&config)?;
@@ -103,7 +93,12 @@ pub async fn run_with(
     let drain_timeout = limits.drain_timeout;
     let balancer = config.balancer;
     let balances = balancer.actuator != BalancerActuator::Off;
-    let balancing = balances.then(|| balancing::settings(&balancer));
+    let scaling = config.kubernetes.as_ref();
+    let balancing = balances.then(|| balancing::settings(&balancer, scaling));
+    let pools = match scaling.filter(|_| balancer.actuator == BalancerActuator::Flip) {
+        Some(scaling) => Some(KubernetesPools::connect(scaling, &balancer).await?),
+        None => None,
+    };
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
     let tracer = Tracer::open(&config.telemetry)?;
     let shell =
@@ -153,15 +148,16 @@ pub async fn run_with(
         let router = admin::router(shell.clone(), token);
         tokio::spawn(listener::serve(router, listener, admin_limits, None))
     });
+    let metrics = shell.metrics.clone();
     let follows = tokio::spawn(async move {
         let mut interval = tokio::time::interval(FOLLOW_INTERVAL);
         loop {
             interval.tick().await;
             if let Some(tls) = &tls {
-                tls::follow("tls", tls);
+                tls::follow("tls", tls, &metrics);
             }
             if let Some(https) = &access.https {
-                tls::follow("coordinator.https", https);
+                tls::follow("coordinator.https", https, &metrics);
             }
             access.tenants.follow();
         }
@@ -177,7 +173,7 @@ pub async fn run_with(
         }
     });
 
-    let balancing = tokio::spawn(balancing::keep_balanced(shell.clone(), balancer, replicas));
+    let balancing = tokio::spawn(balancing::keep_balanced(shell.clone(), balancer, pools));
 
     tokio::pin!(fleet);
     tokio::select! {

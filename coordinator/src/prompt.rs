@@ -24,7 +24,7 @@ pub(crate) struct Prompt {
 pub(crate) enum PromptContent {
     Tokens(Vec<u32>),
     /// What the prompt is made from: the same beginning gives the same tokens, mostly.
-    Bytes(Vec<u8>),
+    Bytes(Bytes),
 }
 
 impl std::fmt::Debug for PromptContent {
@@ -66,7 +66,7 @@ pub(crate) async fn read(body: &Bytes, tokenizer: Option<&Arc<PromptTokenizer>>)
     }
 }
 
-fn read_now(body: &[u8], tokenizer: Option<&PromptTokenizer>) -> Option<Prompt> {
+fn read_now(body: &Bytes, tokenizer: Option<&PromptTokenizer>) -> Option<Prompt> {
     let fields: PromptFields<'_> = serde_json::from_slice(body).ok()?;
     let content = match (fields.prompt, fields.messages) {
         (Some(prompt), None) => {
@@ -80,7 +80,9 @@ fn read_now(body: &[u8], tokenizer: Option<&PromptTokenizer>) -> Option<Prompt> 
                 Some(tokens) => PromptContent::Tokens(tokens),
                 None => tokenizer
                     .and_then(|tokenizer| text(prompt, fields.add_special_tokens, tokenizer))
-                    .unwrap_or_else(|| PromptContent::Bytes(prompt.get().as_bytes().to_vec())),
+                    .unwrap_or_else(|| {
+                        PromptContent::Bytes(body.slice_ref(prompt.get().as_bytes()))
+                    }),
             }
         }
         (None, Some(messages)) => {
@@ -89,9 +91,10 @@ fn read_now(body: &[u8], tokenizer: Option<&PromptTokenizer>) -> Option<Prompt> 
             }
             // Tools come first in chat templates. The next turn goes on where the list ends.
             let messages = messages.get().trim_end().trim_end_matches(']').trim_end();
-            let mut bytes = fields.tools.map_or(Vec::new(), |tools| tools.get().into());
-            bytes.extend_from_slice(messages.as_bytes());
-            PromptContent::Bytes(bytes)
+            PromptContent::Bytes(match fields.tools {
+                None => body.slice_ref(messages.as_bytes()),
+                Some(tools) => [tools.get(), messages].concat().into(),
+            })
         }
         _ => return None,
     };
@@ -131,7 +134,7 @@ mod tests {
     use super::*;
 
     fn content(body: &str) -> Option<PromptContent> {
-        read_now(body.as_bytes(), None).map(|prompt| prompt.content)
+        read_now(&Bytes::copy_from_slice(body.as_bytes()), None).map(|prompt| prompt.content)
     }
 
     #[test]
@@ -139,7 +142,12 @@ mod tests {
         let tokens = Some(PromptContent::Tokens(vec![1, 2, 3]));
         assert_eq!(content(r#"{"prompt":[1,2,3],"stream":true}"#), tokens);
         assert_eq!(content(r#"{"prompt":[[1,2,3]]}"#), tokens);
-        assert_eq!(read_now(br#"{"prompt":[1],"cache_salt":"s"}"#, None).unwrap().cache_salt, "s");
+        assert_eq!(
+            read_now(&Bytes::from_static(br#"{"prompt":[1],"cache_salt":"s"}"#), None)
+                .unwrap()
+                .cache_salt,
+            "s"
+        );
         for none in ["", "{}", "[]", r#"{"prompt":"a","messages":[]}"#, r#"{"prompt":"a"#] {
             assert_eq!(content(none), None, "{none}");
         }
@@ -161,7 +169,7 @@ mod tests {
 
     #[test]
     fn a_prompt_is_not_shown() {
-        let prompt = read_now(br#"{"prompt":"a secret"}"#, None).unwrap();
+        let prompt = read_now(&Bytes::from_static(br#"{"prompt":"a secret"}"#), None).unwrap();
         assert!(!format!("{prompt:?}").contains("97"));
         assert!(format!("{prompt:?}").contains("10 bytes"));
     }

@@ -5,10 +5,11 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use baton_config::{Followed, HttpsConfig, Refreshed, TlsConfig};
+use parking_lot::Mutex;
 use rustls::{
     RootCertStore, ServerConfig,
     crypto::aws_lc_rs,
@@ -25,10 +26,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::{info, warn};
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
+use crate::metrics::Metrics;
+
 /// A stranger who connects and says nothing holds no socket for longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Strangers at once. Workers keep their connections for days.
 const MAX_HANDSHAKES: usize = 256;
+/// However many come, the log has one line of them in so long.
+const STRANGERS_TOLD_EVERY: Duration = Duration::from_secs(1);
 /// What a certificate's URI begins with that says which worker's it is.
 const WORKER_URI: &str = "baton:worker:";
 
@@ -37,6 +42,18 @@ pub(crate) type TlsFiles = Followed<ServerTls, TlsError>;
 
 pub(crate) struct ServerTls {
     acceptor: TlsAcceptor,
+    /// Of its own certificate, in seconds since 1970.
+    expires_unix_s: i64,
+}
+
+impl ServerTls {
+    fn new(config: ServerConfig, certificate: &Path) -> Result<Self, TlsError> {
+        let own = certificates(certificate)?;
+        let broken = |reason: String| TlsError::Broken { path: certificate.to_owned(), reason };
+        let (_, parsed) = parse_x509_certificate(&own[0]).map_err(|e| broken(e.to_string()))?;
+        let expires_unix_s = parsed.validity().not_after.timestamp();
+        Ok(Self { acceptor: TlsAcceptor::from(Arc::new(config)), expires_unix_s })
+    }
 }
 
 /// Why certificates cannot be used.
@@ -79,7 +96,7 @@ pub(crate) fn for_workers(tls: &TlsConfig) -> Result<TlsFiles, TlsError> {
             .with_single_cert(certificates(&tls.certificate)?, private_key(&tls.private_key)?)
             .map_err(pair)?;
         config.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(ServerTls { acceptor: TlsAcceptor::from(Arc::new(config)) })
+        ServerTls::new(config, &tls.certificate)
     })
 }
 
@@ -100,7 +117,7 @@ pub(crate) fn for_clients(https: &HttpsConfig) -> Result<TlsFiles, TlsError> {
                 )
                 .map_err(pair)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(ServerTls { acceptor: TlsAcceptor::from(Arc::new(config)) })
+        ServerTls::new(config, &https.certificate)
     })
 }
 
@@ -124,8 +141,8 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
 }
 
-/// Looks at the files, and says what became of them.
-pub(crate) fn follow(table: &'static str, files: &TlsFiles) {
+/// Looks at the files, and says what became of them and until when they hold.
+pub(crate) fn follow(table: &'static str, files: &TlsFiles, metrics: &Metrics) {
     match files.refresh() {
         Refreshed::Unchanged => {}
         Refreshed::Renewed => {
@@ -135,6 +152,7 @@ pub(crate) fn follow(table: &'static str, files: &TlsFiles) {
             warn!(table, %error, "certificates changed and cannot be used: the former ones stay");
         }
     }
+    metrics.certificate_expires(table, files.current().expires_unix_s);
 }
 
 /// The server's side of one handshake.
@@ -153,6 +171,7 @@ pub(crate) fn incoming(
 ) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
     let (sender, accepted) = mpsc::channel(1);
     let strangers = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let told = Arc::new(Mutex::new(Told::default()));
     tokio::spawn(async move {
         loop {
             // The semaphore is never closed.
@@ -168,7 +187,7 @@ pub(crate) fn incoming(
                 },
                 () = sender.closed() => return,
             };
-            let (files, sender) = (files.clone(), sender.clone());
+            let (files, sender, told) = (files.clone(), sender.clone(), told.clone());
             tokio::spawn(async move {
                 let met = match stream.set_nodelay(true) {
                     Ok(()) => handshake(&files, stream).await,
@@ -177,13 +196,36 @@ pub(crate) fn incoming(
                 match met {
                     // Nobody takes it: the server is going.
                     Ok(stream) => drop(sender.send(Ok(stream)).await),
-                    Err(error) => info!(%peer, %error, "a stranger at the workers' door"),
+                    Err(error) => {
+                        if let Some(others) = told.lock().may_tell(Instant::now()) {
+                            info!(%peer, %error, others, "a stranger at the workers' door");
+                        }
+                    }
                 }
                 drop(place);
             });
         }
     });
     ReceiverStream::new(accepted)
+}
+
+/// Keeps whoever knocks from filling the log.
+#[derive(Debug, Default)]
+struct Told {
+    last: Option<Instant>,
+    untold: u64,
+}
+
+impl Told {
+    /// Whether it is time for a line, and of how many there was none since the last.
+    fn may_tell(&mut self, now: Instant) -> Option<u64> {
+        if self.last.is_some_and(|last| now < last + STRANGERS_TOLD_EVERY) {
+            self.untold += 1;
+            return None;
+        }
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
 }
 
 /// The workers as which the holder of a certificate may attach, where it says so: its URIs
@@ -215,6 +257,15 @@ mod tests {
         }
         let named = params.self_signed(&key).unwrap();
         assert_eq!(worker_names(named.der()), ["prefill-0", "prefill-1"]);
+    }
+
+    #[test]
+    fn strangers_do_not_fill_the_log() {
+        let start = Instant::now();
+        let mut told = Told::default();
+        let lines = (0..2500).map(|ms| told.may_tell(start + Duration::from_millis(ms)));
+        let lines: Vec<u64> = lines.flatten().collect();
+        assert_eq!(lines, [0, 999, 999]);
     }
 
     #[test]

@@ -11,6 +11,6 @@ mod run;
 mod way;
 
 pub use experiment::{Asked, Conditions, Experiment, TraceFile, What};
-pub use live::{Live, LiveError, LiveProgress, run_live};
+pub use live::{Coordinator, Live, LiveError, LiveProgress, OperatorError, Standing, run_live};
 pub use run::{CompareError, Progress, Single, inspect_trace, run};
 pub use way::{ParseWayError, Way, WayKind};

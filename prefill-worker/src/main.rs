@@ -1,11 +1,7 @@
-use std::path::PathBuf;
-
-use anyhow::Context;
 use baton_config::ClusterConfig;
-use baton_logs::LogOptions;
+use baton_process::WorkerOptions;
 use baton_types::Role;
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -14,33 +10,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
-    /// The cluster's baton.toml.
-    #[arg(long)]
-    config: PathBuf,
-    /// Which of the file's prefill workers this is.
-    #[arg(long)]
-    name: String,
-    /// HOST:PORT at which other workers reach this one, in place of the file's.
-    #[arg(long)]
-    advertise: Option<String>,
     #[command(flatten)]
-    log: LogOptions,
+    worker: WorkerOptions,
 }
 
 fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
-    arguments.log.begin();
-    let cluster = ClusterConfig::read(&arguments.config)?;
-    let worker = cluster.worker(&arguments.name, Role::Prefill, arguments.advertise.as_deref())?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
-        let shutdown = async move {
-            tokio::select! {
-                _ = tokio::signal::ctrl_c() => {}
-                _ = terminate.recv() => {}
-            }
-        };
-        Ok(baton_worker::run(worker, shutdown).await?)
-    })
+    let WorkerOptions { config, name, advertise, process } = Arguments::parse().worker;
+    let cluster = ClusterConfig::read(&config)?;
+    let worker = cluster.worker(&name, Role::Prefill, advertise.as_deref())?;
+    process.run(|stop| baton_worker::run(worker, stop))??;
+    Ok(())
 }

@@ -40,6 +40,9 @@ pub struct ClusterBuilder {
     tls: Option<TlsPem>,
     drain_timeout_seconds: u32,
     ready: bool,
+    prefix: String,
+    starts_workers: bool,
+    environment: Vec<(&'static str, String)>,
 }
 
 /// One identity, and whom it trusts, as PEM texts.
@@ -109,6 +112,9 @@ impl ClusterBuilder {
             tls: None,
             drain_timeout_seconds: 1,
             ready: true,
+            prefix: String::new(),
+            starts_workers: true,
+            environment: Vec::new(),
         }
     }
 
@@ -204,6 +210,24 @@ impl ClusterBuilder {
         self
     }
 
+    /// Workers' names begin so.
+    pub fn named(mut self, prefix: &str) -> Self {
+        self.prefix = prefix.to_owned();
+        self
+    }
+
+    /// The scenario starts the workers itself.
+    pub fn without_workers(mut self) -> Self {
+        (self.starts_workers, self.ready) = (false, false);
+        self
+    }
+
+    /// A variable in the environment of all processes.
+    pub fn environment(mut self, name: &'static str, value: &str) -> Self {
+        self.environment.push((name, value.to_owned()));
+        self
+    }
+
     pub async fn start(self) -> Result<Cluster> {
         let directory = tempfile::tempdir()?;
         let (http_port, workers_port, admin_port) = (free_port()?, free_port()?, free_port()?);
@@ -211,7 +235,7 @@ impl ClusterBuilder {
         let mut workers = BTreeMap::new();
         for (role, count) in [("prefill", self.prefill), ("decode", self.decode)] {
             for index in 0..count {
-                workers.insert(format!("{role}-{index}"), role);
+                workers.insert(format!("{}{role}-{index}", self.prefix), role);
             }
         }
         let mut ports = BTreeMap::new();
@@ -231,6 +255,7 @@ impl ClusterBuilder {
             workers_port,
             admin_port,
             log: self.log.clone(),
+            environment: self.environment.clone(),
             ports,
             workers: workers
                 .iter()
@@ -239,8 +264,10 @@ impl ClusterBuilder {
             directory,
         };
         cluster.start_process("coordinator")?;
-        for name in workers.keys() {
-            cluster.start_process(name)?;
+        if self.starts_workers {
+            for name in workers.keys() {
+                cluster.start_process(name)?;
+            }
         }
         if self.ready {
             let patience = match self.engine {
@@ -350,6 +377,7 @@ pub struct Cluster {
     workers_port: u16,
     admin_port: u16,
     log: Vec<String>,
+    environment: Vec<(&'static str, String)>,
     /// Of each worker: its transfer channel's, and its engine's.
     ports: BTreeMap<String, [u16; 2]>,
     config: PathBuf,
@@ -417,7 +445,7 @@ impl Cluster {
             Some(role) => vec![role.as_str(), "--config", &config, "--name", name],
         };
         arguments.extend(self.log.iter().map(String::as_str));
-        let process = Process::start(name, &arguments, self.directory.path())?;
+        let process = Process::start(name, &arguments, &self.environment, self.directory.path())?;
         self.processes.insert(name.to_owned(), process);
         Ok(())
     }
@@ -439,7 +467,8 @@ impl Cluster {
         fs::write(&config, toml)?;
         let role = format!("{role}-worker");
         let arguments = [role.as_str(), "--config", &config.to_string_lossy(), "--name", name];
-        let started = Process::start(process, &arguments, self.directory.path())?;
+        let started =
+            Process::start(process, &arguments, &self.environment, self.directory.path())?;
         self.processes.insert(process.to_owned(), started);
         Ok(())
     }

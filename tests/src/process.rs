@@ -16,9 +16,14 @@ pub struct Process {
 }
 
 impl Process {
-    pub(crate) fn start(name: &str, arguments: &[&str], directory: &Path) -> Result<Self> {
+    pub(crate) fn start(
+        name: &str,
+        arguments: &[&str],
+        environment: &[(&str, String)],
+        directory: &Path,
+    ) -> Result<Self> {
         let mut command = Command::new(baton()?);
-        command.args(arguments);
+        command.args(arguments).envs(environment.iter().map(|(name, value)| (name, value)));
         Self::spawn(name, command, directory)
     }
 

@@ -1,4 +1,4 @@
-//! Who may send requests, and how many at once.
+//! Who may send requests, how many at once, and how much in a minute.
 
 // A scenario says what must hold by panicking.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
@@ -9,12 +9,17 @@ use baton_tests::{Answer, Cluster, ClusterBuilder};
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 
-/// Of "sesame".
+/// Of "sesame" and "millet".
 const TENANTS: &str = "
 [[tenant]]
 name = \"search\"
 key_sha256 = \"d0c04f4b1951e4aeaaec8223ed2039e542f3aae805a6fa7f6d794e5afff5d272\"
 max_requests = 1
+
+[[tenant]]
+name = \"batch\"
+key_sha256 = \"7142041d842dd25ca345374d601674dd84035c7c3f5c424ec804fbdf3b586857\"
+max_tokens_per_minute = 60
 
 [[tenant]]
 name = \"chat\"
@@ -115,4 +120,33 @@ async fn a_tenant_has_no_more_requests_in_flight_than_it_may() {
         }
     };
     tokio::time::timeout(Duration::from_secs(30), served).await.expect("room");
+}
+
+#[tokio::test]
+async fn a_tenant_that_used_its_tokens_is_told_how_long_to_wait() {
+    let directory = tempfile::tempdir().unwrap();
+    let keys = directory.path().join("keys");
+    fs::write(&keys, "word\n").unwrap();
+    let cluster = start(&keys).await;
+    let ask = |key: &'static str, tokens: u32, stream: bool| {
+        let request = cluster.http.post(cluster.url("/v1/completions")).bearer_auth(key);
+        let request = request.json(&completion(tokens, stream));
+        async move { Answer::of(request.send().await.unwrap()).await.unwrap() }
+    };
+    // It is not known before how much it will be: more than there is may be taken once.
+    for stream in [false, true] {
+        let served = ask("millet", 35, stream).await;
+        assert_eq!(served.status, 200, "{}", served.text);
+    }
+    let refused = ask("millet", 1, false).await;
+    refused.assert_error(429, "rate_limit_exceeded");
+    assert_eq!(refused.json()["error"]["type"], "tokens");
+    // Some 10 to 20 too many, at one a second.
+    let wait: u64 = refused.header("retry-after").parse().unwrap();
+    assert!((1..=60).contains(&wait), "{wait}");
+    assert_eq!(ask("word", 35, false).await.status, 200, "another tenant's is its own");
+
+    let metrics = cluster.metrics().await;
+    let refusals = ["tenant=\"batch\"", "outcome=\"too_many_tokens\""];
+    assert_eq!(metrics.sum("baton_tenant_requests_total", &refusals), 1.0);
 }

@@ -74,7 +74,7 @@ async fn a_comparison_that_cannot_be_is_refused_before_it_begins() {
     let (success, _, errors) = compare(&cluster, ADMIN_TOKEN).await;
     assert!(!success && errors.contains("workers: [3], and the cluster has 2"), "{errors}");
     let (success, _, errors) = compare(&cluster, "guess").await;
-    assert!(!success && errors.contains("the token is not its own"), "{errors}");
+    assert!(!success && errors.contains("does not take this token"), "{errors}");
     assert!(!errors.contains("guess"), "{errors}");
     let metrics = cluster.eventually_idle().await;
     assert_eq!(metrics.sum("baton_requests_total", &[]), 0.0);

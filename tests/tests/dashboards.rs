@@ -10,7 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_tests::{Cluster, ClusterBuilder, Prometheus, prometheus_or_skip};
+use baton_tests::{Cluster, ClusterBuilder, Prometheus, TlsPem, prometheus_or_skip};
+use rcgen::{CertificateParams, KeyPair};
 use serde_json::{Value, json};
 
 fn deployed(file: &str) -> PathBuf {
@@ -33,13 +34,21 @@ fn dashboard() -> Vec<(String, String)> {
 
 /// What a rule compares. A comparison itself has data only while the alert fires.
 fn operands(query: &str) -> Vec<String> {
-    let (left, right) = [" > ", " == "]
+    let (left, right) = [" > ", " < ", " == "]
         .iter()
         .find_map(|comparison| query.rsplit_once(comparison))
         .unwrap_or_else(|| panic!("no comparison: {query}"));
     let is_number = right.trim().parse::<f64>().is_ok();
     let sides = if is_number { vec![left] } else { vec![left, right] };
     sides.into_iter().map(str::to_owned).collect()
+}
+
+/// Of one host that trusts nobody but itself.
+fn certificate() -> TlsPem {
+    let key = KeyPair::generate().unwrap();
+    let params = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
+    let certificate = params.self_signed(&key).unwrap().pem();
+    TlsPem { ca: certificate.clone(), certificate, private_key: key.serialize_pem() }
 }
 
 /// Requests that stream, of prompts that begin alike.
@@ -96,6 +105,7 @@ async fn every_expression_has_data_and_rules_see_what_they_are_for() {
         .pools(1, 3)
         .engine("time_scale = 0.05")
         .balancer("actuator = \"advise\"")
+        .tls(certificate())
         .start()
         .await
         .unwrap();

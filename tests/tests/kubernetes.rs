@@ -13,7 +13,9 @@ use std::{
     time::Duration,
 };
 
-use baton_kubernetes::{ConnectError, KubernetesConfig, KubernetesReplicas, ScaleError, Target};
+use baton_kubernetes::{
+    ConnectError, KubernetesConfig, KubernetesReplicas, ScaleError, Size, Target,
+};
 use baton_tests::{ControlPlane, kube_or_skip};
 use baton_types::Role;
 use k8s_openapi::api::{
@@ -57,6 +59,8 @@ async fn on_a_real_api_server() {
 
     say("every overlay and component is taken as it is");
     custom_resources_are_defined(&control_plane).await;
+    apply(&control_plane, &manifests().join("overlays/cuda"));
+    secrets_are_made(&control_plane);
     for overlay in OVERLAYS {
         overlay_is_taken(&control_plane, overlay).await;
     }
@@ -120,6 +124,32 @@ async fn custom_resources_are_defined(control_plane: &ControlPlane) {
     control_plane
         .kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"], "")
         .unwrap();
+}
+
+/// As docs/kubernetes.md makes them.
+fn secrets_are_made(control_plane: &ControlPlane) {
+    let pem = |name: &str| {
+        let path = control_plane.path().join(name);
+        std::fs::write(&path, "PEM").unwrap();
+        path.display().to_string()
+    };
+    let [ca, certificate, key] = ["ca.pem", "host.pem", "host.key"].map(pem);
+    let files = [
+        "--type=kubernetes.io/tls".to_owned(),
+        format!("--from-file=ca.crt={ca}"),
+        format!("--from-file=tls.crt={certificate}"),
+        format!("--from-file=tls.key={key}"),
+    ];
+    let create = |name: &str, arguments: &[String]| {
+        let begin = ["-n", NAMESPACE, "create", "secret", "generic", name];
+        let rest = arguments.iter().map(String::as_str);
+        let all: Vec<&str> = begin.into_iter().chain(rest).collect();
+        control_plane.kubectl(&all, "").unwrap();
+    };
+    create("baton-coordinator-tls", &files);
+    create("baton-worker-tls", &files);
+    create("baton-api-keys", &["--from-literal=default=0123456789abcdef".to_owned()]);
+    create("baton-admin", &["--from-literal=token=0123456789abcdef".to_owned()]);
 }
 
 fn api<K>(client: &Client) -> Api<K>
@@ -196,6 +226,15 @@ async fn what_it_mounts_is_there(client: &Client, pod: &Pod) {
     for volume in spec.volumes.iter().flatten() {
         if let Some(map) = &volume.config_map {
             api::<ConfigMap>(client).get(&map.name).await.unwrap();
+        }
+        if let Some(secret) = &volume.secret {
+            let name = secret.secret_name.as_deref().unwrap();
+            api::<Secret>(client).get(name).await.unwrap();
+            assert_eq!(
+                secret.default_mode,
+                Some(0o440),
+                "{name}: for its group, and for no others"
+            );
         }
     }
     for container in spec.init_containers.iter().flatten() {
@@ -408,15 +447,25 @@ async fn wanted(client: &Client, deployment: &str) -> i32 {
 async fn bounds(control_plane: &ControlPlane) {
     let admin = control_plane.admin().unwrap();
     let actuator = actuator(control_plane, config()).await;
-    for (asked, given) in [(4, 4), (1, 1), (0, 1), (9, 5), (9, 5), (2, 2)] {
+    use Size::{AtLeast, AtMost};
+    for (asked, given) in [
+        (AtLeast(4), 4),
+        (AtLeast(2), 4),
+        (AtMost(5), 4),
+        (AtMost(1), 1),
+        (AtMost(0), 1),
+        (AtLeast(9), 5),
+        (AtLeast(9), 5),
+        (AtMost(2), 2),
+    ] {
         let before = wanted(&admin, "baton-prefill").await;
         let scaled = actuator.scale(Role::Prefill, asked).await.unwrap();
         assert_eq!(scaled.before, u32::try_from(before).unwrap());
-        assert_eq!(scaled.after, given, "{asked}");
+        assert_eq!(scaled.after, given, "{asked:?}");
         assert_eq!(wanted(&admin, "baton-prefill").await, i32::try_from(given).unwrap());
         assert_eq!(actuator.replicas(Role::Prefill).await.unwrap().wanted, given);
     }
-    actuator.scale(Role::Decode, 100).await.unwrap();
+    actuator.scale(Role::Decode, Size::AtLeast(100)).await.unwrap();
     assert_eq!(wanted(&admin, "baton-decode").await, 3);
     assert_eq!(wanted(&admin, "baton-prefill").await, 2, "the other pool's stays");
 
@@ -458,7 +507,7 @@ async fn conflicts(control_plane: &ControlPlane) {
     let times = Arc::new(AtomicU32::new(3));
     let client = meddled_client(control_plane, times.clone()).await;
     let actuator = KubernetesReplicas::with_client(config(), client).unwrap();
-    let scaled = actuator.scale(Role::Prefill, 4).await.unwrap();
+    let scaled = actuator.scale(Role::Prefill, Size::AtLeast(4)).await.unwrap();
     assert_eq!((scaled.before, scaled.after), (2, 4));
     assert_eq!(times.load(Relaxed), 0, "each of the three was a conflict");
     assert_eq!(wanted(&admin, "baton-prefill").await, 4);
@@ -469,7 +518,7 @@ async fn conflicts(control_plane: &ControlPlane) {
     let patience = Duration::from_millis(500);
     let actuator =
         KubernetesReplicas::with_client(KubernetesConfig { patience, ..config() }, client).unwrap();
-    let error = actuator.scale(Role::Prefill, 2).await.unwrap_err();
+    let error = actuator.scale(Role::Prefill, Size::AtMost(2)).await.unwrap_err();
     assert!(matches!(error, ScaleError::Conflict { .. }), "{error}");
     assert_eq!(wanted(&admin, "baton-prefill").await, 4, "and nothing was overwritten");
 }
@@ -477,7 +526,11 @@ async fn conflicts(control_plane: &ControlPlane) {
 async fn refusals(control_plane: &ControlPlane) {
     let mut other = KubernetesConfig { patience: Duration::from_millis(300), ..config() };
     other.decode.deployment = "baton-coordinator".to_owned();
-    let forbidden = actuator(control_plane, other).await.scale(Role::Decode, 2).await.unwrap_err();
+    let forbidden = actuator(control_plane, other)
+        .await
+        .scale(Role::Decode, Size::AtLeast(2))
+        .await
+        .unwrap_err();
     let said = forbidden.to_string();
     assert!(matches!(forbidden, ScaleError::Forbidden { .. }), "{said}");
     assert!(said.contains("may not get deployments/scale of baton-coordinator in baton"), "{said}");
@@ -486,7 +539,7 @@ async fn refusals(control_plane: &ControlPlane) {
     absent.prefill.deployment = "baton-prefil".to_owned();
     let credentials = control_plane.credentials("admin-token-of-a-test").unwrap();
     let actuator = KubernetesReplicas::connect_as(absent, credentials).unwrap();
-    let error = actuator.scale(Role::Prefill, 2).await.unwrap_err();
+    let error = actuator.scale(Role::Prefill, Size::AtMost(2)).await.unwrap_err();
     assert!(matches!(error, ScaleError::NoSuchDeployment { .. }), "{error}");
 }
 
@@ -497,14 +550,14 @@ async fn outage(control_plane: &mut ControlPlane) {
     let impatient =
         KubernetesReplicas::connect_as(impatient, control_plane.credentials(&token).unwrap())
             .unwrap();
-    actuator.scale(Role::Prefill, 3).await.unwrap();
+    actuator.scale(Role::Prefill, Size::AtMost(3)).await.unwrap();
 
     control_plane.stop("kube-apiserver");
-    let error = impatient.scale(Role::Prefill, 1).await.unwrap_err();
+    let error = impatient.scale(Role::Prefill, Size::AtMost(1)).await.unwrap_err();
     assert!(matches!(error, ScaleError::Unreachable { .. }), "{error}");
     let waiting = tokio::spawn({
         let actuator = actuator.clone();
-        async move { actuator.scale(Role::Prefill, 5).await }
+        async move { actuator.scale(Role::Prefill, Size::AtLeast(5)).await }
     });
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(!waiting.is_finished(), "it goes on trying");

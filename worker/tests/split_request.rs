@@ -84,8 +84,12 @@ async fn a_split_answer_equals_the_aggregated_one_and_its_kv_crossed() {
         }
     }
     assert!(blocks_sent > 2 * 94);
+    // Reports of the pauses between these requests lie before those of their end.
     let idle = |report: &baton_proto::Report| {
-        report.jobs_running == 0 && report.handoffs_open == 0 && report.arena_slots_used == 0
+        report.jobs_running == 0
+            && report.handoffs_open == 0
+            && report.arena_slots_used == 0
+            && report.handoff_blocks_sent.max(report.handoff_blocks_received) >= blocks_sent
     };
     let sent = prefill.attached.report(idle).await;
     let received = decode.attached.report(idle).await;

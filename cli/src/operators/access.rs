@@ -1,10 +1,16 @@
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context as _;
 use baton_config::ClusterConfig;
-use baton_coordinator::admin::{ClusterState, TOKEN_VARIABLE};
+use baton_coordinator::admin::{ClusterState, Mode, TOKEN_VARIABLE};
+use baton_core::Split;
+use baton_harness::compare::{Coordinator, OperatorError, Standing};
+use baton_types::Role;
 use hyper::StatusCode;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::http::Question;
 
@@ -38,16 +44,13 @@ impl Access {
         let url = self.admin.clone().or(from_file).unwrap_or_else(|| DEFAULT_URL.to_owned());
         let token_file =
             self.token_file.clone().or_else(|| admin.and_then(|admin| admin.token_file));
-        let token = match (std::env::var(TOKEN_VARIABLE), token_file) {
-            (Ok(token), _) => token,
-            (Err(_), Some(file)) => fs::read_to_string(&file)
-                .with_context(|| format!("--token-file: cannot read {}", file.display()))?,
+        match (std::env::var(TOKEN_VARIABLE), token_file) {
+            (Ok(token), _) => Ok(AdminClient::with_token(&url, &token)),
+            (Err(_), Some(file)) => AdminClient::new(&url, &file),
             (Err(_), None) => anyhow::bail!(
                 "no token: give --token-file FILE or --config baton.toml, or set {TOKEN_VARIABLE}"
             ),
-        };
-        let token = token.lines().next().unwrap_or_default().trim().to_owned();
-        Ok(AdminClient { url: url.trim_end_matches('/').to_owned(), token })
+        }
     }
 }
 
@@ -58,10 +61,25 @@ pub(crate) struct AdminClient {
 }
 
 impl AdminClient {
+    pub(crate) fn new(url: &str, token_file: &Path) -> anyhow::Result<Self> {
+        let token = fs::read_to_string(token_file)
+            .with_context(|| format!("--token-file: cannot read {}", token_file.display()))?;
+        Ok(Self::with_token(url, &token))
+    }
+
+    fn with_token(url: &str, token: &str) -> Self {
+        let token = token.lines().next().unwrap_or_default().trim().to_owned();
+        Self { url: url.trim_end_matches('/').to_owned(), token }
+    }
+
     pub(crate) async fn state(&self) -> anyhow::Result<ClusterState> {
         let text = self.ask("/admin/state", None).await?;
         serde_json::from_str(&text)
             .with_context(|| format!("{} answers what this version does not know", self.url))
+    }
+
+    pub(crate) async fn set_mode(&self, mode: Mode) -> anyhow::Result<()> {
+        self.post("/admin/mode", &json!({ "mode": mode })).await.map(|_| ())
     }
 
     pub(crate) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
@@ -80,5 +98,21 @@ impl AdminClient {
             anyhow::bail!("{}", message.unwrap_or(&format!("{} answers {status}", self.url)));
         }
         Ok(text)
+    }
+}
+
+impl Coordinator for AdminClient {
+    async fn standing(&self) -> Result<Standing, OperatorError> {
+        let state = self.state().await?;
+        let workers = |role: Role| state.workers.iter().filter(move |w| w.role == role.as_str());
+        Ok(Standing {
+            split: state.mode.into(),
+            prefill_workers: u32::try_from(workers(Role::Prefill).count())?,
+            decode_workers: u32::try_from(workers(Role::Decode).count())?,
+        })
+    }
+
+    async fn switch(&self, split: Split) -> Result<(), OperatorError> {
+        Ok(self.set_mode(split.into()).await?)
     }
 }

@@ -112,6 +112,7 @@ pub(super) fn plan(
         placement: PlacementConfig { mode: PlacementMode::Always, ..PlacementConfig::default() },
         admission: AdmissionConfig::default(),
         balancer: BalancerConfig::default(),
+        kubernetes: None,
         admin: Some(admin.clone()),
         telemetry: TelemetryConfig::default(),
         tls: None,

@@ -2,6 +2,7 @@ mod admitting;
 mod attempt;
 mod balance;
 mod legs;
+mod on_demand;
 mod role_change;
 
 use std::{
@@ -432,6 +433,7 @@ fn view(key: WorkerKey, worker: &Worker) -> WorkerView<'_> {
         jobs_open: worker.jobs_open,
         drains: worker.drains,
         changes_to: worker.role_change.to(),
+        follows: worker.follows,
         load: &worker.load,
     }
 }

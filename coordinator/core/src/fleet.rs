@@ -302,6 +302,8 @@ pub struct WorkerView<'a> {
     pub drains: bool,
     /// It is on its way to this role, and given nothing more.
     pub changes_to: Option<Role>,
+    /// It takes orders from here.
+    pub follows: bool,
     pub load: &'a Load,
 }
 

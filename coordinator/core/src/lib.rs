@@ -25,7 +25,7 @@ mod request;
 
 pub use crate::{
     admission::{AdmissionSettings, OLDEST_EVERY, OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant},
-    balancer::{BalancerSettings, Decision, PoolFigures, Reason, Verdict},
+    balancer::{BalancerSettings, Decision, OnDemand, PoolFigures, Reason, Verdict},
     core::{AnnouncedChange, Core, OnNoPrefill, Settings},
     decision::{Chosen, Considered, DecisionReason, PlacementDecision, Prediction},
     event::{Action, Event, HandoffPlan, Rejection},

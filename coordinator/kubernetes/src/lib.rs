@@ -2,7 +2,8 @@
 //!
 //! Needs the right to `get` and `patch` `deployments/scale` of these two Deployments and no other. What
 //! it wants is a number of replicas, never a difference: doing it twice does no harm, and an answer that
-//! got lost is simply asked for again.
+//! got lost is simply asked for again. Whoever wants more gets at least that many, so that pods which are
+//! still starting stay.
 
 mod retry;
 
@@ -60,11 +61,28 @@ pub struct Replicas {
     pub existing: u32,
 }
 
+/// How many replicas there shall be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    AtLeast(u32),
+    AtMost(u32),
+}
+
+impl Size {
+    /// In place of so many.
+    fn from(self, replicas: u32) -> u32 {
+        match self {
+            Self::AtLeast(least) => replicas.max(least),
+            Self::AtMost(most) => replicas.min(most),
+        }
+    }
+}
+
 /// What an order to scale came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scaled {
     pub before: u32,
-    /// The number that was asked for, brought within the target's bounds.
+    /// Within the target's bounds, whatever was asked for.
     pub after: u32,
 }
 
@@ -187,23 +205,23 @@ impl KubernetesReplicas {
         }
     }
 
-    /// Gives a pool so many replicas, within its bounds. Returns when the API server has taken it down;
+    /// Gives a pool more or fewer replicas, within its bounds. Returns when the API server has taken it down;
     /// pods come and go later.
     ///
     /// # Errors
     /// The API server refuses; or for as long as the configured patience it does not answer, or somebody
     /// else changes the Deployment each time between our reading and our writing.
-    pub async fn scale(&self, role: Role, replicas: u32) -> Result<Scaled, ScaleError> {
+    pub async fn scale(&self, role: Role, size: Size) -> Result<Scaled, ScaleError> {
         let target = self.target(role);
-        let after = target.within(replicas);
         let mut retry = Retry::new(self.config.patience);
         loop {
-            match self.try_scale(target, after).await {
-                Ok(before) => {
+            match self.try_scale(target, size).await {
+                Ok(scaled) => {
+                    let Scaled { before, after } = scaled;
                     if before != after {
                         info!(%role, deployment = target.deployment, before, after, "scaled");
                     }
-                    return Ok(Scaled { before, after });
+                    return Ok(scaled);
                 }
                 Err((verb, error)) => {
                     self.pause_or_give_up(&mut retry, target, verb, error).await?;
@@ -212,18 +230,19 @@ impl KubernetesReplicas {
         }
     }
 
-    /// Answers what was wanted before. Names the version that was read, so that a change by somebody
-    /// else in between is a conflict and not lost unseen.
+    /// Names the version that was read, so that a change by somebody else in between is a conflict and
+    /// not lost unseen.
     async fn try_scale(
         &self,
         target: &Target,
-        after: u32,
-    ) -> Result<u32, (&'static str, kube::Error)> {
+        size: Size,
+    ) -> Result<Scaled, (&'static str, kube::Error)> {
         let scale =
             self.deployments.get_scale(&target.deployment).await.map_err(|error| ("get", error))?;
         let before = told(&scale).wanted;
+        let after = target.within(size.from(before));
         if before == after {
-            return Ok(before);
+            return Ok(Scaled { before, after });
         }
         let patch = serde_json::json!({
             "metadata": { "resourceVersion": scale.metadata.resource_version },
@@ -235,7 +254,7 @@ impl KubernetesReplicas {
             .patch_scale(&target.deployment, &parameters, &Patch::Merge(patch))
             .await
             .map_err(|error| ("patch", error))?;
-        Ok(before)
+        Ok(Scaled { before, after })
     }
 
     /// Waits before another try where one can help.

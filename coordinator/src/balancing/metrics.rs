@@ -1,6 +1,7 @@
 use std::sync::atomic::AtomicU64;
 
 use baton_core::{Decision, Verdict};
+use baton_kubernetes::{ScaleError, Scaled};
 use baton_types::Role;
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -26,6 +27,12 @@ struct DecisionLabels {
     reason: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ScaleLabels {
+    role: &'static str,
+    outcome: &'static str,
+}
+
 type Ratio = Gauge<f64, AtomicU64>;
 
 /// How the pools stand, and what was done about it.
@@ -43,6 +50,8 @@ pub(crate) struct BalancerMetrics {
     flips: Family<FlipLabels, Counter>,
     /// Workers that are on their way from one role to the other.
     in_flight: Gauge,
+    /// Orders to Kubernetes, by what became of them.
+    scale_orders: Family<ScaleLabels, Counter>,
     /// What the balancer advised, once each time that it looked, by why.
     decisions: Family<DecisionLabels, Counter>,
 }
@@ -80,6 +89,11 @@ impl BalancerMetrics {
             self.in_flight.clone(),
         );
         registry.register(
+            "scale_orders",
+            "Times that Kubernetes was asked for more or fewer workers of a pool",
+            self.scale_orders.clone(),
+        );
+        registry.register(
             "balancer_decisions",
             "What the balancer advised, once each look, and why",
             self.decisions.clone(),
@@ -111,6 +125,16 @@ impl BalancerMetrics {
 
     pub(crate) fn flip(&self, to: Role, reason: &'static str) {
         self.flips.get_or_create(&FlipLabels { to: to.as_str(), reason }).inc();
+    }
+
+    pub(crate) fn scaled(&self, role: Role, outcome: &Result<Scaled, ScaleError>) {
+        let outcome = match outcome {
+            Ok(Scaled { before, after }) if after > before => "more",
+            Ok(Scaled { before, after }) if after < before => "fewer",
+            Ok(_) => "unchanged",
+            Err(_) => "failed",
+        };
+        self.scale_orders.get_or_create(&ScaleLabels { role: role.as_str(), outcome }).inc();
     }
 
     pub(crate) fn in_flight(&self, flips: usize) {

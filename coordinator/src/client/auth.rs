@@ -1,5 +1,6 @@
 //! Who sends a request: tenants, known by their API keys. What they may have beside each other is
-//! decided elsewhere; here they only get a name, and no more requests in flight than they may.
+//! decided elsewhere; here they only get a name, and no more requests in flight and tokens a minute than
+//! they may.
 
 use std::{
     fs, io,
@@ -7,6 +8,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Instant,
 };
 
 use axum::{
@@ -27,17 +29,19 @@ use tracing::{info, warn};
 use super::{
     error::ClientError,
     forward::{REQUEST_ID, refuse},
+    token_budget::TokenBudget,
 };
 use crate::{CoordinatorError, metrics::Metrics};
 
 /// The tenant of a request, as an extension of it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Tenant {
     pub(crate) name: Arc<str>,
     /// Its share beside others while requests wait.
     pub(crate) weight: f64,
     /// Of its requests that give none.
     pub(crate) priority: i32,
+    pub(crate) budget: Option<Arc<TokenBudget>>,
 }
 
 /// Keys are kept and compared as their SHA-256 alone.
@@ -85,6 +89,9 @@ impl Tenants {
                     name: config.name.as_str().into(),
                     weight: config.weight,
                     priority: config.priority,
+                    budget: config
+                        .max_tokens_per_minute
+                        .map(|tokens| TokenBudget::new(tokens, Instant::now())),
                 },
                 digest: config.key_sha256,
                 file: file.transpose()?,
@@ -166,7 +173,7 @@ pub(super) async fn admit(
 ) -> Response {
     let id = request.headers().get(&REQUEST_ID).cloned();
     let refused = |tenant: &str, outcome, error: &ClientError| {
-        metrics.tenant_request(tenant, outcome);
+        metrics.requests.of_tenant(tenant, outcome);
         let mut response = refuse(error);
         if let Some(id) = id {
             response.headers_mut().insert(REQUEST_ID, id);
@@ -179,6 +186,11 @@ pub(super) async fn admit(
     let Some(tenant) = tenants.of_key(key) else {
         return refused("", "wrong_key", &ClientError::WrongKey);
     };
+    let budget = tenant.tenant.budget.as_ref();
+    if let Some(retry_after) = budget.and_then(|budget| budget.wait(Instant::now())) {
+        let error = ClientError::TooManyTokens { retry_after };
+        return refused(&tenant.tenant.name, "too_many_tokens", &error);
+    }
     let place = match &tenant.in_flight {
         None => None,
         Some(InFlightLimit { limit, free }) => match free.clone().try_acquire_owned() {
@@ -191,7 +203,7 @@ pub(super) async fn admit(
     };
     // The key is ours: engines neither need nor see it.
     request.headers_mut().remove(header::AUTHORIZATION);
-    metrics.tenant_request(&tenant.tenant.name, "admitted");
+    metrics.requests.of_tenant(&tenant.tenant.name, "admitted");
     request.extensions_mut().insert(tenant.tenant.clone());
     let response = next.run(request).await;
     match place {
@@ -240,6 +252,7 @@ mod tests {
             weight: 1.0,
             priority: 0,
             max_requests: None,
+            max_tokens_per_minute: None,
         }
     }
 

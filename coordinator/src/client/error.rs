@@ -31,6 +31,8 @@ pub(crate) enum ClientError {
     WrongKey,
     #[error("{limit} requests of this API key are in flight, as many as it may have")]
     TooManyRequests { limit: u32 },
+    #[error("this API key has used the tokens of its minute; try again in {} s", seconds(.retry_after))]
+    TooManyTokens { retry_after: Duration },
     #[error("the model `{model}` does not exist")]
     UnknownModel { model: String },
     #[error("no worker is ready to take requests; try again shortly")]
@@ -113,6 +115,9 @@ impl ClientError {
             Self::TooManyRequests { .. } => {
                 (StatusCode::TOO_MANY_REQUESTS, "requests", None, "rate_limit_exceeded")
             }
+            Self::TooManyTokens { .. } => {
+                (StatusCode::TOO_MANY_REQUESTS, "tokens", None, "rate_limit_exceeded")
+            }
             Self::UnknownModel { .. } => {
                 (StatusCode::NOT_FOUND, INVALID, Some("model"), "model_not_found")
             }
@@ -148,7 +153,7 @@ impl ClientError {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         match self {
-            Self::Overloaded { retry_after, .. } => {
+            Self::Overloaded { retry_after, .. } | Self::TooManyTokens { retry_after } => {
                 headers.insert(header::RETRY_AFTER, seconds(retry_after).into());
             }
             Self::TooManyRequests { .. } => {

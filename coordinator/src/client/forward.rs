@@ -93,6 +93,7 @@ async fn try_forward(
         request_id,
         arrived,
         trace,
+        budget: known.and_then(|tenant| tenant.budget.clone()),
         forward: ForwardedRequest { path, headers, body },
     });
     let head =

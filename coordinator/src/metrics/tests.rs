@@ -1,20 +1,27 @@
-use std::{collections::BTreeMap, fmt::Write as _, fs};
+use std::{collections::BTreeMap, fmt::Write as _, fs, time::Duration};
 
-use baton_core::{Decision, PoolFigures, Reason, Verdict};
-use baton_types::{FaultKind, Origin, Role};
+use baton_config::SloConfig;
+use baton_core::{AggregatedReason, Decision, PoolFigures, Reason, ShedReason, Verdict};
+use baton_kubernetes::Scaled;
+use baton_proto as wire;
+use baton_types::{Fault, FaultKind, Leg, Origin, Role};
 
-use super::{catalogue::Row, *};
+use super::{Metrics, Path, catalogue::Row};
+use crate::{
+    admin::{BucketCount, Latency},
+    shell::WorkerStatus,
+};
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
 
 #[test]
 fn latency_counts_all_ways_together() {
     let metrics = Metrics::new(SloConfig::default());
-    metrics.first_token(Path::Disaggregated, Duration::from_millis(3));
-    metrics.first_token(Path::Aggregated, Duration::from_millis(60));
-    metrics.first_token(Path::Aggregated, Duration::from_secs(600));
-    metrics.gaps(Path::Disaggregated, Duration::from_millis(20), 2);
-    let Latency { ttft, itl } = metrics.latency();
+    metrics.requests.first_token(Path::Disaggregated, Duration::from_millis(3));
+    metrics.requests.first_token(Path::Aggregated, Duration::from_millis(60));
+    metrics.requests.first_token(Path::Aggregated, Duration::from_secs(600));
+    metrics.requests.gaps(Path::Disaggregated, Duration::from_millis(20), 2);
+    let Latency { ttft, itl } = metrics.requests.latency();
     let at = |counts: &[BucketCount], le| {
         counts.iter().find(|count| count.le_seconds == le).unwrap().count
     };
@@ -28,14 +35,14 @@ fn latency_counts_all_ways_together() {
 /// Metrics with a sample of each, and their page.
 fn observed() -> (Metrics, String) {
     let metrics = Metrics::new(SloConfig::default());
-    metrics.aggregated(AggregatedReason::OneToken);
-    metrics.leg_failed(Leg::Decode, &Fault::new(Origin::Engine, FaultKind::Failed, "x"));
-    metrics.prompt(Leg::Prefill, 100, 50);
-    metrics.decided(Path::Aggregated, "one_token");
-    metrics.waited(0, Duration::from_millis(1));
-    metrics.shed(ShedReason::QueueFull, 0);
-    metrics.tenant_request("somebody", "ok");
-    metrics.handoff(&wire::HandoffResult {
+    metrics.requests.aggregated(AggregatedReason::OneToken);
+    metrics.requests.leg_failed(Leg::Decode, &Fault::new(Origin::Engine, FaultKind::Failed, "x"));
+    metrics.prefixes.prompt(Leg::Prefill, 100, 50);
+    metrics.placement.decided(Path::Aggregated, "one_token");
+    metrics.placement.waited(0, Duration::from_millis(1));
+    metrics.placement.shed(ShedReason::QueueFull, 0);
+    metrics.requests.of_tenant("somebody", "ok");
+    metrics.handoffs.ended(&wire::HandoffResult {
         transport: "shm".to_owned(),
         ..wire::HandoffResult::default()
     });
@@ -47,9 +54,11 @@ fn observed() -> (Metrics, String) {
     });
     metrics.balancer.flip(Role::Prefill, "operator");
     metrics.balancer.in_flight(0);
-    metrics.decided(Path::Aggregated, "predicted");
-    metrics.waited(0, Duration::from_millis(1));
-    metrics.shed(ShedReason::QueueFull, 0);
+    metrics.balancer.scaled(Role::Prefill, &Ok(Scaled { before: 1, after: 2 }));
+    metrics.certificate_expires("tls", 0);
+    metrics.placement.decided(Path::Aggregated, "predicted");
+    metrics.placement.waited(0, Duration::from_millis(1));
+    metrics.placement.shed(ShedReason::QueueFull, 0);
     let worker = WorkerStatus {
         name: "prefill-0".to_owned(),
         role: Role::Prefill,
@@ -86,7 +95,7 @@ fn the_page_on_metrics_is_current() {
     }
     assert!(
         fs::read_to_string(PAGE).unwrap_or_default() == page,
-        "docs/metrics.md is not what coordinator/src/metrics.rs says. Run:\n  BATON_UPDATE=1 cargo \
+        "docs/metrics.md is not what coordinator/src/metrics says. Run:\n  BATON_UPDATE=1 cargo \
          test -p baton-coordinator the_page_on_metrics_is_current"
     );
 }
@@ -150,7 +159,7 @@ Each coordinator tells them at `GET /metrics`, on the clients' port, and on the 
 What it says of workers it takes from their reports, which come twice a second; two coordinators over the same
 workers say the same of them. The dashboard and the alert rules in `deploy/dashboards/` are made of these.
 
-This page is made by a test of `coordinator/src/metrics.rs`: change it there.
+This page is made by a test of `coordinator/src/metrics/`: change it there.
 
 | Name | Type | Labels | Meaning |
 |---|---|---|---|
@@ -162,7 +171,7 @@ A histogram has `_bucket`, `_sum` and `_count`.
 | Label | Values |
 |---|---|
 | `path` | `disaggregated`, `aggregated`; `none`: it ended before a worker answered |
-| `outcome` | `ok`, `client_error` (4xx), `server_error` (5xx), `broken_off` (in the middle of its answer), `cancelled` (the client went away), `too_slow` (the client left too much unread) |
+| `outcome` | `ok`, `client_error` (4xx), `server_error` (5xx), `broken_off` (in the middle of its answer), `cancelled` (the client went away), `too_slow` (the client left too much unread); of orders to Kubernetes, `more`, `fewer`, `unchanged`, `failed` |
 | `reason` | why a request was not split: [http.md](http.md#what-is-not-split); of placement, `predicted` (by predicted TTFT and ITL), `pools` (all are split) or `no_model` (step times are not known) too; of 429, `queue_full`, `waited_too_long` or `cannot_meet_slo`; of the balancer, why it decided so |
 | `priority` | a request's class: smaller numbers come first, 0 is usual |
 | `direction` | `late`: later, or longer, than predicted; `early` |
@@ -171,5 +180,6 @@ A histogram has `_bucket`, `_sum` and `_count`.
 | `leg` | `prefill`, `decode`, `aggregated` |
 | `origin`, `kind` | who is to blame for a leg's failure, and in which way |
 | `worker`, `role` | a worker's name, and `prefill` or `decode` |
+| `table` | of the configuration: `tls`, `coordinator.https` |
 | `name` | how a handoff failed or ended: [transfer.md](transfer.md#what-is-checked-and-where) |
 ";

@@ -8,15 +8,14 @@ use baton_types::Role;
 use http::HeaderValue;
 use tracing::info;
 
-use super::{Attached, Client, Shell, State};
+use super::{Shell, State, workers::Attached};
 use crate::{
     admin::{
         ArenaState, ClusterState, EndedRequest, EngineState, HandoffCounters, HandoffPair,
         Handoffs, InFlightRequest, LoadState, Mode, SloState, TransferState, WorkerState,
     },
     journal::{Ended, unix_ms, unix_ms_of},
-    metrics::{Outcome, Path},
-    spans::Ending,
+    metrics::Path,
 };
 
 /// Shown at once, whatever there is.
@@ -61,15 +60,15 @@ impl Shell {
             uptime_seconds: self.started.elapsed().as_secs_f64(),
             mode: state.core.split().into(),
             slo: SloState { ttft_ms: self.slo.ttft_ms, itl_ms: self.slo.itl_ms },
-            latency: self.metrics.latency(),
-            output_tokens: self.metrics.output_tokens(),
+            latency: self.metrics.requests.latency(),
+            output_tokens: self.metrics.requests.output_tokens(),
             requests_ended: state.journal.ended_by_outcome(),
             requests_split: state.journal.ended_split(),
             requests_open: open,
             requests: oldest.into_iter().map(|key| in_flight(&state, key, now)).collect(),
             ended: state.journal.ended_last().map(|e| ended_request(&state, e)).collect(),
             workers,
-            handoffs: handoffs(&state, self.metrics.handoff_bytes()),
+            handoffs: handoffs(&state, self.metrics.handoffs.bytes()),
             decisions: state.journal.decisions(),
         }
     }
@@ -154,45 +153,9 @@ impl Shell {
         state.journal.decided("role", name, format!("to {role}"), "operator");
         Ok(())
     }
-
-    /// A request is over: what it leaves behind. Words are made of it when somebody looks.
-    pub(super) fn request_ended(&self, state: &mut State, client: &Client, outcome: Outcome) {
-        let ended = Ended {
-            request_id: client.request_id.clone(),
-            path: client.path(),
-            outcome,
-            timeline: client.timeline,
-            at: Instant::now(),
-        };
-        self.metrics.request_ended(ended.path, outcome, ended.at - ended.timeline.arrived);
-        if outcome != Outcome::Ok || tracing::enabled!(tracing::Level::DEBUG) {
-            client.log_span().in_scope(|| log_end(&ended_request(state, &ended), outcome));
-        }
-        if let (Some(tracer), Some(trace)) = (&self.tracer, &client.trace) {
-            let request = ended_request(state, &ended);
-            let relaying = client.relaying.as_ref();
-            let reason = match relaying.map(|relaying| relaying.route) {
-                Some(Route::Aggregated { reason, .. }) => reason.as_str(),
-                _ => "",
-            };
-            let ending = Ending {
-                request: &request,
-                model: client.model.as_deref().unwrap_or_default(),
-                reason,
-                is_error: matches!(
-                    outcome,
-                    Outcome::ServerError | Outcome::BrokenOff | Outcome::TooSlow
-                ),
-                status_code: relaying.map_or(0, |relaying| relaying.status.as_u16()),
-                at: ended.at,
-            };
-            tracer.end(trace, &ended.timeline, &ending);
-        }
-        state.journal.ended(ended);
-    }
 }
 
-fn ended_request(state: &State, ended: &Ended) -> EndedRequest {
+pub(super) fn ended_request(state: &State, ended: &Ended) -> EndedRequest {
     let timeline = &ended.timeline;
     let name = |worker: Option<WorkerKey>| worker.map_or(String::new(), |key| name_of(state, key));
     EndedRequest {
@@ -211,30 +174,6 @@ fn name_of(state: &State, worker: WorkerKey) -> String {
     match state.core.worker(worker) {
         Some(view) => view.description.name.clone(),
         None => state.journal.departed(worker).unwrap_or_default().to_owned(),
-    }
-}
-
-/// A line for each request that did not end well; at `debug` for every one.
-fn log_end(ended: &EndedRequest, outcome: Outcome) {
-    macro_rules! line {
-        ($level:ident) => {
-            tracing::$level!(
-                path = ended.path,
-                outcome = ended.outcome,
-                prefill_worker = ended.prefill_worker,
-                decode_worker = ended.decode_worker,
-                attempts = ended.attempts,
-                queue_ms = ended.phases.queue_ms,
-                prefill_ms = ended.phases.prefill_ms,
-                handoff_ms = ended.phases.handoff_ms,
-                decode_ms = ended.phases.decode_ms,
-                "request ended"
-            )
-        };
-    }
-    match outcome {
-        Outcome::Ok => line!(debug),
-        _ => line!(info),
     }
 }
 

@@ -5,11 +5,10 @@
 //! another mode, and what is told of a mode is of all its rounds. Prompts are new in each run, or a prefix
 //! cache would answer the second mode out of the first one's work; arrivals and lengths are the same.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{error::Error, sync::Arc};
 
-use reqwest::{Client, StatusCode, header::HeaderValue};
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use baton_core::Split;
+use serde_json::Map;
 
 use super::{
     experiment::{Experiment, TraceFile, What},
@@ -29,9 +28,6 @@ use crate::{
 pub struct Live {
     /// Where clients ask it.
     pub url: String,
-    /// Its admin listener.
-    pub admin_url: String,
-    pub admin_token: String,
     /// The first that it lists, where none is given.
     pub model: Option<String>,
     pub api_key: Option<String>,
@@ -45,13 +41,32 @@ pub struct Live {
     pub options: BenchOptions,
 }
 
+/// The coordinator of the cluster, as those who run it see it.
+pub trait Coordinator {
+    fn standing(&self) -> impl Future<Output = Result<Standing, OperatorError>>;
+
+    /// From now on requests are split as this says.
+    fn switch(&self, split: Split) -> impl Future<Output = Result<(), OperatorError>>;
+}
+
+/// Why a coordinator could not be asked, or ordered.
+pub type OperatorError = Box<dyn Error + Send + Sync>;
+
+/// How a cluster stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    pub split: Split,
+    pub prefill_workers: u32,
+    pub decode_workers: u32,
+}
+
 /// A run begins.
 #[derive(Clone, Copy, Debug)]
 pub struct LiveProgress<'a> {
     /// Runs that are done, of how many.
     pub done: usize,
     pub total: usize,
-    pub mode: Mode,
+    pub mode: &'static str,
     pub trace: &'a str,
     pub requests: usize,
     /// Of this run, while it goes on.
@@ -66,104 +81,18 @@ pub enum LiveError {
     Compare(#[from] CompareError),
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
-    #[error("the admin token holds characters that no HTTP header can")]
-    Token,
-    #[error("{url} cannot be asked: {reason}")]
-    Unreachable { url: String, reason: reqwest::Error },
-    #[error("{url} answers {status}{}", if *.status == StatusCode::UNAUTHORIZED {
-        ": the token is not its own"
-    } else {
-        ""
-    })]
-    Refused { url: String, status: StatusCode },
-    #[error("{url} does not answer as an admin listener does: {reason}")]
-    Answer { url: String, reason: reqwest::Error },
+    #[error(transparent)]
+    Operator(OperatorError),
     #[error("stopped; nothing is reported of a comparison that is not whole")]
     Stopped,
 }
 
-/// What the coordinator can be switched to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    Aggregated,
-    Disaggregated,
-    Adaptive,
-}
-
-impl Mode {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Aggregated => "aggregated",
-            Self::Disaggregated => "disaggregated",
-            Self::Adaptive => "adaptive",
-        }
-    }
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// What the admin listener tells, as far as it matters here.
-#[derive(Debug, Deserialize)]
-struct State {
-    mode: Mode,
-    workers: Vec<Worker>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Worker {
-    role: String,
-}
-
-impl State {
-    /// Prefill and decode workers.
-    fn pools(&self) -> (u32, u32) {
-        let count = |role: &str| self.workers.iter().filter(|worker| worker.role == role).count();
-        let count = |role| u32::try_from(count(role)).unwrap_or(u32::MAX);
-        (count("prefill"), count("decode"))
-    }
-}
-
-struct Admin<'a> {
-    http: Client,
-    live: &'a Live,
-}
-
-impl Admin<'_> {
-    async fn ask(&self, path: &str, body: Option<Value>) -> Result<reqwest::Response, LiveError> {
-        let url = format!("{}{path}", self.live.admin_url.trim_end_matches('/'));
-        let mut token = HeaderValue::from_str(&format!("Bearer {}", self.live.admin_token))
-            .map_err(|_| LiveError::Token)?;
-        token.set_sensitive(true);
-        let request = match body {
-            Some(body) => self
-                .http
-                .post(&url)
-                .body(body.to_string())
-                .header("content-type", "application/json"),
-            None => self.http.get(&url),
-        };
-        let sent =
-            request.header("authorization", token).timeout(Duration::from_secs(10)).send().await;
-        let answer = sent.map_err(|reason| LiveError::Unreachable { url: url.clone(), reason })?;
-        match answer.status() {
-            status if status.is_success() => Ok(answer),
-            status => Err(LiveError::Refused { url, status }),
-        }
-    }
-
-    async fn state(&self) -> Result<State, LiveError> {
-        let answer = self.ask("/admin/state", None).await?;
-        let url = answer.url().to_string();
-        answer.json().await.map_err(|reason| LiveError::Answer { url, reason })
-    }
-
-    async fn switch(&self, mode: Mode) -> Result<(), LiveError> {
-        self.ask("/admin/mode", Some(json!({"mode": mode.as_str()}))).await.map(|_| ())
+/// As a coordinator's operators call it.
+fn mode_name(split: Split) -> &'static str {
+    match split {
+        Split::Never => "aggregated",
+        Split::Always => "disaggregated",
+        Split::PerRequest => "adaptive",
     }
 }
 
@@ -227,22 +156,22 @@ impl Rounds {
 pub async fn run_live(
     experiment: &Experiment,
     live: &Live,
+    coordinator: &impl Coordinator,
     command: &str,
     progress: impl Fn(LiveProgress<'_>),
     stop: impl Future<Output = ()>,
 ) -> Result<Report, LiveError> {
-    let admin = Admin { http: Client::new(), live };
-    let before = admin.state().await?;
+    let before = coordinator.standing().await.map_err(LiveError::Operator)?;
     let scale = scale(experiment)?;
     let modes = modes(experiment, &before)?;
     let result = tokio::select! {
-        ran = all(experiment, live, &admin, &modes, scale, progress) => ran,
+        ran = all(experiment, live, coordinator, &modes, scale, progress) => ran,
         () = stop => Err(LiveError::Stopped),
     };
-    let restored = admin.switch(before.mode).await;
+    let restored = coordinator.switch(before.split).await;
     let (model, ran) = result?;
-    restored?;
-    let (prefill, decode) = before.pools();
+    restored.map_err(LiveError::Operator)?;
+    let Standing { prefill_workers: prefill, decode_workers: decode, .. } = before;
     let endpoint =
         format!("{}, model {model}, {prefill} prefill and {decode} decode workers", live.url);
     report(experiment, command, &modes, ran, scale, prefill + decode, endpoint)
@@ -265,8 +194,8 @@ fn scale(experiment: &Experiment) -> Result<f64, LiveError> {
     }
 }
 
-fn modes(experiment: &Experiment, state: &State) -> Result<Vec<Mode>, LiveError> {
-    let (prefill, decode) = state.pools();
+fn modes(experiment: &Experiment, standing: &Standing) -> Result<Vec<Split>, LiveError> {
+    let Standing { prefill_workers: prefill, decode_workers: decode, .. } = *standing;
     let workers = prefill + decode;
     if experiment.workers != [workers] {
         let reason = format!("{:?}, and the cluster has {workers}", experiment.workers);
@@ -279,7 +208,8 @@ fn modes(experiment: &Experiment, state: &State) -> Result<Vec<Mode>, LiveError>
             reason: format!("{way}: {reason}"),
         })?;
         if modes.contains(&mode) {
-            let reason = format!("{way}: live, this is {mode}, which is there already");
+            let reason =
+                format!("{way}: live, this is {}, which is there already", mode_name(mode));
             return Err(LiveError::Experiment { key: "modes", reason });
         }
         modes.push(mode);
@@ -287,17 +217,17 @@ fn modes(experiment: &Experiment, state: &State) -> Result<Vec<Mode>, LiveError>
     Ok(modes)
 }
 
-fn mode(way: &Way, prefill: u32, decode: u32) -> Result<Mode, String> {
+fn mode(way: &Way, prefill: u32, decode: u32) -> Result<Split, String> {
     if way.policy.is_some() {
         return Err("a live cluster places by the policy of its own configuration".to_owned());
     }
     match way.kind {
-        WayKind::Aggregated { chunk_tokens: None } => Ok(Mode::Aggregated),
+        WayKind::Aggregated { chunk_tokens: None } => Ok(Split::Never),
         WayKind::Aggregated { chunk_tokens: Some(_) } => {
             Err("the engines' chunk budget is set where they are started".to_owned())
         }
         WayKind::Static { prefill: p, decode: d } if (p, d) == (prefill, decode) => {
-            Ok(Mode::Disaggregated)
+            Ok(Split::Always)
         }
         WayKind::Static { .. } => Err(format!("the cluster's pools are {prefill}P{decode}D")),
         WayKind::Flip { .. } => {
@@ -306,7 +236,7 @@ fn mode(way: &Way, prefill: u32, decode: u32) -> Result<Mode, String> {
         WayKind::BestStatic => Err(format!(
             "no search is done live; name the cluster's split, static:{prefill}P{decode}D"
         )),
-        WayKind::Adaptive => Ok(Mode::Adaptive),
+        WayKind::Adaptive => Ok(Split::PerRequest),
     }
 }
 
@@ -316,8 +246,8 @@ type Ran = Vec<Vec<Rounds>>;
 async fn all(
     experiment: &Experiment,
     live: &Live,
-    admin: &Admin<'_>,
-    modes: &[Mode],
+    coordinator: &impl Coordinator,
+    modes: &[Split],
     scale: f64,
     progress: impl Fn(LiveProgress<'_>),
 ) -> Result<(String, Ran), LiveError> {
@@ -337,12 +267,12 @@ async fn all(
             for turn in 0..modes.len() {
                 // Another one begins each round.
                 let place = (round + turn) % modes.len();
-                admin.switch(modes[place]).await?;
+                coordinator.switch(modes[place]).await.map_err(LiveError::Operator)?;
                 let of_run = Arc::new(bench::Progress::default());
                 progress(LiveProgress {
                     done,
                     total,
-                    mode: modes[place],
+                    mode: mode_name(modes[place]),
                     trace: &trace.name,
                     requests: trace.requests.len(),
                     run: &of_run,
@@ -396,7 +326,7 @@ fn summary(
 fn report(
     experiment: &Experiment,
     command: &str,
-    modes: &[Mode],
+    modes: &[Split],
     ran: Ran,
     scale: f64,
     workers: u32,
@@ -410,7 +340,7 @@ fn report(
                 let Rounds { outcomes, facts, .. } = rounds;
                 let summary = summary(experiment, outcomes, &file.trace, slo, facts);
                 Contender {
-                    mode: mode.to_string(),
+                    mode: mode_name(*mode).to_owned(),
                     setup: rounds.remarks(place),
                     searched: Vec::new(),
                     goodput: None,
@@ -450,14 +380,16 @@ fn report(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
     fn ways_are_modes_of_the_cluster_that_is_there() {
         let mode = |text: &str| mode(&text.parse().unwrap(), 1, 2);
-        assert_eq!(mode("aggregated"), Ok(Mode::Aggregated));
-        assert_eq!(mode("static:1P2D"), Ok(Mode::Disaggregated));
-        assert_eq!(mode("adaptive"), Ok(Mode::Adaptive));
+        assert_eq!(mode("aggregated"), Ok(Split::Never));
+        assert_eq!(mode("static:1P2D"), Ok(Split::Always));
+        assert_eq!(mode("adaptive"), Ok(Split::PerRequest));
         insta::assert_snapshot!(
             ["static:2P1D", "best-static", "aggregated:512", "adaptive by random"]
                 .map(|text| mode(text).unwrap_err())

@@ -464,6 +464,7 @@ impl<'a> World<'a> {
             if task.leg == Leg::Prefill {
                 flight.prefilled_by = Some(worker);
                 self.workers[worker].remove(task.sequence);
+                self.jobs.remove(&task.job);
                 self.transfer_if_both_are_there(task.flight);
                 self.tell_core(Event::PrefillDone { job: task.job });
                 continue;

@@ -51,9 +51,14 @@ fn lead(report: &Report) -> String {
         [seed] => format!("seed {seed}"),
         seeds => format!("{} seeds", seeds.len()),
     };
+    let compares = report.scenarios.iter().any(|scenario| scenario.contenders.len() > 1);
+    let same = if compares {
+        " Each mode has the same workers, the same requests and the same SLOs."
+    } else {
+        ""
+    };
     format!(
-        "{scenarios}, {seeds}. Each mode has the same workers, the same requests and the same SLOs. A request \
-         that was rejected, or not finished, misses its SLOs."
+        "{scenarios}, {seeds}.{same} A request that was rejected, or not finished, misses its SLOs."
     )
 }
 
@@ -170,7 +175,12 @@ fn searched(scenario: &Scenario) -> Markup {
                         thead { tr { th { "setup" } th.number { "seen to hold, requests/s" } } }
                         tbody {
                             @for searched in &contender.searched {
-                                tr { th { (searched.setup) } td.number { (figures(searched.goodput_rps)) } }
+                                tr {
+                                    th { (searched.setup) }
+                                    td.number {
+                                        @if searched.goodput_rps > 0.0 { (figures(searched.goodput_rps)) } @else { "out at the first" }
+                                    }
+                                }
                             }
                         }
                     }

@@ -80,6 +80,10 @@ pub enum Reason {
     NotOurs,
     /// A worker is on its way from one pool to the other.
     FlipInFlight,
+    /// A request is there, and of a pool that it could use no worker is.
+    FirstWorker,
+    /// Nobody has asked anything of the workers for long.
+    Unused,
     /// What a decision needs is not known.
     Missing(Missing),
     /// The clock jumped: for a while nothing that it measured is believed.
@@ -129,6 +133,8 @@ impl Reason {
             Self::Dwell => "dwell",
             Self::NotOurs => "not_ours",
             Self::FlipInFlight => "flip_in_flight",
+            Self::FirstWorker => "first_worker",
+            Self::Unused => "unused",
             Self::Missing(Missing::Worker) => "missing_worker",
             Self::Missing(Missing::Reports) => "missing_reports",
             Self::Missing(Missing::StepModel) => "missing_step_model",

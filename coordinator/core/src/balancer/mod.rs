@@ -33,6 +33,15 @@ pub struct BalancerSettings {
     pub interval: Duration,
     /// How fast old arrivals are forgotten. A second view, over a dwell, guards what is given away.
     pub window: Duration,
+    /// Whoever runs the workers starts the first of a pool when it is asked for, and may end the last.
+    pub on_demand: Option<OnDemand>,
+}
+
+/// Pools that may have no worker at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OnDemand {
+    /// So long without a request they need none.
+    pub unused_after: Option<Duration>,
 }
 
 impl Default for BalancerSettings {
@@ -43,6 +52,7 @@ impl Default for BalancerSettings {
             dwell: Duration::from_secs(30),
             interval: Duration::from_secs(1),
             window: Duration::from_secs(10),
+            on_demand: None,
         }
     }
 }

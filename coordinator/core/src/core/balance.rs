@@ -7,7 +7,7 @@ use std::{
 
 use baton_types::{Leg, Role};
 
-use super::{Core, hit_tokens};
+use super::{Core, hit_tokens, on_demand::Use};
 use crate::{
     balancer::{
         Answer, Arrival, Balancer, BalancerSettings, Decision, Promise, Verdict, WorkerSight,
@@ -20,8 +20,9 @@ use crate::{
 /// A balancer for each kind of worker: those that can stand in for each other.
 #[derive(Debug)]
 pub(crate) struct Balancing {
-    settings: BalancerSettings,
+    pub(super) settings: BalancerSettings,
     kinds: Vec<(Kind, Balancer)>,
+    pub(super) last_use: Use,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,18 +35,20 @@ impl Core {
     /// Has the pools watched; [`Self::balance`] says what was found.
     #[must_use]
     pub fn balanced(mut self, settings: BalancerSettings) -> Self {
-        self.balancing = Some(Balancing { settings, kinds: Vec::new() });
+        self.balancing = Some(Balancing { settings, kinds: Vec::new(), last_use: Use::default() });
         self
     }
 
     /// What should change: an advice for each kind of worker. To be called once each interval of the
     /// balancer. Nothing is done about it here; see [`crate::Event::SetRole`].
     pub fn balance(&mut self, now: Duration) -> Vec<Decision> {
+        let on_demand = self.balance_on_demand(now);
         // Without pools there is nothing to balance.
         if self.split_now() != Split::Always {
-            return Vec::new();
+            return on_demand;
         }
-        let Some(mut balancing) = self.balancing.take() else { return Vec::new() };
+        let Some(mut balancing) = self.balancing.take() else { return on_demand };
+        let mut decisions = Vec::new();
         let waits = self.longest_waits(now);
         let (slo, targets) = (&self.settings, self.settings.targets);
         let promise = Promise {
@@ -53,7 +56,6 @@ impl Core {
             ttft_prefill_factor: slo.ttft_prefill_factor,
             targets,
         };
-        let mut decisions = Vec::new();
         for (_, worker) in self.fleet.iter() {
             balancing.of(&worker.description.models, worker.description.handoff, promise);
         }
@@ -102,6 +104,10 @@ impl Core {
         }
         self.fleet.forget_gaps();
         self.balancing = Some(balancing);
+        if !on_demand.is_empty() {
+            decisions.retain(|decision| !matches!(decision.verdict, Verdict::Scale { .. }));
+            decisions.extend(on_demand);
+        }
         decisions
     }
 

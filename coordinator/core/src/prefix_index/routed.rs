@@ -1,6 +1,6 @@
 use std::{
     collections::{HashMap, VecDeque},
-    hash::Hash,
+    hash::{BuildHasherDefault, Hash, Hasher},
     time::Duration,
 };
 
@@ -19,7 +19,7 @@ pub struct RoutedLimits {
 
 impl Default for RoutedLimits {
     fn default() -> Self {
-        Self { blocks_per_worker: 32_768, expires_after: Duration::from_secs(600) }
+        Self { blocks_per_worker: 8_192, expires_after: Duration::from_secs(600) }
     }
 }
 
@@ -38,7 +38,7 @@ struct Routed {
     /// Oldest first.
     prompts: VecDeque<Prompt>,
     /// The last prompt that each block was part of.
-    last_use: HashMap<BlockHash, u64>,
+    last_use: HashMap<BlockHash, u64, BuildHasherDefault<NameHasher>>,
     /// Prompts so far.
     count: u64,
 }
@@ -48,6 +48,27 @@ struct Prompt {
     number: u64,
     routed: Duration,
     blocks: Box<[BlockHash]>,
+}
+
+/// Blocks' names are hashes already: what is left is to spread them over the upper bits too.
+#[derive(Clone, Copy, Debug, Default)]
+struct NameHasher(u64);
+
+impl Hasher for NameHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, name: u64) {
+        // 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4).
+        self.0 = (self.0 ^ name).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
 }
 
 impl<W: Copy + Eq + Hash> RoutedIndex<W> {

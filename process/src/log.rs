@@ -1,12 +1,12 @@
-//! The log of a process of the cluster: on stderr, as text or as one JSON object a line. Filters have the
-//! syntax of `tracing_subscriber::EnvFilter`.
+//! Where a process's log goes, and in which shape: on stderr, as text or as one JSON object a line. Filters
+//! have the syntax of `tracing_subscriber::EnvFilter`.
 //!
 //! A line about a request stands in a span that holds its `request_id`: `span.request_id` in JSON.
 
 use tracing_subscriber::EnvFilter;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     #[default]
     Text,
     /// One object a line: `timestamp`, `level`, `target`, `message`, the line's own fields, and `span`.
@@ -27,8 +27,8 @@ pub struct LogOptions {
 }
 
 impl LogOptions {
-    /// Begins the log of this process. To be called once.
-    pub fn begin(&self) {
+    /// To be called once.
+    pub(crate) fn begin(&self) {
         let filter = EnvFilter::new(&self.filter);
         let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
         match self.log_format {

@@ -1,0 +1,201 @@
+//! Workers as they come, tell of themselves, and go.
+
+use std::sync::Arc;
+
+use baton_core::{AnnouncedChange, Elsewhere, Event, WorkerDescription, WorkerKey, WorkerReport};
+use baton_proto as wire;
+use baton_types::{Role, StepModel};
+use tracing::{info, warn};
+
+use super::{Shell, State};
+use crate::{
+    fleet::{Link, PeerInfo},
+    journal::unix_ms,
+};
+
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub(super) link: Arc<Link>,
+    pub(super) peer: Option<PeerInfo>,
+    pub(super) models: Vec<String>,
+    pub(super) max_model_tokens: u32,
+    pub(super) kv_capacity_tokens: Option<u64>,
+    pub(super) engine: String,
+    pub(super) since_unix_ms: u64,
+    pub(super) report: wire::Report,
+}
+
+/// A worker as status pages and metrics show it.
+#[derive(Clone, Debug)]
+pub(crate) struct WorkerStatus {
+    pub(crate) name: String,
+    pub(crate) role: Role,
+    pub(crate) jobs_running: u32,
+    pub(crate) report: wire::Report,
+    /// Blocks of its prefix cache that are known here.
+    pub(crate) prefix_blocks: usize,
+}
+
+impl Shell {
+    pub(crate) fn attach(
+        &self,
+        description: WorkerDescription,
+        link: Arc<Link>,
+        peer: Option<PeerInfo>,
+        hello: &wire::Hello,
+    ) -> WorkerKey {
+        let mut state = self.state.lock();
+        let mut actions = std::mem::take(&mut state.actions);
+        info!(worker = description.name, role = %description.role, epoch = %description.epoch,
+            engine = hello.engine, models = ?description.models, "worker attached");
+        let attached = Attached {
+            link,
+            peer,
+            models: description.models.clone(),
+            max_model_tokens: hello.max_model_tokens,
+            kv_capacity_tokens: description.kv_capacity_tokens,
+            engine: hello.engine.chars().take(128).collect(),
+            since_unix_ms: unix_ms(),
+            report: wire::Report::default(),
+        };
+        state.journal.role(&description.name, description.role);
+        let epoch: String = description.epoch.to_string().chars().take(8).collect();
+        let how = format!("as {}, epoch {epoch}…", description.role);
+        state.journal.decided("attached", &description.name, how, "worker");
+        let name = description.name.clone();
+        let worker = state.core.attach(description, self.started.elapsed(), &mut actions);
+        // Requests may have waited for this worker: it has its link before they are sent there.
+        state.links.insert(worker, attached);
+        state.prefixes.worker_attached(worker, hello);
+        let State { placed, links, .. } = &mut *state;
+        placed.worker_attached(worker, &name, |worker| links.contains_key(&worker));
+        self.carry_out(&mut state, actions, None);
+        self.role_change(&mut state, worker, hello.role_change.as_ref());
+        worker
+    }
+
+    pub(crate) fn worker_lost(&self, worker: WorkerKey) {
+        let mut state = self.state.lock();
+        if let Some(view) = state.core.worker(worker) {
+            warn!(worker = view.description.name, role = %view.description.role, "worker lost");
+            let name = view.description.name.clone();
+            state.journal.worker_goes(worker, &name);
+            state.journal.decided("lost", name, "its stream ended", "coordinator");
+        }
+        self.tell_core(&mut state, Event::WorkerLost { worker }, None);
+        state.links.remove(&worker);
+        state.prefixes.worker_gone(worker);
+        state.handoffs.worker_gone(worker);
+    }
+
+    pub(crate) fn worker_leaves(&self, worker: WorkerKey) {
+        let mut state = self.state.lock();
+        if let Some(view) = state.core.worker(worker) {
+            info!(worker = view.description.name, role = %view.description.role, "worker leaves");
+        }
+        self.tell_core(&mut state, Event::Drain { worker }, None);
+    }
+
+    pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
+        let mut state = self.state.lock();
+        let is_unheard = state.prefixes.is_unheard(worker);
+        let elsewhere =
+            Elsewhere { prefills: report.prefills_elsewhere, decodes: report.decodes_elsewhere };
+        self.tell_core(&mut state, Event::BusyElsewhere { worker, elsewhere }, None);
+        self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
+        self.role_change(&mut state, worker, report.role_change.as_ref());
+        let Some(attached) = state.links.get_mut(&worker) else { return };
+        let capacity_tokens = attached.kv_capacity_tokens;
+        let used_ratio = report.engine_kv_used_ratio;
+        let model = report.step_model.as_ref().and_then(usable_model);
+        attached.report = report;
+        if is_unheard {
+            attached.link.restart_kv_events();
+        }
+        let view = state.core.worker(worker);
+        if let Some(view) = view
+            && let Some(capacity_tokens) = capacity_tokens
+        {
+            let kv_used_tokens = part_of(capacity_tokens, used_ratio);
+            // What is not of prompts that are still computed is of sequences that decode.
+            let decode_context_tokens = kv_used_tokens.saturating_sub(view.load.prefill_tokens);
+            let report = WorkerReport { decode_context_tokens, kv_used_tokens };
+            self.tell_core(&mut state, Event::Report { worker, report }, None);
+        }
+        if let Some(model) = model {
+            self.tell_core(&mut state, Event::ModelChanged { worker, model }, None);
+        }
+    }
+
+    /// What a worker says of its role.
+    fn role_change(&self, state: &mut State, worker: WorkerKey, change: Option<&wire::RoleChange>) {
+        let change = change.and_then(|change| {
+            Some(AnnouncedChange { to: change.to().try_into().ok()?, number: change.number })
+        });
+        self.tell_core(state, Event::RoleChange { worker, change }, None);
+    }
+
+    /// What a worker says of its prefix cache.
+    pub(crate) fn kv_events(&self, worker: WorkerKey, events: &wire::KvEvents) {
+        let mut state = self.state.lock();
+        if state.prefixes.kv_events(worker, events)
+            && let Some(attached) = state.links.get(&worker)
+        {
+            warn!("news of a worker's prefix cache were missed: it is asked to tell it anew");
+            self.metrics.prefixes.gap();
+            attached.link.restart_kv_events();
+        }
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        self.state.lock().core.is_ready()
+    }
+
+    /// Each model once, with the shortest of its workers' limits.
+    pub(crate) fn models(&self) -> Vec<(String, u32)> {
+        let mut models: Vec<(String, u32)> = Vec::new();
+        for attached in self.state.lock().links.values() {
+            for name in &attached.models {
+                match models.iter_mut().find(|(known, _)| known == name) {
+                    Some((_, limit)) => *limit = (*limit).min(attached.max_model_tokens),
+                    None => models.push((name.clone(), attached.max_model_tokens)),
+                }
+            }
+        }
+        models.sort();
+        models
+    }
+
+    pub(crate) fn workers(&self) -> Vec<WorkerStatus> {
+        let state = self.state.lock();
+        let mut workers: Vec<_> = state
+            .core
+            .workers()
+            .filter_map(|view| {
+                let attached = state.links.get(&view.key)?;
+                Some(WorkerStatus {
+                    name: view.description.name.clone(),
+                    role: view.description.role,
+                    jobs_running: view.jobs_running,
+                    prefix_blocks: state.prefixes.blocks_of(view.key),
+                    report: attached.report.clone(),
+                })
+            })
+            .collect();
+        workers.sort_by(|a, b| a.name.cmp(&b.name));
+        workers
+    }
+}
+
+/// Of an engine whose steps take no time nothing could be predicted.
+pub(crate) fn usable_model(model: &wire::StepModel) -> Option<StepModel> {
+    let model = StepModel::try_from(model).ok()?;
+    let takes_time = |times: [f64; 3]| times.iter().any(|time| *time > 0.0);
+    (takes_time(model.prefill_ms) && takes_time(model.decode_ms)).then_some(model)
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, clippy::cast_sign_loss)]
+fn part_of(whole: u64, ratio: f32) -> u64 {
+    // Saturates.
+    (whole as f64 * f64::from(ratio.clamp(0.0, 1.0))) as u64
+}
