@@ -10,7 +10,7 @@
 //! - **Outliers are refused** by the size of their innovation. Many in a row are no outliers: then the
 //!   engine has changed, and the filter opens up.
 //! - **No coefficient is below zero**: an estimate that is, is projected (D. Simon, *Kalman filtering
-//!   with state constraints*, IET Control Theory & Applications 4(8), 2010).
+//!   with state constraints*, IET Control Theory & Applications 4(8), 2010). Nor is one above what can be.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,9 @@ const NOISE: f64 = 0.12;
 const JITTER_MS: f64 = 0.1;
 /// Longer than any step there is.
 const LONGEST_STEP_MS: f64 = 3_600_000.0;
+/// What a prefill costs beside decodes is at most so many times what it costs alone: what exceeds that is
+/// the decodes' own.
+const DEAREST_MIXTURE: f64 = 10.0;
 /// A step that is further than so many standard deviations from what was foreseen teaches nothing.
 const GATE: f64 = 3.0;
 /// With so many such steps, each [`USUAL_STEPS`] others making up for one, it is the engine that has
@@ -106,10 +109,12 @@ impl StepFit {
             prefill: Filter::new(
                 cold_start.prefill_ms,
                 [1.0, TYPICAL_PROMPT_TOKENS, TYPICAL_PROMPT_TOKENS.powi(2)],
+                [LONGEST_STEP_MS; 3],
             ),
             decode: Filter::new(
                 [a, b, c, factor],
                 [1.0, TYPICAL_SEQUENCES, TYPICAL_CONTEXT_TOKENS, chunk_ms(&cold_start.prefill_ms)],
+                [LONGEST_STEP_MS, LONGEST_STEP_MS, LONGEST_STEP_MS, DEAREST_MIXTURE],
             ),
             samples: 0,
         }
@@ -148,7 +153,8 @@ impl StepFit {
         chunk_ms(&self.prefill.coefficients)
     }
 
-    /// As it is known now. Every coefficient is finite and at least zero.
+    /// As it is known now. Every coefficient is finite and at least zero; of those in milliseconds none is longer
+    /// than a step can be, and the factor is at most 10.
     pub fn model(&self) -> StepModel {
         let [a, b, c, prefill_interference_factor] = self.decode.coefficients;
         StepModel {
@@ -178,6 +184,8 @@ struct Filter<const N: usize> {
     covariance: Matrix<N>,
     /// What the features of a usual step are like.
     typical: [f64; N],
+    /// No coefficient is above these.
+    most: [f64; N],
     /// [`USUAL_STEPS`] for each step refused lately, one less for each one taken.
     refused: u32,
     /// How many times as doubtful as at the start one must be to take in the nearest of them.
@@ -185,15 +193,17 @@ struct Filter<const N: usize> {
 }
 
 impl<const N: usize> Filter<N> {
-    fn new(coefficients: [f64; N], typical: [f64; N]) -> Self {
+    fn new(coefficients: [f64; N], typical: [f64; N], most: [f64; N]) -> Self {
         let coefficients = coefficients.map(|c| if c.is_finite() { c.max(0.0) } else { 0.0 });
         let mut filter = Self {
             coefficients,
             covariance: [[0.0; N]; N],
             typical,
+            most,
             refused: 0,
             surprise: f64::INFINITY,
         };
+        filter.bound();
         filter.covariance = diagonal(&filter.doubt());
         filter
     }
@@ -248,6 +258,7 @@ impl<const N: usize> Filter<N> {
     /// The feature is from now on counted in a unit that is `1 / by` as large.
     fn rescale(&mut self, i: usize, by: f64) {
         self.coefficients[i] *= by;
+        self.bound();
         self.typical[i] /= by;
         for j in 0..N {
             self.covariance[i][j] *= by;
@@ -279,7 +290,7 @@ impl<const N: usize> Filter<N> {
             let below = (0..N)
                 .filter(|i| self.coefficients[*i] < 0.0)
                 .min_by(|i, j| self.share(*i).total_cmp(&self.share(*j)));
-            let Some(lowest) = below else { return };
+            let Some(lowest) = below else { break };
             let variance = self.covariance[lowest][lowest];
             if variance > 0.0 {
                 let by = self.coefficients[lowest] / variance;
@@ -290,7 +301,13 @@ impl<const N: usize> Filter<N> {
             self.coefficients[lowest] = 0.0;
         }
         // What one projection lifts, another may have pushed down again.
-        self.coefficients = self.coefficients.map(|c| c.max(0.0));
+        self.bound();
+    }
+
+    fn bound(&mut self) {
+        for (coefficient, most) in self.coefficients.iter_mut().zip(self.most) {
+            *coefficient = coefficient.clamp(0.0, most);
+        }
     }
 
     /// Of a usual step, in milliseconds.

@@ -132,6 +132,7 @@ proptest! {
             for c in coefficients.chain([model.prefill_interference_factor]) {
                 prop_assert!(c.is_finite() && c >= 0.0, "{model:?}");
             }
+            prop_assert!(model.prefill_interference_factor <= DEAREST_MIXTURE, "{model:?}");
             let foreseen = model.step_ms(&work.load(&model));
             prop_assert!(foreseen.is_finite() && foreseen >= 0.0, "{model:?} {work:?}");
         }
@@ -182,4 +183,14 @@ fn outliers_teach_nothing() {
     assert!(!fit.observe(&work, f64::NAN));
     assert!(!fit.observe(&StepWork::default(), ms));
     assert_eq!((fit.model(), fit.samples()), (before, 100));
+}
+
+#[test]
+fn a_mixture_that_is_dearer_than_can_be_is_the_decodes_own() {
+    let truth = StepModel { prefill_interference_factor: 80.0, ..COLD };
+    let (mut fit, mut traffic) = (StepFit::new(&COLD), Traffic::new(3));
+    traffic.teach(&mut fit, &truth, 2000);
+    assert!(fit.model().prefill_interference_factor <= DEAREST_MIXTURE);
+    let far_off = StepModel { prefill_interference_factor: 1e9, ..COLD };
+    assert_eq!(StepFit::new(&far_off).model().prefill_interference_factor, DEAREST_MIXTURE);
 }

@@ -467,5 +467,13 @@ fn milliseconds(milliseconds: f64) -> Duration {
 mod tests;
 
 #[cfg(test)]
+#[path = "core/any_order_tests.rs"]
+mod any_order_tests;
+
+#[cfg(test)]
+#[path = "core/leaving_tests.rs"]
+mod leaving_tests;
+
+#[cfg(test)]
 #[path = "pull_tests.rs"]
 mod pull_tests;

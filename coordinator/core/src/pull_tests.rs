@@ -39,39 +39,69 @@ fn shape(number: u64, shared: u64) -> RequestShape {
 }
 
 fn core(order: Order, policy: &str, copy_ms_per_thousand_tokens: f64) -> Core {
-    let mut settings = Settings { split: Split::PerRequest, order, ..Settings::default() };
+    let ttft = Duration::from_secs(60);
+    let mut settings = Settings { split: Split::PerRequest, order, ttft, ..Settings::default() };
     settings.targets.handoff_ms_per_thousand_tokens = copy_ms_per_thousand_tokens;
     let entry = policy::policy(policy).expect("it is there");
     Core::with_policy(settings, (entry.make)(0))
 }
 
-/// Two prompts that begin alike, one after the other: the worker and the pull of the second. The first
-/// keeps its worker busy.
-fn second_of_two(core: &mut Core, shared: u64) -> (WorkerKey, Option<PrefixPull>) {
+/// So many prompts that begin alike, all at once, come to one worker; then there is another, and one prompt more:
+/// the workers, and the worker and the pull of that one.
+fn one_more(
+    core: &mut Core,
+    workers: [WorkerDescription; 2],
+    prompts: u64,
+    shared: u64,
+) -> ([WorkerKey; 2], WorkerKey, Option<PrefixPull>) {
     let mut actions = Vec::new();
-    for number in 1..=2 {
+    let mut arrive = |core: &mut Core, number: u64| {
         actions.clear();
         let handoff = HandoffId::from_u128(u128::from(number));
-        core.arrive(shape(number, shared), handoff, Duration::ZERO, &mut actions);
-    }
-    let start = |action: &Action| match *action {
-        Action::Start { worker, pull, .. } => Some((worker, pull)),
-        _ => None,
+        let key = core.arrive(shape(number, shared), handoff, Duration::ZERO, &mut actions);
+        let start = |action: &Action| match *action {
+            Action::Start { pull, .. } => Some(pull),
+            _ => None,
+        };
+        (key, actions.iter().find_map(start).flatten())
     };
-    actions.iter().find_map(start).expect("it starts at once")
+    let [first, second] = workers;
+    let first = core.attach(first, Duration::ZERO, &mut Vec::new());
+    for number in 1..=prompts {
+        arrive(core, number);
+    }
+    let second = core.attach(second, Duration::ZERO, &mut Vec::new());
+    let (key, pull) = arrive(core, prompts + 1);
+    let request = core.requests.get(key.0).expect("it is open");
+    let job = request.answering.and_then(|job| core.job(job));
+    let worker = job.map(|(.., worker)| worker).or(request.waits_for);
+    ([first, second], worker.expect("it is placed"), pull)
 }
 
-fn attach(core: &mut Core, workers: [WorkerDescription; 2]) -> [WorkerKey; 2] {
-    workers.map(|worker| core.attach(worker, Duration::ZERO, &mut Vec::new()))
+fn pair() -> [WorkerDescription; 2] {
+    [0, 1].map(|i| worker(i, FENCED, true))
 }
+
+/// After twelve prompts the first worker has some three seconds of work. What the last one computes anew is
+/// 0.6 s of it.
+const MANY: u64 = 12;
 
 #[test]
 fn an_idle_worker_copies_what_a_busy_one_holds() {
     for order in [Order::Arrival, Order::LateLast] {
         let mut core = core(order, "slack", 8.0);
-        let [a, b] = attach(&mut core, [0, 1].map(|i| worker(i, FENCED, true)));
-        let pull = PrefixPull { from: a, tokens: 12 * BLOCK_TOKENS };
-        assert_eq!(second_of_two(&mut core, 12), (b, Some(pull)), "{order:?}");
+        let ([a, b], worker, pull) = one_more(&mut core, pair(), MANY, 12);
+        let expected = PrefixPull { from: a, tokens: 12 * BLOCK_TOKENS };
+        assert_eq!((worker, pull), (b, Some(expected)), "{order:?}");
+    }
+}
+
+#[test]
+fn a_prompt_waits_a_while_for_who_holds_its_start() {
+    for order in [Order::Arrival, Order::LateLast] {
+        let mut core = core(order, "slack", 8.0);
+        let ([a, _], worker, _) = one_more(&mut core, pair(), 3, 12);
+        assert_eq!(worker, a, "{order:?}");
     }
 }
 
@@ -79,12 +109,12 @@ fn an_idle_worker_copies_what_a_busy_one_holds() {
 fn what_is_quicker_to_compute_is_computed() {
     // A copied token costs five times a computed one.
     let mut slow = core(Order::LateLast, "slack", 500.0);
-    let [_, b] = attach(&mut slow, [0, 1].map(|i| worker(i, FENCED, true)));
-    assert_eq!(second_of_two(&mut slow, 12), (b, None));
+    let ([_, b], worker, pull) = one_more(&mut slow, pair(), MANY, 12);
+    assert_eq!((worker, pull), (b, None));
 
     let mut little = core(Order::LateLast, "slack", 8.0);
-    let [_, b] = attach(&mut little, [0, 1].map(|i| worker(i, FENCED, true)));
-    assert_eq!(second_of_two(&mut little, 0), (b, None), "nothing is shared");
+    let ([_, b], worker, pull) = one_more(&mut little, pair(), 1, 0);
+    assert_eq!((worker, pull), (b, None), "nothing is shared");
 }
 
 #[test]
@@ -98,10 +128,10 @@ fn only_who_can_is_asked_to() {
     ];
     for pair in pairs {
         let mut core = core(Order::LateLast, "slack", 8.0);
-        attach(&mut core, pair);
-        assert_eq!(second_of_two(&mut core, 12).1, None);
+        let ([_, b], worker, pull) = one_more(&mut core, pair, MANY, 12);
+        assert_eq!((worker, pull), (b, None));
     }
     let mut core = core(Order::Arrival, "prefix-affinity", 8.0);
-    attach(&mut core, [0, 1].map(|i| worker(i, FENCED, true)));
-    assert_eq!(second_of_two(&mut core, 12).1, None, "not every policy pulls");
+    let (_, _, pull) = one_more(&mut core, pair(), MANY, 12);
+    assert_eq!(pull, None, "not every policy pulls");
 }

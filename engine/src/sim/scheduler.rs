@@ -21,6 +21,9 @@ pub struct SchedulerLimits {
     pub reserves_output: bool,
 }
 
+/// One block of so many is kept for sequences that grow, where prompts are begun at a measured pace.
+const SPARE_PART: u32 = 32;
+
 /// How much prefill a step takes in, said in time: what the decodes beside it can bear. Without one,
 /// [`SchedulerLimits::max_step_tokens`] alone limits a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -564,7 +567,13 @@ impl Scheduler {
                 Some(sequence) if self.limits.reserves_output => sequence.max_tokens,
                 _ => cached_tokens + planned,
             };
-            let missing = self.missing_blocks(held, hits.len());
+            // What is begun at a measured pace shall come to its end: room for the whole prompt, and some for the
+            // decodes beside it to grow.
+            let (needed, spare) = match self.pace {
+                Some(_) if !self.running.is_empty() => (held.max(tokens), self.spare_blocks()),
+                _ => (held, 0),
+            };
+            let missing = self.missing_blocks(needed, hits.len()) + spare;
             let unused_hits = hits.iter().filter(|hit| !self.pool.is_used(**hit)).count() as u64;
             if u64::from(self.pool.free()) < u64::from(missing) + unused_hits {
                 break;
@@ -624,6 +633,10 @@ impl Scheduler {
 
     fn has_seat(&self) -> bool {
         self.running.len() < self.limits.max_seqs as usize
+    }
+
+    fn spare_blocks(&self) -> u32 {
+        self.pool.total() / SPARE_PART
     }
 
     fn blocks_for(&self, tokens: u32) -> u32 {

@@ -45,6 +45,27 @@ fn a_long_prompt_is_cut_and_decodes_go_first() {
 }
 
 #[test]
+fn a_prompt_at_a_measured_pace_begins_where_all_of_it_fits() {
+    let model = StepModel {
+        prefill_ms: [0.0, 1.0, 0.0],
+        decode_ms: [1.0, 0.0, 0.0],
+        prefill_interference_factor: 1.0,
+    };
+    let pace = PrefillPace { step_ms: 9.0, model, min_chunk_tokens: 1, batch_tokens: 1 };
+    for (pace, begins) in [(None, true), (Some(pace), false)] {
+        // Room for 128 tokens.
+        let mut scheduler = Scheduler::new(limits(32, 8, 64));
+        scheduler.set_pace(pace);
+        let first = scheduler.add(prompt(1, 60)).unwrap();
+        assert_eq!(step(&mut scheduler), [(0, 60, true)]);
+        scheduler.add(prompt(2, 66)).unwrap();
+        assert_eq!(step(&mut scheduler).len(), if begins { 2 } else { 1 }, "16 blocks are free");
+        scheduler.remove(first);
+        assert!(!step(&mut scheduler).is_empty());
+    }
+}
+
+#[test]
 fn who_waits_is_served_in_the_order_of_coming() {
     let mut scheduler = Scheduler::new(limits(100, 2, 100));
     let ids = [1, 2, 3].map(|family| scheduler.add(prompt(family, 5)).unwrap());

@@ -12,11 +12,14 @@ const KV_HIGH: f64 = 0.97;
 /// Packing takes links that move a token's KV in this part of the time that computing it takes: one worker
 /// receives what several others prefill.
 const LINK_SHARE: f64 = 0.5;
+/// A prompt waits up to so many milliseconds longer for each that is not computed twice: what one worker computes
+/// that another holds is lost to all who wait, and so is the room in which it is held twice.
+const LOST_WORK_COUNTS: f64 = 3.0;
 /// To copy less is not worth the trouble.
 const MIN_PULL_TOKENS: u32 = 512;
 
 /// Prefill goes where the first token is predicted soonest: work ahead and its own, over the part of
-/// time that the decodes there leave to prefill. A decode stays where its prompt was prefilled, or
+/// time that the decodes there leave to prefill; somewhat later is borne where less is computed. A decode stays where its prompt was prefilled, or
 /// decodes are packed on few workers, by which of the two the ITL target makes cheaper.
 ///
 /// Of each `T` milliseconds (the target of a step) a worker with decodes loses the fixed part of the
@@ -41,10 +44,25 @@ impl Policy for Slack {
 }
 
 fn prefill(choice: &Choice<'_>) -> usize {
+    let most_tokens = choice.candidates.iter().map(|candidate| candidate.hit_tokens).max();
+    let most_tokens = most_tokens.unwrap_or_default();
     least(choice, |candidate| {
         let computed_ms = computed_ms(choice, candidate);
-        pulled_ms(choice, candidate).map_or(computed_ms, |pulled_ms| pulled_ms.min(computed_ms))
+        let pulled_ms = pulled_ms(choice, candidate);
+        let first_token_ms = pulled_ms.map_or(computed_ms, |pulled_ms| pulled_ms.min(computed_ms));
+        first_token_ms + LOST_WORK_COUNTS * lost_ms(choice, candidate, most_tokens)
     })
+}
+
+/// Milliseconds of prefill there that the worker with the longest prefix would not compute.
+fn lost_ms(choice: &Choice<'_>, candidate: &Candidate<'_>, most_tokens: u32) -> f64 {
+    if candidate.hit_tokens >= most_tokens {
+        return 0.0;
+    }
+    let (load, tokens) = (candidate.load, choice.request.prompt_tokens);
+    let lost_ms =
+        load.prefill_ms(candidate.hit_tokens, tokens) - load.prefill_ms(most_tokens, tokens);
+    lost_ms / load.prefill_rate(choice.targets)
 }
 
 /// Until the prompt is computed there, all of it that is not cached.
