@@ -67,26 +67,17 @@ impl<'a> Arrivals<'a> {
     /// Verifies a block where it now lies, and counts it. Answers the CRC-32 for
     /// [`BlockSink::verified`](crate::BlockSink::verified).
     pub(crate) fn placed(&mut self, head: &BlockHead, bytes: &[u8]) -> Result<u32, TransferError> {
-        let BlockHead { index, len, crc, .. } = *head;
-        if bytes.len() as u64 != u64::from(len) {
-            let (bytes, expected) = (bytes.len() as u64, u64::from(len));
-            return Err(TransferError::Truncated { index, bytes, expected });
-        }
-        let crc32 = crc_fast::crc32_iso_hdlc(bytes);
-        let found = crc_fast::crc64_nvme(bytes);
-        if found != crc {
-            return Err(TransferError::Corrupt { index, expected: crc, found });
-        }
-        if let (Some(key), Some(mac)) = (&self.key, &head.mac)
-            && !mac.agrees_with(&key.of_block(&head.handoff, index, bytes))
-        {
-            return Err(TransferError::Forged { index });
-        }
+        let crc32 = verify(head, bytes, self.key.as_ref())?;
+        self.verified(head);
+        Ok(crc32)
+    }
+
+    /// Counts a block that was verified.
+    pub(crate) fn verified(&mut self, head: &BlockHead) {
         self.next_index = self.next_index.saturating_add(1);
         self.blocks += 1;
-        self.bytes += u64::from(len);
-        self.digest.add(index, crc);
-        Ok(crc32)
+        self.bytes += u64::from(head.len);
+        self.digest.add(head.index, head.crc);
     }
 
     /// Compares the seal with what arrived, and with what was asked for.
@@ -103,6 +94,31 @@ impl<'a> Arrivals<'a> {
         agree("the blocks' digest", &hex(digest), &hex(&self.digest.finish()))?;
         Ok(Pulled { seal: *seal, blocks, bytes, transport: self.transport })
     }
+}
+
+/// Holds a block, where it now lies, against what its producer said of it. Answers the CRC-32 for
+/// [`BlockSink::verified`](crate::BlockSink::verified), taken before anything else.
+pub(crate) fn verify(
+    head: &BlockHead,
+    bytes: &[u8],
+    key: Option<&MacKey>,
+) -> Result<u32, TransferError> {
+    let BlockHead { index, len, crc, .. } = *head;
+    if bytes.len() as u64 != u64::from(len) {
+        let (bytes, expected) = (bytes.len() as u64, u64::from(len));
+        return Err(TransferError::Truncated { index, bytes, expected });
+    }
+    let crc32 = crc_fast::crc32_iso_hdlc(bytes);
+    let found = crc_fast::crc64_nvme(bytes);
+    if found != crc {
+        return Err(TransferError::Corrupt { index, expected: crc, found });
+    }
+    if let (Some(key), Some(mac)) = (key, &head.mac)
+        && !mac.agrees_with(&key.of_block(&head.handoff, index, bytes))
+    {
+        return Err(TransferError::Forged { index });
+    }
+    Ok(crc32)
 }
 
 fn agree<T: PartialEq + ToString>(

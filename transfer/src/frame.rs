@@ -30,7 +30,7 @@ use crate::{
     mac::{Mac, MacKey},
 };
 
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 const MAGIC: [u8; 4] = *b"BTKV";
 
 /// Magic and version.

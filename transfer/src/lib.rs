@@ -6,6 +6,7 @@
 //! host, and [`NearestChannel`] takes that where it can and a network where it cannot.
 
 mod arrivals;
+mod attach;
 mod channel;
 #[cfg(feature = "conformance")]
 pub mod conformance;

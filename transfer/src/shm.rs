@@ -5,6 +5,7 @@
 //! and by the file behind the arena. Who is who among them is said, not proven: processes of one user
 //! can read each other's memory anyway.
 
+mod batch;
 mod consume;
 mod hello;
 mod produce;
@@ -38,8 +39,9 @@ const TRANSPORT: &str = "shm";
 const BEAT: Duration = Duration::from_millis(250);
 /// A side of which nothing is heard for so long is gone.
 const SILENCE: Duration = Duration::from_millis(1500);
-/// Blocks that may wait in the producer's arena to be copied.
-const WINDOW: usize = 32;
+/// Blocks that may wait in the producer's arena to be copied: the consumer copies half of them together and
+/// is told of further ones meanwhile.
+const WINDOW: usize = 128;
 const SOCKET_PREFIX: &str = "baton-kv-";
 const SOCKET_SUFFIX: &str = ".sock";
 /// Handoffs at a time, of which each holds a socket; further ones wait.

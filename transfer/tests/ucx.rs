@@ -8,16 +8,18 @@ use std::{env, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use baton_transfer::{
     Check, Exports, PeerAddress, QuicConfig, UcxChannel, UcxConfig, channel_conformance,
-    conformance::{Detour, Node, Transport},
+    conformance::{self, Detour, Node, Transport},
 };
 use baton_ucx::{Options, StartError, Ucx};
 
-struct OverUcx;
+struct OverUcx {
+    check: Check,
+}
 
 /// Where there is UCX. Where there is none that is said, and with BATON_REQUIRE_UCX it is a failure.
-fn over_ucx() -> Option<OverUcx> {
+fn over_ucx(check: Check) -> Option<OverUcx> {
     match Ucx::start(&Options::default()) {
-        Ok(_) => Some(OverUcx),
+        Ok(_) => Some(OverUcx { check }),
         Err(StartError::Load(error)) => {
             let demanded = env::var_os("BATON_REQUIRE_UCX").is_some_and(|value| value != "0");
             assert!(!demanded, "BATON_REQUIRE_UCX is set, and {error}");
@@ -35,7 +37,7 @@ impl Transport for OverUcx {
             listen: relay::loopback(),
             max_mtu_bytes: 6500,
             stall_timeout,
-            check: Check::Crc,
+            check: self.check,
         };
         let config =
             UcxConfig { control, ucx: Options::default(), require_rdma: false, or_quic: false };
@@ -59,7 +61,15 @@ impl Transport for OverUcx {
     }
 }
 
-channel_conformance!(match over_ucx() {
+channel_conformance!(match over_ucx(Check::Crc) {
     Some(transport) => transport,
     None => return,
 });
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_pass_under_a_mac() {
+    let Some(transport) = over_ucx(Check::Blake3) else { return };
+    conformance::delivery::blocks_of_any_size_arrive_as_they_were(&transport).await;
+    conformance::delivery::hundreds_of_handoffs_share_few_slots(&transport).await;
+    conformance::faults::a_block_that_changed_on_its_way_is_corrupt(&transport).await;
+}

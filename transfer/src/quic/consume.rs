@@ -72,7 +72,7 @@ impl Producer {
                 }
                 ProducerFrame::Sealed(sealed) => {
                     let pulled = arrivals.sealed(&sealed)?;
-                    self.acknowledge().await?;
+                    acknowledge(&mut self.send, self.stall).await?;
                     return Ok(pulled);
                 }
                 ProducerFrame::Waiting => {}
@@ -104,27 +104,11 @@ impl Producer {
         self.attend(sink.verified(head.index, block, crc32)).await
     }
 
-    /// Works on what has arrived, and lets go of it when the producer takes the handoff back or dies
-    /// meanwhile.
     async fn attend<T>(
         &mut self,
         work: impl Future<Output = Result<T, TransferError>>,
     ) -> Result<T, TransferError> {
-        let reset = async {
-            match self.recv.received_reset().await {
-                Ok(Some(code)) => was_reset(code),
-                _ => pending().await,
-            }
-        };
-        tokio::select! {
-            biased;
-            done = work => done,
-            error = reset => Err(error),
-            error = self.connection.closed() => Err(lost(&error)),
-            () = sleep(self.stall) => {
-                Err(TransferError::NoRoom(format!("no block was placed for {:?}", self.stall)))
-            }
-        }
+        attend(&mut self.recv, &self.connection, self.stall, work).await
     }
 
     async fn frame(&mut self) -> Result<ProducerFrame, TransferError> {
@@ -151,25 +135,8 @@ impl Producer {
         Ok(taken)
     }
 
-    /// Tells the producer something. That it listens no more is no error here: what it said last
-    /// tells why.
     async fn say(&mut self, word: Bytes) -> Result<(), TransferError> {
-        match timeout(self.stall, self.send.write_chunk(word)).await {
-            Err(_) => Err(stalled(self.stall)),
-            Ok(Ok(()) | Err(quinn::WriteError::Stopped(_))) => Ok(()),
-            Ok(Err(error)) => Err(write_failed(&error)),
-        }
-    }
-
-    async fn acknowledge(&mut self) -> Result<(), TransferError> {
-        let ack = ConsumerWord::Ack.encode();
-        timeout(self.stall, self.send.write_chunk(ack))
-            .await
-            .map_err(|_| stalled(self.stall))?
-            .map_err(|error| write_failed(&error))?;
-        // Fails only where the stream was finished or reset here, which it was not.
-        let _ = self.send.finish();
-        Ok(())
+        say(&mut self.send, word, self.stall).await
     }
 
     fn break_off(&mut self, code: Code) {
@@ -186,6 +153,56 @@ impl Drop for Producer {
             self.break_off(Code::Cancelled);
         }
     }
+}
+
+/// Works on what has arrived, and lets go of it when the producer takes the handoff back or dies meanwhile.
+pub(crate) async fn attend<T>(
+    recv: &mut RecvStream,
+    connection: &Connection,
+    stall: Duration,
+    work: impl Future<Output = Result<T, TransferError>>,
+) -> Result<T, TransferError> {
+    let reset = async {
+        match recv.received_reset().await {
+            Ok(Some(code)) => was_reset(code),
+            _ => pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        done = work => done,
+        error = reset => Err(error),
+        error = connection.closed() => Err(lost(&error)),
+        () = sleep(stall) => {
+            Err(TransferError::NoRoom(format!("no block was placed for {stall:?}")))
+        }
+    }
+}
+
+/// Tells the producer something. That it listens no more is no error here: what it said last tells why.
+pub(crate) async fn say(
+    send: &mut SendStream,
+    word: Bytes,
+    stall: Duration,
+) -> Result<(), TransferError> {
+    match timeout(stall, send.write_chunk(word)).await {
+        Err(_) => Err(stalled(stall)),
+        Ok(Ok(()) | Err(quinn::WriteError::Stopped(_))) => Ok(()),
+        Ok(Err(error)) => Err(write_failed(&error)),
+    }
+}
+
+pub(crate) async fn acknowledge(
+    send: &mut SendStream,
+    stall: Duration,
+) -> Result<(), TransferError> {
+    timeout(stall, send.write_chunk(ConsumerWord::Ack.encode()))
+        .await
+        .map_err(|_| stalled(stall))?
+        .map_err(|error| write_failed(&error))?;
+    // Fails only where the stream was finished or reset here, which it was not.
+    let _ = send.finish();
+    Ok(())
 }
 
 pub(crate) fn ended_early() -> TransferError {

@@ -7,7 +7,9 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use bytes::Bytes;
+use futures::{FutureExt, future::BoxFuture};
 use quinn::{RecvStream, SendStream};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -16,10 +18,11 @@ use super::{
     stalled,
 };
 use crate::{
+    attach::{Attached, Guest, attached, understood},
     channel::{ExportStream, Exported, Exports, Refusal, Seal, TransferError},
     frame::{
         Asked, BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame,
-        SUBSCRIPTION_BYTES, SealedFrame, VERSION, decode_prelude, decode_subscription,
+        SUBSCRIPTION_BYTES, SealedFrame, decode_prelude, decode_subscription,
     },
     mac::MacKey,
     turns::{Turn, Turns},
@@ -32,6 +35,9 @@ pub(crate) const WAITING_INTERVAL: Duration = Duration::from_millis(250);
 /// of the same peer need not wait for that.
 const TURN_PATIENCE: Duration = Duration::from_millis(100);
 
+/// Blocks that are there go out together up to so many bytes, in one turn. A longer block is a turn of its own.
+const TURN_BYTES: u64 = 512 << 10;
+
 /// Answers one subscription.
 pub(super) async fn serve(
     (send, recv): (SendStream, RecvStream),
@@ -41,32 +47,10 @@ pub(super) async fn serve(
     stall: Duration,
 ) {
     let mut consumer = Consumer { send, recv, stall };
-    let Asked { subscription, key } = match consumer.subscription().await {
-        Ok(asked) => asked,
-        Err(error) => {
-            tracing::debug!(%error, "no subscription came over a handoff's stream");
-            if matches!(error, TransferError::Version { .. }) {
-                consumer.last_frame(ProducerFrame::WrongVersion { ours: VERSION }).await;
-            } else {
-                consumer.break_off(Code::of(&error));
-            }
-            return;
-        }
-    };
-    let handoff = subscription.handoff;
-    let stream = match consumer.keep_waiting(exports.attach(&subscription, peer)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(refusal)) => {
-            tracing::debug!(%handoff, %refusal, "refused a subscription");
-            consumer.last_frame(ProducerFrame::Refused(refusal)).await;
-            return;
-        }
-        Err(error) => {
-            tracing::debug!(%handoff, %error, "a consumer did not wait for its handoff");
-            consumer.break_off(Code::of(&error));
-            return;
-        }
-    };
+    let asked = consumer.subscription().await;
+    let Some(Asked { subscription, key }) = understood(&mut consumer, asked).await else { return };
+    let stream = attached(&mut consumer, &*exports, &subscription, peer).await;
+    let Some(stream) = stream else { return };
     hand_over(consumer, stream, key, &turns).await;
 }
 
@@ -85,6 +69,12 @@ async fn hand_over(
     // The connection lets go of blocks before the handoff is said to be over.
     drop(consumer);
     stream.finish(outcome);
+}
+
+/// What comes behind the blocks.
+enum Last {
+    Sealed(Seal),
+    Refused(Refusal),
 }
 
 /// The stream to one consumer.
@@ -124,29 +114,47 @@ impl Consumer {
         let mut digest = BlocksDigest::default();
         let mut blocks_sent = 0;
         loop {
-            match self.keep_waiting(stream.next()).await? {
-                Exported::Block { handoff, index, crc, bytes } => {
-                    let whole = bytes.len() as u64;
-                    let len = u32::try_from(whole).map_err(|_| {
-                        TransferError::Protocol(format!("block {index} has {whole} bytes"))
-                    })?;
-                    let mac = key.map(|key| key.of_block(&handoff, index, &bytes));
-                    let head = BlockHead { handoff, index, len, crc, mac };
-                    let head = ProducerFrame::Block(head).encode();
-                    let turn = self.wait_for_turn(turns, due, stream).await?;
-                    self.write(&mut [head, bytes], stream.revoked(), Some(turn)).await?;
-                    stream.sent(whole);
-                    digest.add(index, crc);
-                    blocks_sent += 1;
+            let mut next = Some(self.keep_waiting(stream.next()).await?);
+            let (mut chunks, mut sizes, mut last) = (Vec::new(), Vec::new(), None);
+            // What is there goes together: asking for a turn and for room takes its time, too.
+            while let Some(item) = next.take() {
+                match item {
+                    Exported::Block { handoff, index, crc, bytes } => {
+                        let whole = bytes.len() as u64;
+                        let len = u32::try_from(whole).map_err(|_| {
+                            TransferError::Protocol(format!("block {index} has {whole} bytes"))
+                        })?;
+                        let mac = key.map(|key| key.of_block(&handoff, index, &bytes));
+                        let head = BlockHead { handoff, index, len, crc, mac };
+                        chunks.extend([ProducerFrame::Block(head).encode(), bytes]);
+                        sizes.push(whole);
+                        digest.add(index, crc);
+                        blocks_sent += 1;
+                        if sizes.iter().sum::<u64>() < TURN_BYTES {
+                            next = stream.next().now_or_never();
+                        }
+                    }
+                    Exported::Sealed(seal) => last = Some(Last::Sealed(seal)),
+                    Exported::Refused(refusal) => last = Some(Last::Refused(refusal)),
+                    Exported::Aborted => {
+                        return Err(TransferError::Refused(Refusal::Aborted));
+                    }
                 }
-                Exported::Sealed(seal) => {
+            }
+            if !chunks.is_empty() {
+                let turn = self.wait_for_turn(turns, due, stream).await?;
+                self.write(&mut chunks, stream.revoked(), Some(turn)).await?;
+                sizes.into_iter().for_each(|bytes| stream.sent(bytes));
+            }
+            match last {
+                None => {}
+                Some(Last::Sealed(seal)) => {
                     return self.seal(seal, blocks_sent, digest.finish(), stream).await;
                 }
-                Exported::Refused(refusal) => {
+                Some(Last::Refused(refusal)) => {
                     self.last_frame(ProducerFrame::Refused(refusal)).await;
                     return Err(TransferError::Refused(refusal));
                 }
-                Exported::Aborted => return Err(TransferError::Refused(Refusal::Aborted)),
             }
         }
     }
@@ -238,7 +246,22 @@ impl Consumer {
         Ok(())
     }
 
-    /// Says why nothing (more) will come.
+    fn break_off(&mut self, code: Code) {
+        // Either may be over already.
+        let _ = self.send.reset(code.wire());
+        let _ = self.recv.stop(code.wire());
+    }
+}
+
+#[async_trait]
+impl Guest for Consumer {
+    async fn wait_for(
+        &mut self,
+        attaching: BoxFuture<'_, Attached>,
+    ) -> Result<Attached, TransferError> {
+        self.keep_waiting(attaching).await
+    }
+
     async fn last_frame(&mut self, frame: ProducerFrame) {
         if self.write(&mut [frame.encode()], pending(), None).await.is_ok() {
             // Fails only where the consumer is gone.
@@ -246,10 +269,8 @@ impl Consumer {
         }
     }
 
-    fn break_off(&mut self, code: Code) {
-        // Either may be over already.
-        let _ = self.send.reset(code.wire());
-        let _ = self.recv.stop(code.wire());
+    fn turn_away(&mut self, error: &TransferError) {
+        self.break_off(Code::of(error));
     }
 }
 

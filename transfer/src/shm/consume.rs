@@ -2,8 +2,9 @@
 
 use std::{collections::VecDeque, future::Future, pin::pin, sync::Arc, time::Duration};
 
-use baton_arena::{Landing, PeerArena};
+use baton_arena::PeerArena;
 use bytes::{Buf, Bytes, BytesMut};
+use futures::FutureExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
@@ -14,12 +15,14 @@ use tokio::{
 };
 
 use super::{
-    BEAT, SILENCE, ShmChannel, WINDOW, gone,
+    BEAT, SILENCE, ShmChannel, WINDOW,
+    batch::{BATCH_BYTES, Batch, Copied},
+    gone,
     hello::{HEAD_BYTES, Hello, KIND},
     silent, written,
 };
 use crate::{
-    arrivals::Arrivals,
+    arrivals::{Arrivals, verify},
     channel::{BlockSink, PeerAddress, Pulled, Subscription, TransferError},
     frame::{BlockHead, ConsumerWord, ProducerFrame, VERSION, encode_subscription},
 };
@@ -94,22 +97,19 @@ impl Producer {
             let Came(frame, bytes) = self.next().await?;
             match frame {
                 ProducerFrame::Mapped { head, offset } => {
-                    let copy = |landing: &Landing| {
-                        let arena = arena.as_ref().ok_or_else(|| {
-                            TransferError::Protocol("a block in an arena it has not".to_owned())
-                        })?;
-                        let failed = |error| TransferError::Protocol(format!("{error}"));
-                        landing.copy_from(arena, offset).map_err(failed)
-                    };
-                    self.block(&head, sink, &mut arrivals, copy).await?;
+                    let arena = arena.as_ref().ok_or_else(|| {
+                        TransferError::Protocol("a block in an arena it has not".to_owned())
+                    })?;
+                    self.mapped((head, offset), arena, sink, &mut arrivals).await?;
                 }
                 ProducerFrame::Block(head) => {
+                    arrivals.announced(&head, 0, self.max_block_bytes)?;
+                    let landing = self.attend(sink.reserve(head.index, head.len)).await?;
                     let bytes = bytes.unwrap_or_default();
-                    let copy = |landing: &Landing| {
-                        let failed = |error| TransferError::NoRoom(format!("{error}"));
-                        landing.write(&[&bytes]).map_err(failed)
-                    };
-                    self.block(&head, sink, &mut arrivals, copy).await?;
+                    let failed = |error| TransferError::NoRoom(format!("{error}"));
+                    landing.write(&[&bytes]).map_err(failed)?;
+                    let verified = verify(&head, landing.as_bytes(), None);
+                    self.placed(Copied { head, landing, verified }, sink, &mut arrivals).await?;
                 }
                 ProducerFrame::Sealed(sealed) => {
                     self.tell_taken().await?;
@@ -126,17 +126,60 @@ impl Producer {
         }
     }
 
-    async fn block(
+    /// Takes a block over from the producer's arena, and with it those behind it that are announced by now
+    /// and for which there are slots.
+    async fn mapped(
         &mut self,
-        head: &BlockHead,
+        first: (BlockHead, u64),
+        arena: &Arc<PeerArena>,
         sink: &dyn BlockSink,
         arrivals: &mut Arrivals<'_>,
-        copy: impl FnOnce(&Landing) -> Result<(), TransferError>,
     ) -> Result<(), TransferError> {
-        arrivals.announced(head, 0, self.max_block_bytes)?;
-        let landing = self.attend(sink.reserve(head.index, head.len)).await?;
-        copy(&landing)?;
-        let verified = arrivals.placed(head, landing.as_bytes());
+        let (mut batch, mut bytes, mut next) = (Batch::default(), 0, Some(first));
+        while let Some((head, offset)) = next.take() {
+            arrivals.announced(&head, small(batch.len()), self.max_block_bytes)?;
+            let landing = match sink.reserve(head.index, head.len).now_or_never() {
+                Some(landing) => landing?,
+                None if batch.is_empty() => self.attend(sink.reserve(head.index, head.len)).await?,
+                None => {
+                    self.frames.push_front(Came(ProducerFrame::Mapped { head, offset }, None));
+                    break;
+                }
+            };
+            batch.push(head, offset, landing);
+            bytes += u64::from(head.len);
+            if batch.len() < WINDOW / 2 && bytes < BATCH_BYTES {
+                next = self.next_mapped()?;
+            }
+        }
+        for copied in batch.copy(arena).await? {
+            self.placed(copied, sink, arrivals).await?;
+        }
+        Ok(())
+    }
+
+    /// The next frame, if it has come and tells of a block in the producer's arena.
+    fn next_mapped(&mut self) -> Result<Option<(BlockHead, u64)>, TransferError> {
+        if self.frames.is_empty() {
+            let came = self.parse()?;
+            self.frames.extend(came);
+        }
+        let Some(Came(ProducerFrame::Mapped { head, offset }, _)) = self.frames.front() else {
+            return Ok(None);
+        };
+        let mapped = (*head, *offset);
+        self.frames.pop_front();
+        Ok(Some(mapped))
+    }
+
+    /// Counts a block that was copied and verified, and passes it on.
+    async fn placed(
+        &mut self,
+        copied: Copied,
+        sink: &dyn BlockSink,
+        arrivals: &mut Arrivals<'_>,
+    ) -> Result<(), TransferError> {
+        let Copied { head, landing, verified } = copied;
         let crc32 = match verified {
             // The producer may have taken its slot back under the copy, and have said so.
             Err(TransferError::Corrupt { .. }) if self.was_refused() => {
@@ -144,6 +187,7 @@ impl Producer {
             }
             verified => verified?,
         };
+        arrivals.verified(&head);
         self.taken += 1;
         self.attend(sink.verified(head.index, landing, crc32)).await
     }
@@ -286,6 +330,11 @@ impl Producer {
         let writing = timeout(SILENCE, self.writer.write_all(bytes));
         written(writing.await.map_err(|_| silent())?)
     }
+}
+
+/// Blocks of one batch fit.
+fn small(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 fn ended_early() -> TransferError {

@@ -1,9 +1,11 @@
 //! The producer's side of one handoff.
 
-use std::{collections::VecDeque, future::Future, io, pin::pin, sync::Arc};
+use std::{collections::VecDeque, io, pin::pin, sync::Arc};
 
+use async_trait::async_trait;
 use baton_arena::Arena;
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::{FutureExt, future::BoxFuture};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
@@ -15,26 +17,20 @@ use tokio::{
 
 use super::{BEAT, SILENCE, Shared, WINDOW, gone, hello::Hello, silent, written};
 use crate::{
-    channel::{ExportStream, Exported, Refusal, Seal, Subscription, TransferError},
+    attach::{Attached, Guest, attached, understood},
+    channel::{ExportStream, Exported, Refusal, Subscription, TransferError},
     frame::{
         BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame, SUBSCRIPTION_BYTES,
-        SealedFrame, VERSION, decode_prelude, decode_subscription,
+        SealedFrame, decode_prelude, decode_subscription,
     },
 };
 
 /// Answers one subscription.
 pub(super) async fn serve(stream: UnixStream, shared: Arc<Shared>) {
     let mut consumer = Consumer::new(stream);
-    let Asked { subscription, peer, of } = match consumer.subscription().await {
-        Ok(asked) => asked,
-        Err(error) => {
-            tracing::debug!(%error, "no subscription came over a handoff's socket");
-            if matches!(error, TransferError::Version { .. }) {
-                consumer.last_frame(ProducerFrame::WrongVersion { ours: VERSION }).await;
-            }
-            return;
-        }
-    };
+    let asked = consumer.subscription().await;
+    let Some(asked) = understood(&mut consumer, asked).await else { return };
+    let Asked { subscription, peer, of } = asked;
     let arena = shared.arena.lock().clone();
     if let Err(error) = consumer.greet(&shared, arena.as_ref()).await {
         return tracing::debug!(%error, "a consumer is gone already");
@@ -42,18 +38,8 @@ pub(super) async fn serve(stream: UnixStream, shared: Arc<Shared>) {
     if of != shared.config.certificate_fingerprint {
         return tracing::debug!("a consumer means another worker");
     }
-    let handoff = subscription.handoff;
-    let attached = consumer.keep_waiting(shared.exports.attach(&subscription, peer)).await;
-    let mut exports = match attached {
-        Ok(Ok(exports)) => exports,
-        Ok(Err(refusal)) => {
-            tracing::debug!(%handoff, %refusal, "refused a subscription");
-            return consumer.last_frame(ProducerFrame::Refused(refusal)).await;
-        }
-        Err(error) => {
-            return tracing::debug!(%handoff, %error, "a consumer did not wait for its handoff");
-        }
-    };
+    let exports = attached(&mut consumer, &*shared.exports, &subscription, peer).await;
+    let Some(mut exports) = exports else { return };
     let outcome = consumer.hand_over(arena.as_ref(), &mut *exports).await;
     if let Err(TransferError::Refused(refusal)) = outcome {
         consumer.last_frame(ProducerFrame::Refused(refusal)).await;
@@ -146,8 +132,8 @@ impl Consumer {
     ) -> Result<(), TransferError> {
         let (mut digest, mut blocks_sent, mut is_sealed) = (BlocksDigest::default(), 0, false);
         loop {
-            let has_room = !is_sealed && !self.is_inline && self.announced.len() < WINDOW;
-            match self.event(exports, has_room).await? {
+            let takes_more = !is_sealed && self.has_room();
+            match self.event(exports, takes_more).await? {
                 Event::Word(ConsumerWord::Taken) => {
                     let taken = self.announced.pop_front().ok_or_else(|| {
                         TransferError::Protocol("it took a block that it was not given".to_owned())
@@ -164,26 +150,43 @@ impl Consumer {
                 }
                 Event::Word(ConsumerWord::Progress) => {}
                 Event::Beat => self.write(&ProducerFrame::Waiting.encode(), exports).await?,
-                Event::Exported(Exported::Block { handoff, index, crc, bytes }) => {
-                    let len = u32::try_from(bytes.len()).map_err(|_| {
-                        TransferError::Protocol(format!("block {index} has {} bytes", bytes.len()))
-                    })?;
-                    let head = BlockHead { handoff, index, len, crc, mac: None };
-                    self.announce(head, bytes, arena, exports).await?;
-                    digest.add(index, crc);
-                    blocks_sent += 1;
+                Event::Exported(item) => {
+                    let mut saying = BytesMut::new();
+                    let mut next = Some(item);
+                    // All that is there goes into one announcement.
+                    while let Some(item) = next.take() {
+                        match item {
+                            Exported::Block { handoff, index, crc, bytes } => {
+                                let whole = bytes.len();
+                                let len = u32::try_from(whole).map_err(|_| {
+                                    let excess = format!("block {index} has {whole} bytes");
+                                    TransferError::Protocol(excess)
+                                })?;
+                                let head = BlockHead { handoff, index, len, crc, mac: None };
+                                self.announce(head, bytes, arena, &mut saying, exports).await?;
+                                digest.add(index, crc);
+                                blocks_sent += 1;
+                                if self.has_room() {
+                                    next = exports.next().now_or_never();
+                                }
+                            }
+                            Exported::Sealed(seal) => {
+                                let digest = std::mem::take(&mut digest).finish();
+                                let sealed = SealedFrame { seal, blocks_sent, digest };
+                                saying.put(ProducerFrame::Sealed(sealed).encode());
+                                is_sealed = true;
+                            }
+                            Exported::Refused(refusal) => {
+                                return Err(TransferError::Refused(refusal));
+                            }
+                            Exported::Aborted => {
+                                return Err(TransferError::Refused(Refusal::Aborted));
+                            }
+                        }
+                    }
+                    self.write(&saying, exports).await?;
                 }
-                Event::Exported(Exported::Sealed(seal)) => {
-                    let digest = std::mem::take(&mut digest).finish();
-                    self.seal(seal, blocks_sent, digest, exports).await?;
-                    is_sealed = true;
-                }
-                Event::Exported(Exported::Refused(refusal)) => {
-                    return Err(TransferError::Refused(refusal));
-                }
-                Event::Exported(Exported::Aborted) | Event::Revoked => {
-                    return Err(TransferError::Refused(Refusal::Aborted));
-                }
+                Event::Revoked => return Err(TransferError::Refused(Refusal::Aborted)),
             }
         }
     }
@@ -191,10 +194,10 @@ impl Consumer {
     async fn event(
         &mut self,
         exports: &mut dyn ExportStream,
-        has_room: bool,
+        takes_more: bool,
     ) -> Result<Event, TransferError> {
         let silence = sleep_until(self.heard + SILENCE);
-        let event = if has_room {
+        let event = if takes_more {
             tokio::select! {
                 biased;
                 word = word(&mut self.reader) => Event::Word(word?),
@@ -215,56 +218,29 @@ impl Consumer {
         Ok(event)
     }
 
+    fn has_room(&self) -> bool {
+        !self.is_inline && self.announced.len() < WINDOW
+    }
+
     /// Tells where the block lies, or sends it where it lies in no arena that is shared.
     async fn announce(
         &mut self,
         head: BlockHead,
         bytes: Bytes,
         arena: Option<&Arena>,
+        saying: &mut BytesMut,
         exports: &mut dyn ExportStream,
     ) -> Result<(), TransferError> {
         if let Some(offset) = arena.and_then(|arena| arena.offset_of(&bytes)) {
-            self.write(&ProducerFrame::Mapped { head, offset }.encode(), exports).await?;
+            saying.put(ProducerFrame::Mapped { head, offset }.encode());
         } else {
             self.is_inline = true;
-            self.write(&ProducerFrame::Block(head).encode(), exports).await?;
+            saying.put(ProducerFrame::Block(head).encode());
+            self.write(&saying.split(), exports).await?;
             self.write(&bytes, exports).await?;
         }
         self.announced.push_back(bytes);
         Ok(())
-    }
-
-    async fn seal(
-        &mut self,
-        seal: Seal,
-        blocks_sent: u32,
-        digest: [u8; 32],
-        exports: &mut dyn ExportStream,
-    ) -> Result<(), TransferError> {
-        let sealed = ProducerFrame::Sealed(SealedFrame { seal, blocks_sent, digest });
-        self.write(&sealed.encode(), exports).await
-    }
-
-    /// Waits for something on this side, while telling the consumer that this side lives.
-    async fn keep_waiting<T>(&mut self, work: impl Future<Output = T>) -> Result<T, TransferError> {
-        let mut work = pin!(work);
-        loop {
-            tokio::select! {
-                biased;
-                done = &mut work => return Ok(done),
-                word = word(&mut self.reader) => match word? {
-                    ConsumerWord::Progress => self.heard = Instant::now(),
-                    other => {
-                        return Err(TransferError::Protocol(format!("{other:?} before a block")));
-                    }
-                },
-                _ = self.beat.tick() => {
-                    let waiting = ProducerFrame::Waiting.encode();
-                    written(self.writer.write_all(&waiting).await)?;
-                }
-                () = sleep_until(self.heard + SILENCE) => return Err(silent()),
-            }
-        }
     }
 
     /// Writes all of it, unless the consumer dies or the producer takes the handoff back meanwhile.
@@ -295,12 +271,40 @@ impl Consumer {
             }
         }
     }
+}
 
-    /// Says why nothing (more) will come.
+#[async_trait]
+impl Guest for Consumer {
+    async fn wait_for(
+        &mut self,
+        mut attaching: BoxFuture<'_, Attached>,
+    ) -> Result<Attached, TransferError> {
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut attaching => return Ok(done),
+                word = word(&mut self.reader) => match word? {
+                    ConsumerWord::Progress => self.heard = Instant::now(),
+                    other => {
+                        return Err(TransferError::Protocol(format!("{other:?} before a block")));
+                    }
+                },
+                _ = self.beat.tick() => {
+                    let waiting = ProducerFrame::Waiting.encode();
+                    written(self.writer.write_all(&waiting).await)?;
+                }
+                () = sleep_until(self.heard + SILENCE) => return Err(silent()),
+            }
+        }
+    }
+
     async fn last_frame(&mut self, frame: ProducerFrame) {
         // A consumer that is gone needs no reason.
         let _ = timeout(SILENCE, self.writer.write_all(&frame.encode())).await;
     }
+
+    /// Its socket is closed when it is dropped.
+    fn turn_away(&mut self, _error: &TransferError) {}
 }
 
 /// What the consumer says next. Nothing is lost when the future is dropped.

@@ -25,8 +25,8 @@ use crate::{
     frame::{BlockHead, ConsumerWord, ProducerFrame, VERSION, encode_subscription},
     mac::MacKey,
     quic::{
-        code::{Code, lost, was_reset, write_failed},
-        consume::{PROGRESS_INTERVAL, ended_early},
+        code::{Code, lost},
+        consume::{PROGRESS_INTERVAL, acknowledge, attend, ended_early, say},
         stalled,
     },
 };
@@ -109,6 +109,13 @@ impl Producer {
                         }
                         offered.push_back(head);
                     }
+                    Frame::Whole { head, bytes } => {
+                        if !offered.is_empty() || !self.granted.is_empty() {
+                            let early = "a block that overtakes others".to_owned();
+                            return Err(TransferError::Protocol(early));
+                        }
+                        self.whole(&head, &bytes, sink, &mut arrivals).await?;
+                    }
                     Frame::Landed { blocks } => {
                         for _ in 0..blocks {
                             self.landed(sink, &mut arrivals).await?;
@@ -124,7 +131,7 @@ impl Producer {
                             return Err(TransferError::Protocol(early));
                         }
                         let pulled = arrivals.sealed(&sealed)?;
-                        self.acknowledge().await?;
+                        acknowledge(&mut self.send, self.stall).await?;
                         return Ok(pulled);
                     }
                     Frame::Said(ProducerFrame::Waiting) => {}
@@ -220,53 +227,34 @@ impl Producer {
         self.attend(sink.verified(head.index, slot, crc32)).await
     }
 
-    /// Works on what has arrived, and lets go of it when the producer takes the handoff back or dies
-    /// meanwhile.
+    /// A block that came over the stream itself.
+    async fn whole(
+        &mut self,
+        head: &BlockHead,
+        bytes: &[u8],
+        sink: &dyn BlockSink,
+        arrivals: &mut Arrivals<'_>,
+    ) -> Result<(), TransferError> {
+        arrivals.announced(head, 0, sink.max_block_bytes())?;
+        let slot = self.attend(sink.reserve(head.index, head.len)).await?;
+        slot.write(&[bytes]).map_err(|error| TransferError::NoRoom(error.to_string()))?;
+        let crc32 = arrivals.placed(head, slot.as_bytes())?;
+        self.attend(sink.verified(head.index, slot, crc32)).await
+    }
+
     async fn attend<T>(
         &mut self,
         work: impl Future<Output = Result<T, TransferError>>,
     ) -> Result<T, TransferError> {
         let inbox = self.inbox.as_mut().ok_or_else(ended_early)?;
-        let reset = async {
-            match inbox.recv.received_reset().await {
-                Ok(Some(code)) => was_reset(code),
-                _ => pending().await,
-            }
-        };
-        tokio::select! {
-            biased;
-            done = work => done,
-            error = reset => Err(error),
-            error = self.connection.closed() => Err(lost(&error)),
-            () = sleep(self.stall) => {
-                Err(TransferError::NoRoom(format!("no block was taken for {:?}", self.stall)))
-            }
-        }
+        attend(&mut inbox.recv, &self.connection, self.stall, work).await
     }
 
-    async fn acknowledge(&mut self) -> Result<(), TransferError> {
-        let ack = ConsumerWord::Ack.encode();
-        timeout(self.stall, self.send.write_chunk(ack))
-            .await
-            .map_err(|_| stalled(self.stall))?
-            .map_err(|error| write_failed(&error))?;
-        // Fails only where the stream was finished or reset here, which it was not.
-        let _ = self.send.finish();
-        Ok(())
-    }
-
-    /// Tells the producer something. That it listens no more is no error here: what it said last tells
-    /// why.
     async fn say(&mut self, saying: &mut BytesMut) -> Result<(), TransferError> {
         if saying.is_empty() {
             return Ok(());
         }
-        let said = saying.split().freeze();
-        match timeout(self.stall, self.send.write_chunk(said)).await {
-            Err(_) => Err(stalled(self.stall)),
-            Ok(Ok(()) | Err(quinn::WriteError::Stopped(_))) => Ok(()),
-            Ok(Err(error)) => Err(write_failed(&error)),
-        }
+        say(&mut self.send, saying.split().freeze(), self.stall).await
     }
 
     fn break_off(&mut self, code: Code) {

@@ -31,6 +31,11 @@ impl Lane {
         Self { data, reached: Mutex::default() }
     }
 
+    /// Whether what a network card does not write is not to be sent.
+    pub(super) fn requires_rdma(&self) -> bool {
+        self.data.require_rdma
+    }
+
     /// The consumer's region, as this side may write into it.
     pub(super) async fn region(
         &self,

@@ -2,30 +2,32 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    future::{Future, pending},
+    future::pending,
     mem,
     pin::pin,
     sync::Arc,
     time::Duration,
 };
 
+use async_trait::async_trait;
 use baton_types::HandoffKey;
 use baton_ucx::{Put, RemoteRegion, Writing};
 use bytes::{Bytes, BytesMut};
-use futures::FutureExt;
+use futures::{FutureExt, future::BoxFuture};
 use quinn::{RecvStream, SendStream};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::{
     failed,
     lane::Lane,
-    wire::{Frame, Inbox, Word, take_address},
+    wire::{Frame, Inbox, MAX_WHOLE_BYTES, Word, take_address},
 };
 use crate::{
+    attach::{Attached, Guest, attached, understood},
     channel::{ExportStream, Exported, Exports, Refusal, Seal, TransferError},
     frame::{
         Asked, BlockHead, BlocksDigest, ConsumerWord, PRELUDE_BYTES, ProducerFrame,
-        SUBSCRIPTION_BYTES, SealedFrame, VERSION, decode_prelude, decode_subscription,
+        SUBSCRIPTION_BYTES, SealedFrame, decode_prelude, decode_subscription,
     },
     mac::MacKey,
     quic::{
@@ -64,35 +66,11 @@ pub(crate) async fn serve(
         window_bytes: 0,
         deadline: Instant::now() + stall,
     };
-    let subscription = match consumer.subscription().await {
-        Ok(Asked { subscription, key }) => {
-            consumer.key = key;
-            subscription
-        }
-        Err(error) => {
-            tracing::debug!(%error, "no subscription came over a handoff's stream");
-            if matches!(error, TransferError::Version { .. }) {
-                consumer.last_frame(ProducerFrame::WrongVersion { ours: VERSION }).await;
-            } else {
-                consumer.break_off(Code::of(&error));
-            }
-            return;
-        }
-    };
-    let handoff = subscription.handoff;
-    let mut stream = match consumer.keep_waiting(exports.attach(&subscription, peer)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(refusal)) => {
-            tracing::debug!(%handoff, %refusal, "refused a subscription");
-            consumer.last_frame(ProducerFrame::Refused(refusal)).await;
-            return;
-        }
-        Err(error) => {
-            tracing::debug!(%handoff, %error, "a consumer did not wait for its handoff");
-            consumer.break_off(Code::of(&error));
-            return;
-        }
-    };
+    let asked = consumer.subscription().await;
+    let Some(Asked { subscription, key }) = understood(&mut consumer, asked).await else { return };
+    consumer.key = key;
+    let stream = attached(&mut consumer, &*exports, &subscription, peer).await;
+    let Some(mut stream) = stream else { return };
     let outcome = consumer.hand_over(&mut *stream).await;
     // What ends the stream says that no write is under way: the consumer then uses the slots for others.
     consumer.drain().await;
@@ -180,27 +158,6 @@ impl Consumer {
         Err(TransferError::BrokeOff(ended))
     }
 
-    /// Waits for something on this side, while telling the consumer that this side lives.
-    async fn keep_waiting<T>(&mut self, work: impl Future<Output = T>) -> Result<T, TransferError> {
-        let mut work = pin!(work);
-        loop {
-            while let Some(word) = Word::take(&mut self.inbox.unread)? {
-                if word != Word::Said(ConsumerWord::Progress) {
-                    return Err(unasked());
-                }
-            }
-            tokio::select! {
-                biased;
-                done = &mut work => return Ok(done),
-                heard = self.listen() => heard?,
-                () = sleep(WAITING_INTERVAL) => {
-                    self.add(ProducerFrame::Waiting);
-                    self.say().await?;
-                }
-            }
-        }
-    }
-
     async fn hand_over(&mut self, stream: &mut dyn ExportStream) -> Result<(), TransferError> {
         let mut digest = BlocksDigest::default();
         let mut blocks_sent = 0;
@@ -250,9 +207,24 @@ impl Consumer {
                     while let Some(item) = next.take() {
                         match item {
                             Next::Item(Exported::Block { handoff, index, crc, bytes }) => {
-                                self.offer(handoff, index, crc, bytes)?;
-                                if self.has_room() {
-                                    next = stream.next().now_or_never().map(Next::Item);
+                                let head = self.head(handoff, index, crc, &bytes)?;
+                                let behind = if self.has_room_behind(&head) {
+                                    stream.next().now_or_never()
+                                } else {
+                                    None
+                                };
+                                if let Some(Exported::Sealed(seal)) = behind
+                                    && self.may_go_whole(&head)
+                                {
+                                    let len = bytes.len() as u64;
+                                    Frame::Whole { head, bytes }.encode(&mut self.saying);
+                                    digest.add(index, crc);
+                                    blocks_sent += 1;
+                                    stream.sent(len);
+                                    sealed = Some(seal);
+                                } else {
+                                    self.offer(head, bytes);
+                                    next = behind.map(Next::Item);
                                 }
                             }
                             Next::Item(Exported::Sealed(seal)) => sealed = Some(seal),
@@ -277,26 +249,46 @@ impl Consumer {
     }
 
     fn has_room(&self) -> bool {
-        let blocks =
-            self.offered.len() + self.writing.iter().map(|batch| batch.blocks.len()).sum::<usize>();
-        blocks == 0 || blocks < WINDOW_BLOCKS && self.window_bytes < WINDOW_BYTES
+        self.has_room_with(0, 0)
     }
 
-    fn offer(
-        &mut self,
+    fn has_room_behind(&self, head: &BlockHead) -> bool {
+        self.has_room_with(1, u64::from(head.len))
+    }
+
+    fn has_room_with(&self, blocks: usize, bytes: u64) -> bool {
+        let under_way = self.writing.iter().map(|batch| batch.blocks.len()).sum::<usize>();
+        let blocks = self.offered.len() + under_way + blocks;
+        blocks == 0 || blocks < WINDOW_BLOCKS && self.window_bytes + bytes < WINDOW_BYTES
+    }
+
+    /// Whether a block that is all of what is left goes over the stream, which takes one round trip where
+    /// a write takes two and its own.
+    fn may_go_whole(&self, head: &BlockHead) -> bool {
+        head.len <= MAX_WHOLE_BYTES
+            && self.offered.is_empty()
+            && self.writing.is_empty()
+            && !self.lane.requires_rdma()
+    }
+
+    fn head(
+        &self,
         handoff: HandoffKey,
         index: u32,
         crc: u64,
-        bytes: Bytes,
-    ) -> Result<(), TransferError> {
+        bytes: &Bytes,
+    ) -> Result<BlockHead, TransferError> {
         let whole = bytes.len() as u64;
         let len = u32::try_from(whole)
             .map_err(|_| TransferError::Protocol(format!("block {index} has {whole} bytes")))?;
-        let mac = self.key.map(|key| key.of_block(&handoff, index, &bytes));
-        self.add(ProducerFrame::Block(BlockHead { handoff, index, len, crc, mac }));
-        self.window_bytes += whole;
-        self.offered.push_back(Offered { index, crc, bytes });
-        Ok(())
+        let mac = self.key.map(|key| key.of_block(&handoff, index, bytes));
+        Ok(BlockHead { handoff, index, len, crc, mac })
+    }
+
+    fn offer(&mut self, head: BlockHead, bytes: Bytes) {
+        self.add(ProducerFrame::Block(head));
+        self.window_bytes += u64::from(head.len);
+        self.offered.push_back(Offered { index: head.index, crc: head.crc, bytes });
     }
 
     /// Acts on all that the consumer has said. Answers whether it acknowledged.
@@ -399,7 +391,37 @@ impl Consumer {
             .map_err(|error| write_failed(&error))
     }
 
-    /// Says why nothing (more) will come.
+    fn break_off(&mut self, code: Code) {
+        // Either may be over already.
+        let _ = self.send.reset(code.wire());
+        let _ = self.inbox.recv.stop(code.wire());
+    }
+}
+
+#[async_trait]
+impl Guest for Consumer {
+    async fn wait_for(
+        &mut self,
+        mut attaching: BoxFuture<'_, Attached>,
+    ) -> Result<Attached, TransferError> {
+        loop {
+            while let Some(word) = Word::take(&mut self.inbox.unread)? {
+                if word != Word::Said(ConsumerWord::Progress) {
+                    return Err(unasked());
+                }
+            }
+            tokio::select! {
+                biased;
+                done = &mut attaching => return Ok(done),
+                heard = self.listen() => heard?,
+                () = sleep(WAITING_INTERVAL) => {
+                    self.add(ProducerFrame::Waiting);
+                    self.say().await?;
+                }
+            }
+        }
+    }
+
     async fn last_frame(&mut self, frame: ProducerFrame) {
         self.add(frame);
         if self.say().await.is_ok() {
@@ -408,10 +430,8 @@ impl Consumer {
         }
     }
 
-    fn break_off(&mut self, code: Code) {
-        // Either may be over already.
-        let _ = self.send.reset(code.wire());
-        let _ = self.inbox.recv.stop(code.wire());
+    fn turn_away(&mut self, error: &TransferError) {
+        self.break_off(Code::of(error));
     }
 }
 

@@ -8,6 +8,7 @@
 //! producer ─► 1 block: its head as in `frame`: there is one, it wants a slot
 //!             2 to 5 as in `frame`
 //!             6 landed: so many u32 of the granted blocks, the first ones, were written
+//!             9 whole: a block's head as in `frame`, then its bytes: it wants no grant
 //! ```
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -15,7 +16,7 @@ use quinn::RecvStream;
 
 use crate::{
     channel::TransferError,
-    frame::{ConsumerWord, FrameError, ProducerFrame},
+    frame::{BlockHead, ConsumerWord, FrameError, ProducerFrame},
     quic::code::read_failed,
 };
 
@@ -25,6 +26,10 @@ const MAX_BLOB_BYTES: usize = 16 << 10;
 const REGION: u8 = 3;
 const GRANT: u8 = 4;
 const LANDED: u8 = 6;
+const WHOLE: u8 = 9;
+
+/// The longest block that comes over the stream itself: asking for a place would take longer than its bytes.
+pub(super) const MAX_WHOLE_BYTES: u32 = 64 << 10;
 
 const READ_BYTES: usize = 64 << 10;
 
@@ -39,6 +44,7 @@ pub(super) enum Word {
 pub(super) enum Frame {
     Said(ProducerFrame),
     Landed { blocks: u32 },
+    Whole { head: BlockHead, bytes: Bytes },
 }
 
 pub(super) fn put_address(into: &mut BytesMut, address: &[u8]) {
@@ -103,12 +109,20 @@ impl Frame {
                 into.put_u8(LANDED);
                 into.put_u32_le(*blocks);
             }
+            Self::Whole { head, bytes } => {
+                into.put_u8(WHOLE);
+                into.put(ProducerFrame::Block(*head).encode());
+                into.put_slice(bytes);
+            }
         }
     }
 
     /// The next frame, where it has come whole.
     pub(super) fn take(from: &mut BytesMut) -> Result<Option<Self>, FrameError> {
         let Some(kind) = from.first().copied() else { return Ok(None) };
+        if kind == WHOLE {
+            return Self::take_whole(from);
+        }
         let body_bytes = if kind == LANDED { 4 } else { ProducerFrame::body_bytes(kind)? };
         if from.len() < 1 + body_bytes {
             return Ok(None);
@@ -119,6 +133,26 @@ impl Frame {
             return Ok(Some(Self::Landed { blocks: body.get_u32_le() }));
         }
         ProducerFrame::decode(kind, &body).map(|frame| Some(Self::Said(frame)))
+    }
+
+    fn take_whole(from: &mut BytesMut) -> Result<Option<Self>, FrameError> {
+        let Some(kind) = from.get(1).copied() else { return Ok(None) };
+        let head_bytes = 2 + ProducerFrame::body_bytes(kind)?;
+        let Some(body) = from.get(2..head_bytes) else { return Ok(None) };
+        let ProducerFrame::Block(head) = ProducerFrame::decode(kind, body)? else {
+            return Err(FrameError::Kind(kind));
+        };
+        if head.len > MAX_WHOLE_BYTES {
+            return Err(FrameError::Length);
+        }
+        let whole = head_bytes + head.len as usize;
+        if from.len() < whole {
+            from.reserve(whole - from.len());
+            return Ok(None);
+        }
+        let mut bytes = from.split_to(whole).freeze();
+        bytes.advance(head_bytes);
+        Ok(Some(Self::Whole { head, bytes }))
     }
 }
 
@@ -228,6 +262,16 @@ mod tests {
                     Frame::Said(ProducerFrame::Block(BlockHead { handoff, index, len, crc, mac }))
                 }
             ),
+            prop::collection::vec(any::<u8>(), 0..300).prop_map(|bytes| {
+                let handoff = HandoffKey {
+                    epoch: Epoch::from_u128(1),
+                    id: HandoffId::from_u128(2),
+                    generation: Generation(3),
+                };
+                let len = u32::try_from(bytes.len()).unwrap();
+                let head = BlockHead { handoff, index: 4, len, crc: 5, mac: None };
+                Frame::Whole { head, bytes: bytes.into() }
+            }),
             Just(Frame::Said(ProducerFrame::Waiting)),
             Just(Frame::Said(ProducerFrame::Refused(Refusal::Aborted))),
         ]
@@ -278,6 +322,21 @@ mod tests {
             while let Ok(Some(_)) = Frame::take(&mut frames) {}
             let _ = take_address(&mut BytesMut::from(&bytes[..]));
         }
+    }
+
+    #[test]
+    fn a_block_that_comes_whole_is_short() {
+        let handoff = HandoffKey {
+            epoch: Epoch::from_u128(1),
+            id: HandoffId::from_u128(2),
+            generation: Generation(3),
+        };
+        let head = BlockHead { handoff, index: 0, len: MAX_WHOLE_BYTES + 1, crc: 0, mac: None };
+        let mut unread = BytesMut::new();
+        Frame::Whole { head, bytes: Bytes::new() }.encode(&mut unread);
+        assert_eq!(Frame::take(&mut unread), Err(FrameError::Length));
+        let mut unread = BytesMut::from(&[WHOLE, 4][..]);
+        assert_eq!(Frame::take(&mut unread), Err(FrameError::Kind(4)));
     }
 
     #[test]
