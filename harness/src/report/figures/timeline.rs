@@ -240,7 +240,10 @@ impl Stack<'_> {
             })
             .collect();
         // "Under" says which shade is which role, to those too who tell no shades apart.
-        let workers = format!("{}: {} workers", contender.mode, summary.join(" under "));
+        let workers = match summary.as_slice() {
+            [all] => format!("{}: {all} workers", contender.mode),
+            pools => format!("{}: {}", contender.mode, pools.join(" under ")),
+        };
         html! {
             (self.title(area, &workers))
             @for layer in &drawn { (layer) }
