@@ -69,20 +69,34 @@ struct Load {
 
 impl Load {
     fn start(cluster: &Cluster, clients: usize, questions: &Questions) -> Self {
+        let asked = questions.asked.clone();
+        Self::asking(cluster, clients, questions.max_tokens, move |client, round| {
+            let (prompt, expected) = &asked[(client + round) % asked.len()];
+            (prompt.clone(), Some(expected.clone()))
+        })
+    }
+
+    /// `ask` tells the prompt of a client's round, and the right answer where that is known.
+    fn asking(
+        cluster: &Cluster,
+        clients: usize,
+        max_tokens: u32,
+        ask: impl Fn(usize, usize) -> (Vec<u32>, Option<String>) + Clone + Send + 'static,
+    ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (http, url) = (cluster.http.clone(), cluster.url("/v1/completions"));
         let client = |number: usize| {
             let (http, url, stop) = (http.clone(), url.clone(), stop.clone());
-            let questions = questions.clone();
+            let ask = ask.clone();
             tokio::spawn(async move {
                 let mut served = Vec::new();
-                for round in number.. {
+                for round in 0.. {
                     if stop.load(Ordering::Relaxed) {
                         break;
                     }
-                    let (prompt, expected) = &questions.asked[round % questions.asked.len()];
-                    let streams = !round.is_multiple_of(3);
-                    let body = request(prompt, questions.max_tokens, streams);
+                    let (prompt, expected) = ask(number, round);
+                    let streams = !(number + round).is_multiple_of(3);
+                    let body = request(&prompt, max_tokens, streams);
                     let response = http.post(&url).json(&body).send().await.unwrap();
                     let (status, headers) = (response.status(), response.headers().clone());
                     let header = |name: &str| {
@@ -96,7 +110,9 @@ impl Load {
                         let json: Value = serde_json::from_str(&text).unwrap();
                         json["choices"][0]["text"].as_str().unwrap().to_owned()
                     };
-                    assert_eq!(&text, expected, "{headers:?}");
+                    if let Some(expected) = expected {
+                        assert_eq!(text, expected, "{headers:?}");
+                    }
                     served
                         .push((header("x-baton-prefill-worker"), header("x-baton-decode-worker")));
                 }
@@ -123,14 +139,21 @@ async fn set_role(cluster: &Cluster, worker: &str, role: &str) -> Answer {
 
 /// Waits until so many workers serve in each role, and none is on its way.
 async fn until_pools_are(cluster: &Cluster, prefill: f64, decode: f64) {
+    until(cluster, |metrics| {
+        let workers = |role: &str| metrics.sum("baton_workers", &[role]);
+        (workers("role=\"prefill\""), workers("role=\"decode\"")) == (prefill, decode)
+    })
+    .await;
+}
+
+async fn until(cluster: &Cluster, is_so: impl Fn(&Metrics) -> bool) {
     let deadline = Instant::now() + Duration::from_secs(120);
     loop {
         let metrics = cluster.metrics().await;
-        let workers = |role: &str| metrics.sum("baton_workers", &[role]);
-        if (workers("role=\"prefill\""), workers("role=\"decode\"")) == (prefill, decode) {
+        if is_so(&metrics) {
             return;
         }
-        assert!(Instant::now() < deadline, "never {prefill} and {decode}: {metrics:#?}");
+        assert!(Instant::now() < deadline, "it never came to that: {metrics:#?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -184,6 +207,51 @@ async fn workers_flip_under_load_and_no_request_fails() {
     let decoded = |worker: &str| pairs.iter().any(|(_, decode)| decode == worker);
     assert!(prefilled("decode-0") && prefilled("decode-1"), "{pairs:?}");
     assert!(decoded("prefill-0") && decoded("prefill-1"), "{pairs:?}");
+    for worker in ["prefill-0", "prefill-1", "decode-0", "decode-1"] {
+        assert_eq!(cluster.log(worker).matches("the engine serves").count(), 1, "no restart");
+    }
+}
+
+/// Nobody tells the balancer: traffic of long prompts takes a worker to prefill, and when traffic of long answers
+/// follows, decode is given one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pools_follow_the_load_by_themselves() {
+    // A prompt of 2000 tokens takes 105 ms, twenty answers at once take steps of 105 ms.
+    let profile = json!({
+        "name": "steep", "source": "made up", "prefill_ms": [5.0, 0.05, 0.0], "decode_ms": [5.0, 5.0, 0.0],
+        "prefill_interference_factor": 1.0,
+    });
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("steep.json");
+    std::fs::write(&file, profile.to_string()).unwrap();
+    let cluster = ClusterBuilder::sim()
+        .pools(2, 2)
+        .engine(&format!("time_scale = 1.0\nprofile = {file:?}"))
+        .slo("ttft_ms = 1000\nitl_ms = 100")
+        .balancer("dwell_seconds = 3")
+        .start()
+        .await
+        .unwrap();
+    let flipped = |metrics: &Metrics, reason: &str| {
+        metrics.sum("baton_flips_total", &[&format!("reason=\"{reason}\"")]) > 0.0
+    };
+    // No two prompts begin alike, so that no cache spares anybody the work.
+    let fresh = |length| {
+        move |client: usize, round: usize| {
+            let seed = u32::try_from(64 * round + client).unwrap();
+            (prompt(seed, length), None)
+        }
+    };
+    let long_prompts = Load::asking(&cluster, 24, 2, fresh(2000));
+    until(&cluster, |metrics| flipped(metrics, "prefill_pressed")).await;
+    until_pools_are(&cluster, 3.0, 1.0).await;
+    let mut served = long_prompts.stop().await.len();
+    let long_answers = Load::asking(&cluster, 40, 40, fresh(16));
+    until(&cluster, |metrics| flipped(metrics, "decode_pressed")).await;
+    until(&cluster, |metrics| metrics.sum("baton_workers", &["role=\"decode\""]) >= 2.0).await;
+    served += long_answers.stop().await.len();
+    let metrics = cluster.eventually_idle().await;
+    no_request_failed(&metrics, served);
     for worker in ["prefill-0", "prefill-1", "decode-0", "decode-1"] {
         assert_eq!(cluster.log(worker).matches("the engine serves").count(), 1, "no restart");
     }
