@@ -4,7 +4,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -91,6 +94,7 @@ fn profile(tensor_parallel: u32) -> Profile {
 fn goodput_is_that_of_an_independent_simulator() {
     let cells = cells();
     let (next, close) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let found = Mutex::new(Vec::new());
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
@@ -107,6 +111,7 @@ fn goodput_is_that_of_an_independent_simulator() {
                     let goodput_rps = scale * trace.rate_rps();
                     let error = goodput_rps / cell.goodput_rps - 1.0;
                     close.fetch_add(usize::from(error.abs() <= 0.05), Ordering::Relaxed);
+                    found.lock().unwrap().push((cell, goodput_rps));
                     println!(
                         "{:<30} {:>5.0} ms + {}×, {:>3.0} ms {:>2} workers {:<13} {:>6.2} requests/s, \
                          reference {:>5.1}: {:+.1} %",
@@ -127,6 +132,18 @@ fn goodput_is_that_of_an_independent_simulator() {
     let close = close.into_inner();
     println!("{close} of {} within 5 %", cells.len());
     assert!(close * 10 >= cells.len() * 8, "{close} of {} cells are within 5 %", cells.len());
+
+    // Where splitting begins to pay, on traffic whose phases want different splits.
+    let best = |itl_ms: f64, splits: bool| {
+        let found = found.lock().unwrap();
+        let of_code_and_chat = found.iter().filter(|(cell, _)| {
+            cell.trace.contains("code_conv") && cell.workers == 8 && cell.slo.itl_ms == itl_ms
+        });
+        let of_mode = of_code_and_chat.filter(|(cell, _)| splits == (cell.mode != "aggregated"));
+        of_mode.map(|(_, goodput_rps)| *goodput_rps).fold(0.0, f64::max)
+    };
+    assert!(best(25.0, true) > best(25.0, false), "at 25 ms splitting wins");
+    assert!(best(100.0, true) < best(100.0, false), "at 100 ms it loses");
 }
 
 #[test]
