@@ -5,8 +5,6 @@ use std::{borrow::Cow, sync::Arc};
 
 use baton_tokens::{Chat, PromptTokenizer};
 use bytes::Bytes;
-use serde::Deserialize;
-use serde_json::value::RawValue;
 use tracing::debug;
 
 /// Tokenizing more than this would hold up the streams that share the thread: about a millisecond.
@@ -37,84 +35,100 @@ impl std::fmt::Debug for PromptContent {
     }
 }
 
-/// What a prompt is made from.
-#[derive(Debug, Deserialize)]
-struct PromptFields<'a> {
-    #[serde(borrow, default)]
-    prompt: Option<&'a RawValue>,
-    #[serde(borrow, default)]
-    messages: Option<&'a RawValue>,
-    #[serde(borrow, default)]
-    tools: Option<&'a RawValue>,
-    #[serde(borrow, default)]
-    cache_salt: Option<Cow<'a, str>>,
-    #[serde(default)]
-    add_special_tokens: Option<bool>,
+/// The fields of a request's JSON that its prompt is made from, as they stand in its body.
+#[derive(Clone, Default)]
+pub(crate) struct PromptFields {
+    pub(crate) prompt: Option<Bytes>,
+    pub(crate) messages: Option<Bytes>,
+    pub(crate) tools: Option<Bytes>,
+    pub(crate) cache_salt: Option<Bytes>,
+    pub(crate) add_special_tokens: Option<Bytes>,
+}
+
+impl std::fmt::Debug for PromptFields {
+    /// Prompts are not logged.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PromptFields").finish_non_exhaustive()
+    }
 }
 
 /// Reads a request's prompt; `None` where it has none that could be compared. A long one is tokenized
 /// on another thread.
-pub(crate) async fn read(body: &Bytes, tokenizer: Option<&Arc<PromptTokenizer>>) -> Option<Prompt> {
+pub(crate) async fn read(
+    body: &Bytes,
+    fields: PromptFields,
+    tokenizer: Option<&Arc<PromptTokenizer>>,
+) -> Option<Prompt> {
     match tokenizer {
         Some(tokenizer) if body.len() > SHORT_BODY_BYTES => {
             let (body, tokenizer) = (body.clone(), tokenizer.clone());
-            let read = tokio::task::spawn_blocking(move || read_now(&body, Some(&tokenizer)));
+            let read =
+                tokio::task::spawn_blocking(move || read_now(&body, &fields, Some(&tokenizer)));
             // It could only have panicked: the request goes on without.
             read.await.ok().flatten()
         }
-        tokenizer => read_now(body, tokenizer.map(Arc::as_ref)),
+        tokenizer => read_now(body, &fields, tokenizer.map(Arc::as_ref)),
     }
 }
 
-fn read_now(body: &Bytes, tokenizer: Option<&PromptTokenizer>) -> Option<Prompt> {
-    let fields: PromptFields<'_> = serde_json::from_slice(body).ok()?;
-    let content = match (fields.prompt, fields.messages) {
-        (Some(prompt), None) => {
-            let tokens = serde_json::from_str::<Vec<u32>>(prompt.get()).ok();
-            let tokens = tokens.or_else(|| {
-                // A list of one prompt.
-                let [tokens] = serde_json::from_str::<[Vec<u32>; 1]>(prompt.get()).ok()?;
-                Some(tokens)
-            });
-            match tokens {
-                Some(tokens) => PromptContent::Tokens(tokens),
-                None => tokenizer
-                    .and_then(|tokenizer| text(prompt, fields.add_special_tokens, tokenizer))
-                    .unwrap_or_else(|| {
-                        PromptContent::Bytes(body.slice_ref(prompt.get().as_bytes()))
-                    }),
-            }
-        }
+fn read_now(
+    body: &[u8],
+    fields: &PromptFields,
+    tokenizer: Option<&PromptTokenizer>,
+) -> Option<Prompt> {
+    let content = match (&fields.prompt, &fields.messages) {
+        (Some(prompt), None) => match token_ids(prompt) {
+            Some(tokens) => PromptContent::Tokens(tokens),
+            None => tokenizer
+                .and_then(|tokenizer| text(prompt, fields, tokenizer))
+                .unwrap_or_else(|| PromptContent::Bytes(prompt.clone())),
+        },
         (None, Some(messages)) => {
-            if let Some(content) = tokenizer.and_then(|tokenizer| chat(body, tokenizer)) {
-                return Some(Prompt { content, cache_salt: salt(fields.cache_salt) });
-            }
-            // Tools come first in chat templates. The next turn goes on where the list ends.
-            let messages = messages.get().trim_end().trim_end_matches(']').trim_end();
-            PromptContent::Bytes(match fields.tools {
-                None => body.slice_ref(messages.as_bytes()),
-                Some(tools) => [tools.get(), messages].concat().into(),
+            tokenizer.and_then(|tokenizer| chat(body, tokenizer)).unwrap_or_else(|| {
+                let messages = without_end(messages);
+                // Tools come first in chat templates.
+                PromptContent::Bytes(match &fields.tools {
+                    None => messages,
+                    Some(tools) => [&tools[..], &messages].concat().into(),
+                })
             })
         }
         _ => return None,
     };
-    Some(Prompt { content, cache_salt: salt(fields.cache_salt) })
+    let salt = fields.cache_salt.as_ref().and_then(|salt| serde_json::from_slice(salt).ok());
+    Some(Prompt { content, cache_salt: salt.unwrap_or_default() })
 }
 
-fn salt(salt: Option<Cow<'_, str>>) -> String {
-    salt.map(Cow::into_owned).unwrap_or_default()
+/// A prompt of token ids, or a list of one such prompt.
+fn token_ids(prompt: &[u8]) -> Option<Vec<u32>> {
+    if !prompt.starts_with(b"[") {
+        return None;
+    }
+    serde_json::from_slice(prompt)
+        .or_else(|_| serde_json::from_slice::<[Vec<u32>; 1]>(prompt).map(|[tokens]| tokens))
+        .ok()
+}
+
+/// A list without its end: the next turn goes on there.
+fn without_end(messages: &Bytes) -> Bytes {
+    let mut left = messages.trim_ascii_end();
+    while let Some(shorter) = left.strip_suffix(b"]") {
+        left = shorter;
+    }
+    messages.slice_ref(left.trim_ascii_end())
 }
 
 /// A completion's prompt, or a list of one.
 fn text(
-    prompt: &RawValue,
-    add_special_tokens: Option<bool>,
+    prompt: &[u8],
+    fields: &PromptFields,
     tokenizer: &PromptTokenizer,
 ) -> Option<PromptContent> {
-    let text = serde_json::from_str::<Cow<'_, str>>(prompt.get())
-        .or_else(|_| serde_json::from_str::<[Cow<'_, str>; 1]>(prompt.get()).map(|[text]| text));
-    let tokens = tokenizer.text(&text.ok()?, add_special_tokens.unwrap_or(true));
-    tokens.map(PromptContent::Tokens).ok()
+    let text = serde_json::from_slice::<Cow<'_, str>>(prompt)
+        .or_else(|_| serde_json::from_slice::<[Cow<'_, str>; 1]>(prompt).map(|[text]| text));
+    let special = fields.add_special_tokens.as_ref();
+    let special = special.and_then(|special| serde_json::from_slice(special).ok()).unwrap_or(true);
+    tokenizer.text(&text.ok()?, special).map(PromptContent::Tokens).ok()
 }
 
 fn chat(body: &[u8], tokenizer: &PromptTokenizer) -> Option<PromptContent> {
@@ -132,9 +146,16 @@ fn chat(body: &[u8], tokenizer: &PromptTokenizer) -> Option<PromptContent> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::{Endpoint, peek};
+
+    fn prompt(body: &str) -> Option<Prompt> {
+        let body = Bytes::copy_from_slice(body.as_bytes());
+        let fields = peek(Endpoint::Generation, &body).ok()?.prompt;
+        read_now(&body, &fields, None)
+    }
 
     fn content(body: &str) -> Option<PromptContent> {
-        read_now(&Bytes::copy_from_slice(body.as_bytes()), None).map(|prompt| prompt.content)
+        prompt(body).map(|prompt| prompt.content)
     }
 
     #[test]
@@ -142,12 +163,7 @@ mod tests {
         let tokens = Some(PromptContent::Tokens(vec![1, 2, 3]));
         assert_eq!(content(r#"{"prompt":[1,2,3],"stream":true}"#), tokens);
         assert_eq!(content(r#"{"prompt":[[1,2,3]]}"#), tokens);
-        assert_eq!(
-            read_now(&Bytes::from_static(br#"{"prompt":[1],"cache_salt":"s"}"#), None)
-                .unwrap()
-                .cache_salt,
-            "s"
-        );
+        assert_eq!(prompt(r#"{"prompt":[1],"cache_salt":"s"}"#).unwrap().cache_salt, "s");
         for none in ["", "{}", "[]", r#"{"prompt":"a","messages":[]}"#, r#"{"prompt":"a"#] {
             assert_eq!(content(none), None, "{none}");
         }
@@ -169,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_prompt_is_not_shown() {
-        let prompt = read_now(&Bytes::from_static(br#"{"prompt":"a secret"}"#), None).unwrap();
+        let prompt = prompt(r#"{"prompt":"a secret"}"#).unwrap();
         assert!(!format!("{prompt:?}").contains("97"));
         assert!(format!("{prompt:?}").contains("10 bytes"));
     }

@@ -13,11 +13,11 @@ use super::{
     answer::AnswerBody,
     auth,
     error::ClientError,
-    peek::{Endpoint, clamped, peek},
+    peek::{Endpoint, Peeked, clamped, peek},
     server::Front,
 };
 use crate::{
-    prompt,
+    prompt::{self, PromptFields},
     shell::{ForwardedRequest, IncomingRequest},
 };
 
@@ -53,15 +53,13 @@ async fn try_forward(
     let body = read_body(body, &parts.headers, &front.limits).await?;
     let is_json = endpoint == Endpoint::Generation || content_is_json(&parts.headers);
     // What is not JSON (an upload of speech, say) is the engine's to read.
-    let (mut shape, streams) = if is_json {
-        let peeked = peek(endpoint, &body)?;
-        (peeked.shape, peeked.streams)
+    let Peeked { mut shape, streams, prompt } = if is_json {
+        peek(endpoint, &body)?
     } else {
         let unsplittable = Some("endpoint");
-        (
-            baton_core::RequestShape { unsplittable, answers_whole: true, ..Default::default() },
-            false,
-        )
+        let shape =
+            baton_core::RequestShape { unsplittable, answers_whole: true, ..Default::default() };
+        Peeked { shape, streams: false, prompt: PromptFields::default() }
     };
     let known = parts.extensions.get::<auth::Tenant>();
     if let Some(tenant) = known {
@@ -78,10 +76,7 @@ async fn try_forward(
     if let Some(tenant) = named.filter(|_| known.is_none()) {
         shape.tenant = tenant_of(tenant);
     }
-    let prompt = match endpoint {
-        Endpoint::Generation => prompt::read(&body, front.tokenizer.as_ref()).await,
-        Endpoint::Whole => None,
-    };
+    let prompt = prompt::read(&body, prompt, front.tokenizer.as_ref()).await;
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let tracer = front.shell.tracer.as_ref();
     let trace = tracer.and_then(|tracer| tracer.begin(&parts.headers, &path)).map(Box::new);

@@ -2,23 +2,37 @@ use std::{borrow::Cow, fmt};
 
 use baton_config::MAX_PRIORITY;
 use baton_core::RequestShape;
+use bytes::Bytes;
 use serde::{
     Deserialize, Deserializer,
     de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
+use serde_json::value::RawValue;
+
+use crate::prompt::PromptFields;
 
 /// Reads from a request's JSON what placement needs, and nothing more: everything else is the
-/// engine's business and passes through untouched.
-pub(super) fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError> {
+/// engine's business and passes through untouched. Once, however long it is.
+pub(crate) fn peek(endpoint: Endpoint, body: &Bytes) -> Result<Peeked, PeekError> {
     match endpoint {
         Endpoint::Generation => {
             let fields: GenerationFields<'_> = parse(body)?;
             fields.vllm_xargs.refuse_reserved(fields.kv_transfer_params)?;
+            let part = |field: Option<&RawValue>| {
+                field.map(|field| body.slice_ref(field.get().as_bytes()))
+            };
             Ok(Peeked {
+                prompt: PromptFields {
+                    prompt: part(fields.prompt),
+                    messages: part(fields.messages),
+                    tools: part(fields.tools),
+                    cache_salt: part(fields.cache_salt),
+                    add_special_tokens: part(fields.add_special_tokens),
+                },
                 streams: fields.stream.unwrap_or(false),
                 shape: RequestShape {
                     max_output_tokens: fields.max_completion_tokens.or(fields.max_tokens),
-                    unsplittable: fields.unsplittable(),
+                    unsplittable: fields.unsplittable()?,
                     model: fields.model.map(Cow::into_owned),
                     priority: clamped(fields.priority.unwrap_or_default()),
                     answers_whole: fields.stream != Some(true),
@@ -30,6 +44,7 @@ pub(super) fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError>
             let fields: WholeFields<'_> = parse(body)?;
             fields.vllm_xargs.refuse_reserved(fields.kv_transfer_params)?;
             Ok(Peeked {
+                prompt: PromptFields::default(),
                 streams: fields.stream.unwrap_or(false),
                 shape: RequestShape {
                     max_output_tokens: None,
@@ -56,12 +71,15 @@ fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, PeekError> {
         let message = "invalid type: list, expected an object".to_owned();
         return Err(PeekError::Malformed { message });
     }
-    serde_json::from_slice(body)
-        .map_err(|error| PeekError::Malformed { message: error.to_string() })
+    serde_json::from_slice(body).map_err(|error| malformed(&error))
+}
+
+fn malformed(error: &serde_json::Error) -> PeekError {
+    PeekError::Malformed { message: error.to_string() }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Endpoint {
+pub(crate) enum Endpoint {
     /// Chat and completions: may be split.
     Generation,
     /// Anything else: passed whole to one worker.
@@ -69,9 +87,10 @@ pub(super) enum Endpoint {
 }
 
 #[derive(Debug)]
-pub(super) struct Peeked {
+pub(crate) struct Peeked {
     pub(super) streams: bool,
     pub(super) shape: RequestShape,
+    pub(crate) prompt: PromptFields,
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -122,8 +141,16 @@ struct GenerationFields<'a> {
     prompt_logprobs: Option<IgnoredAny>,
     #[serde(default)]
     prompt_embeds: Option<IgnoredAny>,
-    #[serde(default)]
-    prompt: Prompts,
+    #[serde(borrow, default)]
+    prompt: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    messages: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    tools: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    cache_salt: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    add_special_tokens: Option<&'a RawValue>,
     #[serde(default, deserialize_with = "present")]
     kv_transfer_params: bool,
     #[serde(default)]
@@ -137,19 +164,24 @@ impl GenerationFields<'_> {
     /// - log probabilities or an echo of the prompt need its logits, which the decode leg does not
     ///   compute;
     /// - embeddings as prompt have no token ids to compare.
-    fn unsplittable(&self) -> Option<&'static str> {
+    fn unsplittable(&self) -> Result<Option<&'static str>, PeekError> {
         let more_than_one = |count: Option<u64>| count.is_some_and(|count| count > 1);
-        [
+        let prompts = match self.prompt.map(RawValue::get) {
+            // A text is one, and may be long.
+            None => Prompts::One,
+            Some(text) if text.starts_with('"') => Prompts::One,
+            Some(list) => serde_json::from_str(list).map_err(|error| malformed(&error))?,
+        };
+        let found = [
             (more_than_one(self.n), "n"),
             (more_than_one(self.best_of), "best_of"),
             (self.use_beam_search == Some(true), "use_beam_search"),
             (self.echo == Some(true), "echo"),
             (self.prompt_logprobs.is_some(), "prompt_logprobs"),
             (self.prompt_embeds.is_some(), "prompt_embeds"),
-            (self.prompt == Prompts::Several, "prompts"),
-        ]
-        .into_iter()
-        .find_map(|(applies, name)| applies.then_some(name))
+            (prompts == Prompts::Several, "prompts"),
+        ];
+        Ok(found.into_iter().find_map(|(applies, name)| applies.then_some(name)))
     }
 }
 
@@ -197,9 +229,8 @@ impl<'de> Deserialize<'de> for ExtraArguments {
 }
 
 /// `prompt` of the completions endpoint: text, token ids, or a list of either.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 enum Prompts {
-    #[default]
     One,
     Several,
 }
@@ -286,6 +317,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn peek(endpoint: Endpoint, body: &[u8]) -> Result<Peeked, PeekError> {
+        super::peek(endpoint, &Bytes::copy_from_slice(body))
+    }
 
     fn shape(body: &str) -> RequestShape {
         peek(Endpoint::Generation, body.as_bytes()).unwrap().shape
