@@ -14,7 +14,7 @@ use crate::prompt::{Prompt, PromptContent};
 const BYTES_PER_TOKEN: u32 = 4;
 /// Of engines that do not say: what vLLM takes where it is not told otherwise.
 const USUAL_BLOCK_SIZE_TOKENS: u32 = 16;
-/// What is guessed is guessed in coarser blocks than an engine's: fewer than these say little, and a
+/// What is guessed is guessed in coarser blocks than an engine's: fewer tokens say little, and a
 /// prompt of 256 KiB is noted for two workers in a fifth of the time.
 const GUESSED_BLOCK_TOKENS: u32 = 64;
 
