@@ -57,7 +57,8 @@ async fn a_request_that_had_no_token_yet_is_tried_elsewhere() {
         cluster.wait_for_workers(4, Duration::from_secs(30)).await.unwrap();
     }
     let metrics = cluster.metrics().await;
-    assert!(metrics.sum("baton_leg_failures_total", &["origin=\"worker\""]) >= 1.0, "{metrics:?}");
+    // By the worker's stream that ended, or by its peer's handoff that broke off: whichever is seen first.
+    assert!(metrics.sum("baton_leg_failures_total", &[]) >= 1.0, "{metrics:?}");
 }
 
 async fn cluster_complete(cluster: &baton_tests::Cluster, prompt: &[u32]) -> String {
