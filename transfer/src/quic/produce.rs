@@ -116,6 +116,7 @@ impl Consumer {
         loop {
             let mut next = Some(self.keep_waiting(stream.next()).await?);
             let (mut chunks, mut sizes, mut last) = (Vec::new(), Vec::new(), None);
+            let mut gathered_bytes = 0;
             // What is there goes together: asking for a turn and for room takes its time, too.
             while let Some(item) = next.take() {
                 match item {
@@ -128,9 +129,10 @@ impl Consumer {
                         let head = BlockHead { handoff, index, len, crc, mac };
                         chunks.extend([ProducerFrame::Block(head).encode(), bytes]);
                         sizes.push(whole);
+                        gathered_bytes += whole;
                         digest.add(index, crc);
                         blocks_sent += 1;
-                        if sizes.iter().sum::<u64>() < TURN_BYTES {
+                        if gathered_bytes < TURN_BYTES {
                             next = stream.next().now_or_never();
                         }
                     }
