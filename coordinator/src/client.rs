@@ -8,6 +8,7 @@ mod pages;
 mod peek;
 mod server;
 mod token_budget;
+mod unread;
 
 pub(crate) use answer::{Answer, Head};
 pub use auth::KeyFileError;

@@ -44,6 +44,39 @@ async fn errors_have_openais_shape() {
     served(&cluster).await;
 }
 
+/// A connection that still had bytes on their way when it was closed would be reset, and its next
+/// request or even the answer lost.
+#[tokio::test]
+async fn a_refusal_reaches_a_client_that_is_still_sending() {
+    let cluster = ClusterBuilder::sim().limits("max_body_bytes = 100000").start().await.unwrap();
+    let mut stream = TcpStream::connect(cluster.address()).await.unwrap();
+    let head = async |stream: &mut TcpStream| {
+        let mut head = Vec::new();
+        let mut buffer = [0; 4096];
+        while !String::from_utf8_lossy(&head).contains("body_too_large") {
+            let length = stream.read(&mut buffer).await.unwrap();
+            assert!(length > 0, "{}", String::from_utf8_lossy(&head));
+            head.extend_from_slice(&buffer[..length]);
+        }
+        String::from_utf8(head).unwrap().to_lowercase()
+    };
+    let post = |rest: &str| format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\n{rest}\r\n\r\n");
+    for _ in 0..3 {
+        stream.write_all(post("content-length: 3000000").as_bytes()).await.unwrap();
+        stream.write_all(&vec![b'x'; 3_000_000]).await.unwrap();
+        let answer = head(&mut stream).await;
+        assert!(answer.starts_with("http/1.1 413"), "{answer}");
+        assert!(!answer.contains("connection: close"), "{answer}");
+    }
+    // Who asks first is not invited to send.
+    let asks = post("content-length: 3000000\r\nexpect: 100-continue");
+    stream.write_all(asks.as_bytes()).await.unwrap();
+    let answer = head(&mut stream).await;
+    assert!(answer.starts_with("http/1.1 413"), "{answer}");
+    assert!(answer.contains("connection: close"), "{answer}");
+    served(&cluster).await;
+}
+
 #[tokio::test]
 async fn a_prompt_that_is_too_long_is_refused_with_both_numbers() {
     let cluster = ClusterBuilder::sim().engine("max_model_tokens = 100").start().await.unwrap();

@@ -27,9 +27,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::{info, warn};
 
 use super::{
-    error::ClientError,
-    forward::{REQUEST_ID, refuse},
-    token_budget::TokenBudget,
+    error::ClientError, forward::REQUEST_ID, token_budget::TokenBudget, unread::refuse_unread,
 };
 use crate::{CoordinatorError, metrics::Metrics};
 
@@ -171,35 +169,17 @@ pub(super) async fn admit(
     mut request: Request,
     next: Next,
 ) -> Response {
-    let id = request.headers().get(&REQUEST_ID).cloned();
-    let refused = |tenant: &str, outcome, error: &ClientError| {
-        metrics.requests.of_tenant(tenant, outcome);
-        let mut response = refuse(error);
-        if let Some(id) = id {
-            response.headers_mut().insert(REQUEST_ID, id);
-        }
-        response
-    };
-    let Some(key) = bearer(request.headers()) else {
-        return refused("", "no_key", &ClientError::NoKey);
-    };
-    let Some(tenant) = tenants.of_key(key) else {
-        return refused("", "wrong_key", &ClientError::WrongKey);
-    };
-    let budget = tenant.tenant.budget.as_ref();
-    if let Some(retry_after) = budget.and_then(|budget| budget.wait(Instant::now())) {
-        let error = ClientError::TooManyTokens { retry_after };
-        return refused(&tenant.tenant.name, "too_many_tokens", &error);
-    }
-    let place = match &tenant.in_flight {
-        None => None,
-        Some(InFlightLimit { limit, free }) => match free.clone().try_acquire_owned() {
-            Ok(place) => Some(place),
-            Err(_) => {
-                let error = ClientError::TooManyRequests { limit: *limit };
-                return refused(&tenant.tenant.name, "too_many", &error);
+    let (tenant, place) = match entry(&tenants, request.headers()) {
+        Ok(entered) => entered,
+        Err(Refusal { tenant, outcome, error }) => {
+            metrics.requests.of_tenant(tenant, outcome);
+            let (parts, body) = request.into_parts();
+            let mut response = refuse_unread(&error, &parts.headers, body).await;
+            if let Some(id) = parts.headers.get(&REQUEST_ID) {
+                response.headers_mut().insert(REQUEST_ID, id.clone());
             }
-        },
+            return response;
+        }
     };
     // The key is ours: engines neither need nor see it.
     request.headers_mut().remove(header::AUTHORIZATION);
@@ -209,6 +189,36 @@ pub(super) async fn admit(
     match place {
         None => response,
         Some(place) => response.map(|body| Body::new(InFlightBody { body, _place: place })),
+    }
+}
+
+/// Who is not let in, and why.
+struct Refusal<'a> {
+    /// Empty where the key is nobody's.
+    tenant: &'a str,
+    /// As the metrics name it.
+    outcome: &'static str,
+    error: ClientError,
+}
+
+/// Whose key it is, and the place among the requests in flight that it takes.
+fn entry<'a>(
+    tenants: &'a Tenants,
+    headers: &HeaderMap,
+) -> Result<(&'a Known, Option<OwnedSemaphorePermit>), Refusal<'a>> {
+    let refusal = |tenant, outcome, error| Refusal { tenant, outcome, error };
+    let key = bearer(headers).ok_or_else(|| refusal("", "no_key", ClientError::NoKey))?;
+    let tenant =
+        tenants.of_key(key).ok_or_else(|| refusal("", "wrong_key", ClientError::WrongKey))?;
+    let name = &*tenant.tenant.name;
+    let budget = tenant.tenant.budget.as_ref();
+    if let Some(retry_after) = budget.and_then(|budget| budget.wait(Instant::now())) {
+        return Err(refusal(name, "too_many_tokens", ClientError::TooManyTokens { retry_after }));
+    }
+    let Some(InFlightLimit { limit, free }) = &tenant.in_flight else { return Ok((tenant, None)) };
+    match free.clone().try_acquire_owned() {
+        Ok(place) => Ok((tenant, Some(place))),
+        Err(_) => Err(refusal(name, "too_many", ClientError::TooManyRequests { limit: *limit })),
     }
 }
 

@@ -5,7 +5,7 @@ use baton_config::LimitsConfig;
 use baton_core::Tenant;
 use baton_proto as wire;
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use uuid::Uuid;
 
@@ -15,6 +15,7 @@ use super::{
     error::ClientError,
     peek::{Endpoint, Peeked, clamped, peek},
     server::Front,
+    unread::refuse_unread,
 };
 use crate::{
     prompt::{self, PromptFields},
@@ -32,25 +33,26 @@ pub(super) async fn forward(front: &Front, endpoint: Endpoint, request: Request)
         HeaderValue::from_str(&Uuid::new_v4().simple().to_string())
             .unwrap_or(HeaderValue::from_static(""))
     });
-    match try_forward(front, endpoint, request, request_id.clone(), arrived).await {
-        Ok(response) => response,
-        Err(error) => {
-            let mut response = refuse(&error);
-            response.headers_mut().insert(REQUEST_ID, request_id);
-            response
-        }
-    }
+    let (parts, mut body) = request.into_parts();
+    let mut response = match read_body(&mut body, &parts.headers, &front.limits).await {
+        Ok(body) => match try_forward(front, endpoint, &parts, body, &request_id, arrived).await {
+            Ok(response) => return response,
+            Err(error) => refuse(&error),
+        },
+        Err(error) => refuse_unread(&error, &parts.headers, body).await,
+    };
+    response.headers_mut().insert(REQUEST_ID, request_id);
+    response
 }
 
 async fn try_forward(
     front: &Front,
     endpoint: Endpoint,
-    request: Request,
-    request_id: HeaderValue,
+    parts: &Parts,
+    body: Bytes,
+    request_id: &HeaderValue,
     arrived: Instant,
 ) -> Result<Response, ClientError> {
-    let (parts, body) = request.into_parts();
-    let body = read_body(body, &parts.headers, &front.limits).await?;
     let is_json = endpoint == Endpoint::Generation || content_is_json(&parts.headers);
     // What is not JSON (an upload of speech, say) is the engine's to read.
     let Peeked { mut shape, streams, prompt } = if is_json {
@@ -80,12 +82,12 @@ async fn try_forward(
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let tracer = front.shell.tracer.as_ref();
     let trace = tracer.and_then(|tracer| tracer.begin(&parts.headers, &path)).map(Box::new);
-    let headers = forwarded_headers(&parts.headers, &request_id);
+    let headers = forwarded_headers(&parts.headers, request_id);
     let (answer, in_flight) = front.shell.arrive(IncomingRequest {
         shape,
         prompt,
         streams,
-        request_id,
+        request_id: request_id.clone(),
         arrived,
         trace,
         budget: known.and_then(|tenant| tenant.budget.clone()),
@@ -114,7 +116,7 @@ fn tenant_of(value: &HeaderValue) -> Tenant {
 }
 
 async fn read_body(
-    body: Body,
+    body: &mut Body,
     headers: &HeaderMap,
     limits: &LimitsConfig,
 ) -> Result<Bytes, ClientError> {

@@ -14,9 +14,10 @@ use tokio::net::TcpListener;
 use super::{
     auth::{Tenants, admit},
     error::ClientError,
-    forward::{forward, refuse},
+    forward::forward,
     pages,
     peek::Endpoint,
+    unread::refuse_unread,
 };
 use crate::{
     listener::{self, ConnectionLimits},
@@ -103,9 +104,13 @@ async fn whole(State(front): State<Front>, request: Request) -> Response {
 }
 
 async fn no_such_path(method: Method, request: Request) -> Response {
-    refuse(&ClientError::NoSuchPath { method, path: request.uri().path().to_owned() })
+    let error = ClientError::NoSuchPath { method, path: request.uri().path().to_owned() };
+    let (parts, body) = request.into_parts();
+    refuse_unread(&error, &parts.headers, body).await
 }
 
 async fn method_not_allowed(method: Method, request: Request) -> Response {
-    refuse(&ClientError::MethodNotAllowed { method, path: request.uri().path().to_owned() })
+    let error = ClientError::MethodNotAllowed { method, path: request.uri().path().to_owned() };
+    let (parts, body) = request.into_parts();
+    refuse_unread(&error, &parts.headers, body).await
 }
