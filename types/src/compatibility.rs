@@ -71,6 +71,15 @@ impl Compatibility {
         }
     }
 
+    /// Says in what another rank of this engine differs, which it may in nothing but its number.
+    pub fn check_ranks(&self, other: &Self) -> Result<(), CompatibilityMismatch> {
+        let (ours, theirs) = (self.of_rank(0).fields(), other.of_rank(0).fields());
+        let differing = ours.into_iter().zip(theirs).find(|(ours, theirs)| ours != theirs);
+        differing.map_or(Ok(()), |((field, ours), (_, theirs))| {
+            Err(CompatibilityMismatch { field, ours, theirs })
+        })
+    }
+
     /// The fields as far as they must be equal. Where heads can be told apart, only what is common to all
     /// ways of splitting them.
     fn to_be_equal(&self) -> [(&'static str, String); 10] {
@@ -184,7 +193,10 @@ mod tests {
             assert_eq!(whole.pairing_digest(), other.pairing_digest());
         }
         for (other, told) in [
-            (on_ranks(2, "", 1536), "kv_heads differs: F/4/3*k2.t8.h4.16 here, unknown at the peer"),
+            (
+                on_ranks(2, "", 1536),
+                "kv_heads differs: F/4/3*k2.t8.h4.16 here, unknown at the peer",
+            ),
             (on_ranks(2, "G/4/3*k2.t8.h2.16", 1536), "kv_heads differs"),
             (on_ranks(2, "F/4/3*k2.t4.h2.32", 1536), "kv_heads differs"),
             // Not what is said of it: not to be cut up.

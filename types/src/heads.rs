@@ -85,9 +85,9 @@ impl HeadLayout {
 
 impl Pages {
     pub(crate) fn page_bytes(&self) -> Option<u64> {
-        self.axes
-            .iter()
-            .try_fold(u64::from(self.cell_bytes), |bytes, (_, size)| bytes.checked_mul((*size).into()))
+        self.axes.iter().try_fold(u64::from(self.cell_bytes), |bytes, (_, size)| {
+            bytes.checked_mul((*size).into())
+        })
     }
 
     fn size_of(&self, axis: Axis) -> u32 {

@@ -164,9 +164,10 @@ fn position(pages: &Pages, cell: u64) -> [u32; 3] {
 }
 
 fn cell_at(pages: &Pages, at: [u32; 3]) -> usize {
-    pages.axes.iter().fold(0, |cell, (axis, size)| {
-        cell * *size as usize + at[*axis as usize] as usize
-    })
+    pages
+        .axes
+        .iter()
+        .fold(0, |cell, (axis, size)| cell * *size as usize + at[*axis as usize] as usize)
 }
 
 #[cfg(test)]

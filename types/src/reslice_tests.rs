@@ -47,7 +47,8 @@ fn described(model: &Model, ranks: u32, order: &[char]) -> Compatibility {
 /// The block of one rank, each byte telling of what it is.
 fn filled(model: &Model, ranks: u32, order: &[char], rank: u32) -> Vec<u64> {
     let on_rank = (model.heads / ranks).max(1);
-    let first_head = if ranks > model.heads { rank / (ranks / model.heads) } else { rank * on_rank };
+    let first_head =
+        if ranks > model.heads { rank / (ranks / model.heads) } else { rank * on_rank };
     let kvs = if model.has_kv_axis { 2 } else { 1 };
     let size = |axis| match axis {
         'k' => kvs,
