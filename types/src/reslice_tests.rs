@@ -82,8 +82,9 @@ fn orders() -> impl Strategy<Value = Vec<char>> {
 
 /// Ranks that so many heads can be split over.
 fn ranks_for(heads: u32) -> impl Strategy<Value = u32> {
-    let possible: Vec<_> =
-        (1..=4 * heads).filter(|ranks| heads % ranks == 0 || ranks % heads == 0).collect();
+    let possible: Vec<_> = (1..=4 * heads)
+        .filter(|ranks| heads.is_multiple_of(*ranks) || ranks.is_multiple_of(heads))
+        .collect();
     prop::sample::select(possible)
 }
 

@@ -199,7 +199,9 @@ async fn accept(listener: UnixListener, host: Arc<Host>) {
 fn fitting(hello: &Hello) -> Result<Option<Compatibility>, Refused> {
     let (protocol, compatibility) = match hello {
         Hello::Scheduler { protocol } => (*protocol, None),
-        Hello::Connector { protocol, compatibility, .. } => (*protocol, Some(compatibility)),
+        Hello::Connector { protocol, compatibility, .. } => {
+            (*protocol, Some(compatibility.as_ref()))
+        }
     };
     if protocol != frames::PROTOCOL {
         return Err(Refused::Protocol { theirs: protocol });

@@ -25,7 +25,7 @@ pub(super) enum Hello {
         protocol: u32,
         connector_version: String,
         vllm_version: String,
-        compatibility: Compatibility,
+        compatibility: Box<Compatibility>,
     },
     /// Of our scheduler in vLLM's engine core.
     Scheduler { protocol: u32 },
