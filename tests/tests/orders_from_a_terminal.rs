@@ -47,6 +47,10 @@ async fn ask(cluster: &Cluster, arguments: &[&str], more: &[&str]) -> (i32, Stri
 #[tokio::test]
 async fn scripts_can_tell_what_came_of_it() {
     let cluster = cluster().await;
+    let file = cluster.directory().join("baton.toml").to_string_lossy().into_owned();
+    let (code, said) = ask(&cluster, &["check"], &[&file]).await;
+    let url = cluster.admin_url("").replace("http:", "https:");
+    assert!(code == 0 && said.contains(&format!("{url} for operators")), "{said}");
     let (code, said) = ask(&cluster, &["status", "--check"], &[]).await;
     assert_eq!(code, 0, "{said}");
     assert!(said.contains("1 prefill and 1 decode workers"), "{said}");
