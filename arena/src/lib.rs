@@ -22,6 +22,9 @@ use serde::{Deserialize, Serialize};
 pub use peer::{ArenaFile, PeerArena};
 pub use slots::{ReserveError, ReservedSlot, SlotPool};
 
+/// What is copied, or read, before it is read again: so little is then still in the nearest cache.
+pub const PIECE_BYTES: usize = 16 << 10;
+
 /// One block's place in the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -253,17 +256,28 @@ impl Landing {
         self.view.len
     }
 
-    /// Copies the block from where it lies in another worker's arena.
-    pub fn copy_from(&self, peer: &PeerArena, offset: u64) -> Result<(), ArenaError> {
+    /// Copies the block from where it lies in another worker's arena, and shows each piece of it to `copied`
+    /// as it now lies here, while it is still in the processor's cache. Pieces come in order and are
+    /// [`PIECE_BYTES`] long, the last one aside.
+    pub fn copy_from(
+        &self,
+        peer: &PeerArena,
+        offset: u64,
+        mut copied: impl FnMut(&[u8]),
+    ) -> Result<(), ArenaError> {
         let len = self.view.len;
         let source = peer.at(offset, len)?;
-        // SAFETY: `at` and `view` checked that both ranges lie in their mappings, which live as long as
-        // the two borrows; they are two mappings, so the ranges do not overlap. No reference to either is
-        // made. Should the other worker write there meanwhile, the bytes are garbage, and their checksum,
-        // which is taken over this copy, says so.
-        unsafe {
-            let target = self.view.arena.shared.map.as_mut_ptr().add(self.view.start);
-            std::ptr::copy_nonoverlapping(source, target, len);
+        for begin in (0..len).step_by(PIECE_BYTES) {
+            let piece = begin..len.min(begin + PIECE_BYTES);
+            // SAFETY: `at` and `view` checked that both blocks lie in their mappings, which live as long as
+            // the two borrows, and the piece lies in the block; they are two mappings, so the ranges do not
+            // overlap. No reference to either is made. Should the other worker write there meanwhile, the
+            // bytes are garbage, and their checksum, which is taken over this copy, says so.
+            unsafe {
+                let target = self.view.arena.shared.map.as_mut_ptr().add(self.view.start + begin);
+                std::ptr::copy_nonoverlapping(source.add(begin), target, piece.len());
+            }
+            copied(&self.as_bytes()[piece]);
         }
         Ok(())
     }

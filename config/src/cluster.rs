@@ -253,11 +253,13 @@ pub struct AdminConfig {
     pub listen: SocketAddr,
     /// Its first line is the token that operators show; `BATON_ADMIN_TOKEN` goes before it.
     pub token_file: Option<PathBuf>,
+    /// HTTPS in place of HTTP.
+    pub https: Option<HttpsConfig>,
 }
 
 impl Default for AdminConfig {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), token_file: None }
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), token_file: None, https: None }
     }
 }
 

@@ -170,7 +170,7 @@ fn a_shared_port_of_the_defaults_is_told_once() {
 }
 
 #[test]
-fn operators_are_listened_to_on_this_machine_alone() {
+fn operators_are_listened_to_on_this_machine_alone_or_over_tls() {
     let admin = |listen: &str, before: &str| {
         format!("{before}{COORDINATOR}[admin]\nlisten = \"{listen}\"\ntoken = \"x\"\n")
     };
@@ -178,6 +178,9 @@ fn operators_are_listened_to_on_this_machine_alone() {
     assert!(found.contains("admin.listen: \"10.0.0.1:9400\" is no loopback address"), "{found}");
     assert!(found.contains("admin.token: unknown key; did you mean \"token_file\"?"), "{found}");
     let found = errors(&admin("10.0.0.1:9400", "insecure_plaintext = true\n"));
+    assert!(!found.contains("loopback"), "{found}");
+    let https = "[admin.https]\ncertificate = 'a.pem'\nprivate_key = 'a.key'\n";
+    let found = errors(&(admin("10.0.0.1:9400", "") + https));
     assert!(!found.contains("loopback"), "{found}");
     let found = errors(&admin("127.0.0.1:7000", ""));
     assert!(found.contains("admin.listen: \"127.0.0.1:7000\" is taken by"), "{found}");
