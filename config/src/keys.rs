@@ -335,6 +335,8 @@ keys! {
         block_size_tokens => block_size_tokens: Count = ByDefault;
         /// Bytes of KV a token; a real 8B model has "128 KiB".
         kv_bytes_per_token => kv_bytes_per_token: TokenBytes = ByDefault;
+        /// Tensor parallel ranks: each hands over its part of the KV heads, of which there are 4.
+        tensor_parallel => tensor_parallel: Count = ByDefault;
         /// Blocks of the KV cache.
         kv_blocks => kv_blocks: Count = ByDefault;
         /// Requests that run at once.

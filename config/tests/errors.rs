@@ -346,3 +346,21 @@ baton.toml:8: balancer.kubernetes.max_decode: missing; for example max_decode = 
 "#,
     );
 }
+
+#[test]
+fn verification_cannot_be_turned_off() {
+    let with = |key: &str| {
+        format!(
+            "[coordinator]\nlisten = \"127.0.0.1:0\"\n[transfer]\n{key}\n[[worker]]\nname = \"a\"\nrole = \"decode\"\n"
+        )
+    };
+    for off in ["check = \"none\"", "check = \"off\"", "check = false"] {
+        let told = errors(&with(off));
+        let expected = "is not \"crc\" or \"blake3\"; verification cannot be turned off";
+        assert!(told.contains("transfer.check") && told.contains(expected), "{told}");
+    }
+    for key in ["verify = false", "checksum = \"none\"", "skip_verification = true"] {
+        let told = errors(&with(key));
+        assert!(told.contains("unknown key"), "{told}");
+    }
+}
