@@ -99,7 +99,7 @@ impl WorkerMetrics {
         );
         r.register(
             "worker_handoff_blocks_sent",
-            "KV blocks that a worker has sent since it started",
+            "KV blocks that a worker has sent since it started, those of each tensor parallel rank for themselves",
             self.blocks_sent.clone(),
         );
         r.register_with_unit(
@@ -131,7 +131,7 @@ impl WorkerMetrics {
         );
         r.register(
             "worker_handoffs_ended",
-            "Handoffs from a worker that ended since it started, by how",
+            "Handoffs from a worker that ended since it started, by how, once for each tensor parallel rank",
             self.handoffs_ended.clone(),
         );
         r.register(
