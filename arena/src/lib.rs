@@ -10,6 +10,7 @@ mod slots;
 
 use std::{
     fs, io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -50,6 +51,17 @@ impl ArenaLayout {
 
     pub fn is_import(&self, slot: Slot) -> bool {
         !self.is_export(slot) && slot.0 < self.total_slots()
+    }
+
+    /// The export and the import slots of one of an engine's tensor parallel ranks: of each half as many as
+    /// the others have.
+    pub fn of_rank(&self, rank: u32, ranks: u32) -> (Range<u32>, Range<u32>) {
+        let part = |first: u32, slots: u32| {
+            let each = slots / ranks.max(1);
+            let begin = first.saturating_add(each.saturating_mul(rank));
+            begin..begin.saturating_add(each)
+        };
+        (part(0, self.export_slots), part(self.export_slots, self.import_slots))
     }
 
     fn total_bytes(&self) -> Option<usize> {
@@ -278,6 +290,11 @@ impl Landing {
             offset += piece.len() as u64;
         }
         Ok(())
+    }
+
+    /// Lays down a part of the block.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), ArenaError> {
+        self.arena().write(self.slot(), offset, bytes)
     }
 
     /// The block as it lies now.
