@@ -26,6 +26,9 @@ BLOCK_TOKENS = 16
 CONFIG = """
 insecure_plaintext = true
 
+[placement]
+mode = "always"
+
 [coordinator]
 listen = "127.0.0.1:{http}"
 workers_listen = "10.77.0.2:{workers}"

@@ -136,6 +136,8 @@ def main():
         quic = lambda mtu, streams=1, block=block: lambda: baton(arguments, "quic", block, mtu, streams)
         row("quic MTU 6500", "TLS 1.3 over TCP, 1 stream",
             lambda: compare(arguments, quic(6500), lambda: baseline(arguments, "tls", block)))
+        row("quic MTU 6500", "quinn set up alike",
+            lambda: compare(arguments, quic(6500), lambda: baseline(arguments, "quinn-6500", block)))
         row("quic MTU 1452", "quinn as it comes",
             lambda: compare(arguments, quic(1452), lambda: baseline(arguments, "quinn", block)))
         if arguments.others:

@@ -1,7 +1,8 @@
-//! What channels are measured beside: the same bytes over TLS 1.3 on one TCP stream, and over quinn as it comes,
-//! from one process to another. Nothing is verified, and nothing is placed but into the block's own place.
+//! What channels are measured beside: the same bytes over TLS 1.3 on one TCP stream, over quinn as it comes, and over
+//! quinn set up as the channel sets it up (`quinn-6500`, by the largest UDP payload), from one process to another.
+//! Nothing is verified, and nothing is placed but into the block's own place.
 //!
-//! `baselines tls|quinn BLOCK_BYTES BYTES` prints GB/s, the median of five rounds after one that warms up.
+//! `baselines tls|quinn|quinn-6500 BLOCK_BYTES BYTES` prints GB/s, the median of five rounds after one that warms up.
 #![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)] // A measurement ends where it cannot go on.
 
 use std::{
@@ -18,6 +19,7 @@ use rustls::{
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
 };
+use socket2::{Domain, Protocol, Socket, Type};
 
 const ROUNDS: usize = 5;
 const NAME: &str = "localhost";
@@ -25,7 +27,7 @@ const NAME: &str = "localhost";
 fn main() {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let [name, block, bytes, rest @ ..] = &arguments[..] else {
-        panic!("baselines tls|quinn BLOCK_BYTES BYTES");
+        panic!("baselines tls|quinn|quinn-6500 BLOCK_BYTES BYTES");
     };
     let (block, bytes): (usize, usize) = (block.parse().unwrap(), bytes.parse().unwrap());
     let _ = provider().install_default();
@@ -42,7 +44,7 @@ fn main() {
         let certificate = CertificateDer::from(from_hex(certificate));
         let mut seconds = match name.as_str() {
             "tls" => receive_tls(address, certificate, block, bytes),
-            _ => receive_quinn(address, certificate, block, bytes),
+            name => receive_quinn(&setup(name), address, certificate, block, bytes),
         };
         child.kill().unwrap();
         child.wait().unwrap();
@@ -54,7 +56,7 @@ fn main() {
     } else {
         match name.as_str() {
             "tls" => send_tls(block, bytes),
-            _ => send_quinn(block, bytes),
+            name => send_quinn(&setup(name), block, bytes),
         }
     }
 }
@@ -148,11 +150,53 @@ fn on_one_thread(work: impl Future<Output = ()>) {
     runtime.block_on(work);
 }
 
-fn send_quinn(block: usize, bytes: usize) {
+/// How an endpoint is set up.
+#[derive(Default)]
+struct Setup {
+    endpoint: quinn::EndpointConfig,
+    transport: Arc<quinn::TransportConfig>,
+    socket_buffer_bytes: Option<usize>,
+}
+
+/// As it comes, or as in `quic/tuning.rs`.
+fn setup(name: &str) -> Setup {
+    if name == "quinn" {
+        return Setup::default();
+    }
+    let mut setup = Setup { socket_buffer_bytes: Some(4 << 20), ..Setup::default() };
+    setup.endpoint.max_udp_payload_size(6500).unwrap();
+    let mut mtu = quinn::MtuDiscoveryConfig::default();
+    mtu.upper_bound(6500);
+    let mut transport = quinn::TransportConfig::default();
+    transport
+        .stream_receive_window((32_u32 << 20).into())
+        .receive_window((128_u32 << 20).into())
+        .send_window(4 << 20)
+        .mtu_discovery_config(Some(mtu));
+    setup.transport = Arc::new(transport);
+    setup
+}
+
+impl Setup {
+    fn endpoint(&self, server: Option<quinn::ServerConfig>) -> quinn::Endpoint {
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP)).unwrap();
+        if let Some(bytes) = self.socket_buffer_bytes {
+            socket.set_recv_buffer_size(bytes).unwrap();
+            socket.set_send_buffer_size(bytes).unwrap();
+        }
+        socket.bind(&any.into()).unwrap();
+        let runtime = Arc::new(quinn::TokioRuntime);
+        quinn::Endpoint::new(self.endpoint.clone(), server, socket.into(), runtime).unwrap()
+    }
+}
+
+fn send_quinn(setup: &Setup, block: usize, bytes: usize) {
     let (certificate, key) = identity();
-    let config = quinn::ServerConfig::with_single_cert(vec![certificate.clone()], key).unwrap();
+    let mut config = quinn::ServerConfig::with_single_cert(vec![certificate.clone()], key).unwrap();
+    config.transport_config(Arc::clone(&setup.transport));
     on_one_thread(async {
-        let endpoint = quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let endpoint = setup.endpoint(Some(config));
         announce(endpoint.local_addr().unwrap().port(), &certificate);
         let connection = endpoint.accept().await.unwrap().await.unwrap();
         let (memory, order) = places(block, bytes);
@@ -168,16 +212,19 @@ fn send_quinn(block: usize, bytes: usize) {
 }
 
 fn receive_quinn(
+    setup: &Setup,
     address: SocketAddr,
     certificate: CertificateDer<'static>,
     block: usize,
     bytes: usize,
 ) -> Vec<f64> {
-    let config = quinn::ClientConfig::with_root_certificates(Arc::new(trusting(certificate)));
+    let mut config =
+        quinn::ClientConfig::with_root_certificates(Arc::new(trusting(certificate))).unwrap();
+    config.transport_config(Arc::clone(&setup.transport));
     let mut seconds = Vec::new();
     on_one_thread(async {
-        let endpoint = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        let connecting = endpoint.connect_with(config.unwrap(), address, NAME).unwrap();
+        let endpoint = setup.endpoint(None);
+        let connecting = endpoint.connect_with(config, address, NAME).unwrap();
         let connection = connecting.await.unwrap();
         let (mut memory, order) = places(block, bytes);
         for _ in 0..=ROUNDS {
