@@ -7,7 +7,6 @@ use crate::{
     keyed::Keyed,
     policy::Targets,
     queue::Queue,
-    recent_prefixes::RecentPrefixes,
     request::{Job, Stage},
 };
 
@@ -247,7 +246,6 @@ pub(crate) struct Worker {
     pub(crate) queue: Queue,
     /// Milliseconds of prefill of all who wait in it, those who are late too.
     pub(crate) queued_ms: f64,
-    pub(crate) prefixes: RecentPrefixes,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
     /// Those, and prefills that only keep their exports.
@@ -326,7 +324,6 @@ impl Fleet {
             ..Load::default()
         };
         self.without_model += usize::from(load.model.is_none());
-        let prefixes = RecentPrefixes::new(description.kv_capacity_tokens);
         // One that only lost its stream is the same that was taken out.
         let drains = self.drained.get(&description.name) == Some(&description.epoch);
         if !drains {
@@ -337,7 +334,6 @@ impl Fleet {
             load,
             queue: Queue::default(),
             queued_ms: 0.0,
-            prefixes,
             jobs_running: 0,
             jobs_open: 0,
             drains,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use baton_types::Leg;
 
-use super::{Core, Settings, hit_tokens, milliseconds};
+use super::{Core, Settings, milliseconds};
 use crate::{
     decision::{Chosen, Considered},
     event::{Action, HandoffPlan, Rejection},
@@ -29,6 +29,8 @@ impl Core {
         actions: &mut Vec<Action>,
     ) {
         let split = self.split_now();
+        self.expect_no_more(key);
+        self.look_up(key);
         let Some(request) = self.requests.get_mut(key.0) else { return };
         request.split = split;
         let mut candidates = std::mem::take(&mut self.candidates);
@@ -92,7 +94,7 @@ impl Core {
         }
         let Some(request) = self.requests.get(key.0) else { return candidates[0] };
         let targets = &self.settings.targets;
-        let holders = Holders::of(&self.fleet, &request.shape);
+        let holders = Holders::of(&self.fleet, &request.shape, &request.found);
         let shown: Vec<Candidate<'_>> = candidates
             .iter()
             .filter_map(|worker| Some((*worker, self.fleet.get(*worker)?)))
@@ -135,7 +137,7 @@ impl Core {
             return (None, 0);
         };
         let targets = &self.settings.targets;
-        let holders = Holders::of(&self.fleet, &request.shape);
+        let holders = Holders::of(&self.fleet, &request.shape, &request.found);
         let shown = candidate(request, worker, on, None, &holders, targets, now);
         let choice = Choice {
             now,
@@ -168,6 +170,7 @@ impl Core {
         on.queued_ms += work_ms;
         on.queue_changed();
         (request.waits_for, request.queued_ms) = (Some(worker), work_ms);
+        self.expect(key, worker);
     }
 
     /// Gives a worker's engine what it has room for.
@@ -302,7 +305,7 @@ pub(super) fn candidate<'a>(
     targets: &Targets,
     now: Duration,
 ) -> Candidate<'a> {
-    let hit_tokens = hit_tokens(key, &worker.prefixes, &request.shape);
+    let hit_tokens = request.found.hit_tokens(key);
     Candidate {
         worker: key,
         load: &worker.load,
