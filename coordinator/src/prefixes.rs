@@ -270,9 +270,7 @@ impl BytesPerToken {
 
 #[cfg(test)]
 mod tests {
-    use baton_core::{
-        Core, HandoffMode, Heard, RequestShape, Settings, WorkerDescription,
-    };
+    use baton_core::{Core, HandoffMode, Heard, RequestShape, Settings, WorkerDescription};
     use baton_types::{Epoch, HandoffId, Role};
 
     use super::*;

@@ -186,7 +186,7 @@ impl Core {
         let key = RequestKey(self.requests.insert(Request {
             shape,
             due,
-            turn: due,
+            turn: if self.settings.order == Order::LateLast { due } else { now },
             arrived: now,
             is_counted: false,
             avoid: Vec::new(),

@@ -168,9 +168,11 @@ impl Load {
     }
 
     /// Of what was dispatched, what is left by now.
-    pub(crate) fn dispatched_left_ms(&self, now: Duration, targets: &Targets) -> f64 {
+    ///
+    /// `rate` is its [`Self::prefill_rate`].
+    pub(crate) fn dispatched_left_ms(&self, now: Duration, rate: f64) -> f64 {
         let elapsed_ms = now.saturating_sub(self.working_since).as_secs_f64() * 1000.0;
-        let done_ms = elapsed_ms * self.prefill_rate(targets);
+        let done_ms = elapsed_ms * rate;
         (self.dispatched_work_ms - done_ms).max(0.05 * self.dispatched_work_ms)
             + self.work_elsewhere_ms()
     }
@@ -267,8 +269,8 @@ impl Worker {
     /// Milliseconds until it is through with the prompts it has, as far as that can be predicted.
     pub(crate) fn backlog_ms(&self, now: Duration, targets: &Targets) -> Option<f64> {
         self.load.model?;
-        let work_ms = self.load.dispatched_left_ms(now, targets) + self.queued_ms;
-        Some(work_ms / self.load.prefill_rate(targets))
+        let rate = self.load.prefill_rate(targets);
+        Some((self.load.dispatched_left_ms(now, rate) + self.queued_ms) / rate)
     }
 
     /// Whether it may be given requests for this model.

@@ -66,13 +66,11 @@ impl Core {
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.plan = plan;
                 }
-                match self.settings.order {
-                    _ if !self.is_held(key, worker) => self.dispatch(key, worker, now, actions),
-                    Order::Arrival => self.dispatch(key, worker, now, actions),
-                    Order::LateLast => {
-                        self.enqueue(key, worker, now);
-                        self.pump(worker, now, actions);
-                    }
+                if self.is_held(key, worker) {
+                    self.enqueue(key, worker, now);
+                    self.pump(worker, now, actions);
+                } else {
+                    self.dispatch(key, worker, now, actions);
                 }
             }
         }
@@ -114,7 +112,7 @@ impl Core {
         if keeps {
             let (tokens, prefills) = (request.shape.prompt_tokens, leg == Leg::Prefill);
             let predict = if prefills { Considered::to_prefill } else { Considered::to_decode };
-            let considered = shown.iter().map(|one| predict(one, tokens, targets)).collect();
+            let considered = shown.iter().map(|one| predict(one, tokens, targets));
             let chosen = Chosen::new(considered, place);
             if let Some(request) = self.requests.get_mut(key.0)
                 && let Some(decision) = &mut request.decision
@@ -161,8 +159,9 @@ impl Core {
         };
         let tokens = request.shape.prompt_tokens;
         let work_ms = on.load.prefill_ms(cached_tokens, tokens);
-        let due = request.turn;
-        if self.settings.admission.is_none() && self.late_shares.are_spent(tokens) {
+        let is_late_last = self.settings.order == Order::LateLast;
+        let due = if is_late_last { request.turn } else { Duration::MAX };
+        if is_late_last && self.settings.admission.is_none() && self.late_shares.are_spent(tokens) {
             let takes_ms = work_ms / on.load.prefill_rate(&self.settings.targets);
             request.turn = due.saturating_sub(milliseconds(HEAD_START * takes_ms));
         }
@@ -181,8 +180,8 @@ impl Core {
         {
             let load = &on.load;
             let fixed_ms = load.model.map_or(0.0, |model| model.prefill_ms[0]);
-            let (ahead_ms, rate) =
-                (load.dispatched_left_ms(now, &targets), load.prefill_rate(&targets));
+            let rate = load.prefill_rate(&targets);
+            let ahead_ms = load.dispatched_left_ms(now, rate);
             let next = on.queue.pop(
                 |waiting| {
                     let left_ms = fixed_ms + (ahead_ms + waiting.work_ms) / rate;
@@ -306,12 +305,14 @@ pub(super) fn candidate<'a>(
     now: Duration,
 ) -> Candidate<'a> {
     let hit_tokens = request.found.hit_tokens(key);
+    let prefill_rate = worker.load.prefill_rate(targets);
     Candidate {
         worker: key,
         load: &worker.load,
         hit_tokens,
         pull: holders.pull_to(key, worker, hit_tokens),
-        work_ahead_ms: worker.load.dispatched_left_ms(now, targets)
+        prefill_rate,
+        work_ahead_ms: worker.load.dispatched_left_ms(now, prefill_rate)
             + worker.queue.work_before_ms(request.turn),
         is_here: here == Some(key),
     }

@@ -69,9 +69,10 @@ impl Core {
                 })
                 .map(|(key, worker)| {
                     let load = &worker.load;
-                    let ahead_ms = load.dispatched_left_ms(now, &targets) + worker.queue.work_ms();
+                    let rate = load.prefill_rate(&targets);
+                    let ahead_ms = load.dispatched_left_ms(now, rate) + worker.queue.work_ms();
                     let predicted_ms = match worker.description.role {
-                        Role::Prefill => ahead_ms / load.prefill_rate(&targets),
+                        Role::Prefill => ahead_ms / rate,
                         Role::Decode => 0.0,
                     };
                     let waited_ms = waits.get(&key).copied().unwrap_or_default();
