@@ -10,6 +10,7 @@ mod slots;
 
 use std::{
     fs, io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -20,6 +21,9 @@ use serde::{Deserialize, Serialize};
 
 pub use peer::{ArenaFile, PeerArena};
 pub use slots::{ReserveError, ReservedSlot, SlotPool};
+
+/// What is copied, or read, before it is read again: so little is then still in the nearest cache.
+pub const PIECE_BYTES: usize = 16 << 10;
 
 /// One block's place in the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -47,6 +51,17 @@ impl ArenaLayout {
 
     pub fn is_import(&self, slot: Slot) -> bool {
         !self.is_export(slot) && slot.0 < self.total_slots()
+    }
+
+    /// The export and the import slots of one of an engine's tensor parallel ranks: of each half as many as
+    /// the others have.
+    pub fn of_rank(&self, rank: u32, ranks: u32) -> (Range<u32>, Range<u32>) {
+        let part = |first: u32, slots: u32| {
+            let each = slots / ranks.max(1);
+            let begin = first.saturating_add(each.saturating_mul(rank));
+            begin..begin.saturating_add(each)
+        };
+        (part(0, self.export_slots), part(self.export_slots, self.import_slots))
     }
 
     fn total_bytes(&self) -> Option<usize> {
@@ -241,17 +256,28 @@ impl Landing {
         self.view.len
     }
 
-    /// Copies the block from where it lies in another worker's arena.
-    pub fn copy_from(&self, peer: &PeerArena, offset: u64) -> Result<(), ArenaError> {
+    /// Copies the block from where it lies in another worker's arena, and shows each piece of it to `copied`
+    /// as it now lies here, while it is still in the processor's cache. Pieces come in order and are
+    /// [`PIECE_BYTES`] long, the last one aside.
+    pub fn copy_from(
+        &self,
+        peer: &PeerArena,
+        offset: u64,
+        mut copied: impl FnMut(&[u8]),
+    ) -> Result<(), ArenaError> {
         let len = self.view.len;
         let source = peer.at(offset, len)?;
-        // SAFETY: `at` and `view` checked that both ranges lie in their mappings, which live as long as
-        // the two borrows; they are two mappings, so the ranges do not overlap. No reference to either is
-        // made. Should the other worker write there meanwhile, the bytes are garbage, and their checksum,
-        // which is taken over this copy, says so.
-        unsafe {
-            let target = self.view.arena.shared.map.as_mut_ptr().add(self.view.start);
-            std::ptr::copy_nonoverlapping(source, target, len);
+        for begin in (0..len).step_by(PIECE_BYTES) {
+            let piece = begin..len.min(begin + PIECE_BYTES);
+            // SAFETY: `at` and `view` checked that both blocks lie in their mappings, which live as long as
+            // the two borrows, and the piece lies in the block; they are two mappings, so the ranges do not
+            // overlap. No reference to either is made. Should the other worker write there meanwhile, the
+            // bytes are garbage, and their checksum, which is taken over this copy, says so.
+            unsafe {
+                let target = self.view.arena.shared.map.as_mut_ptr().add(self.view.start + begin);
+                std::ptr::copy_nonoverlapping(source.add(begin), target, piece.len());
+            }
+            copied(&self.as_bytes()[piece]);
         }
         Ok(())
     }
@@ -264,6 +290,11 @@ impl Landing {
             offset += piece.len() as u64;
         }
         Ok(())
+    }
+
+    /// Lays down a part of the block.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), ArenaError> {
+        self.arena().write(self.slot(), offset, bytes)
     }
 
     /// The block as it lies now.

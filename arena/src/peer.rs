@@ -107,7 +107,7 @@ fn open_to(path: &std::path::Path, mode: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ArenaLayout, Slot, SlotPool};
+    use crate::{ArenaLayout, PIECE_BYTES, Slot, SlotPool};
 
     fn arena(directory: &tempfile::TempDir, name: &str) -> Arena {
         let layout = ArenaLayout { slot_bytes: 4096, export_slots: 2, import_slots: 2 };
@@ -125,14 +125,35 @@ mod tests {
         assert_eq!(offset, 4096 + 8);
         let slot = SlotPool::new([Slot(3)]).try_reserve().unwrap();
         let landing = consumer.landing(slot, 2).unwrap();
-        landing.copy_from(&peer, offset).unwrap();
+        landing.copy_from(&peer, offset, |_| {}).unwrap();
         assert_eq!(landing.as_bytes(), b"kv");
         assert_eq!(producer.offset_of(consumer.view(Slot(0), 4).unwrap().as_ref()), None);
         // Not beyond the end, whoever says so.
         for offset in [4 * 4096 - 1, 4 * 4096, u64::MAX] {
-            assert!(landing.copy_from(&peer, offset).is_err());
+            assert!(landing.copy_from(&peer, offset, |_| {}).is_err());
         }
-        landing.copy_from(&peer, 4 * 4096 - 2).unwrap();
+        landing.copy_from(&peer, 4 * 4096 - 2, |_| {}).unwrap();
+    }
+
+    #[test]
+    fn every_piece_is_shown_where_it_was_laid() {
+        let directory = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..=250).cycle().take(2 * PIECE_BYTES + 3).collect();
+        let layout =
+            ArenaLayout { slot_bytes: bytes.len() as u64, export_slots: 1, import_slots: 0 };
+        let made = |name| Arena::create(&directory.path().join(name), layout).unwrap();
+        let (producer, consumer) = (made("a"), made("b"));
+        producer.write(Slot(0), 0, &bytes).unwrap();
+        let peer = PeerArena::open(&producer.file().unwrap()).unwrap();
+        let slot = SlotPool::new([Slot(0)]).try_reserve().unwrap();
+        let landing = consumer.landing(slot, bytes.len() as u64).unwrap();
+        let mut shown = Vec::new();
+        landing.copy_from(&peer, 0, |piece| shown.push((piece.as_ptr(), piece.to_vec()))).unwrap();
+        let laid = landing.as_bytes();
+        assert_eq!(laid, bytes);
+        let expected: Vec<_> =
+            laid.chunks(PIECE_BYTES).map(|piece| (piece.as_ptr(), piece.to_vec())).collect();
+        assert_eq!(shown, expected);
     }
 
     #[test]

@@ -47,9 +47,15 @@ fn describe(cluster: &ClusterConfig) -> Vec<String> {
     let mut lines = vec![
         format!("coordinator   {scheme}://{} for clients, {keys}", coordinator.listen),
         format!("              {} for workers, {tls}", coordinator.advertise),
+    ];
+    if let Some(admin) = &cluster.admin {
+        let scheme = if admin.https.is_some() { "https" } else { "http" };
+        lines.push(format!("              {scheme}://{} for operators", admin.listen));
+    }
+    lines.extend([
         format!("SLO           TTFT {} ms, ITL {} ms", cluster.slo.ttft_ms, cluster.slo.itl_ms),
         String::new(),
-    ];
+    ]);
     let widest = |cell: fn(&WorkerConfig) -> String, least: usize| {
         cluster.workers.iter().map(|worker| cell(worker).len()).fold(least, usize::max)
     };

@@ -15,6 +15,10 @@ pub(crate) use top::run as top;
 
 use crate::terminal;
 
+/// What a coordinator calls the states of a worker.
+const READY: &str = "ready";
+const DRAINED: &str = "drained";
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct DrainOptions {
     /// The worker's name, as `baton status` shows it.
@@ -22,6 +26,9 @@ pub(crate) struct DrainOptions {
     /// Gives it requests again.
     #[arg(long)]
     undrain: bool,
+    /// Returns when it has nothing left: stop it then.
+    #[arg(long, conflicts_with = "undrain")]
+    wait: bool,
     #[command(flatten)]
     access: Access,
 }
@@ -38,10 +45,34 @@ pub(crate) struct ModeOptions {
 pub(crate) fn drain(options: &DrainOptions) -> anyhow::Result<ExitCode> {
     let order = if options.undrain { "undrain" } else { "drain" };
     let path = format!("/admin/workers/{}/{order}", path_segment(&options.worker));
-    let answer: serde_json::Value = block_on(options.access.client()?.post(&path, &json!({})))?;
-    let state = answer["state"].as_str().unwrap_or_default();
-    terminal::Terminal::stdout().say(&format!("{} is {state}", options.worker));
-    Ok(ExitCode::SUCCESS)
+    let client = options.access.client()?;
+    let mut terminal = terminal::Terminal::stdout();
+    block_on(async {
+        let answer: serde_json::Value = client.post(&path, &json!({})).await?;
+        let state = answer["state"].as_str().unwrap_or_default();
+        terminal.say(&format!("{} is {state}", options.worker));
+        if options.wait && state != DRAINED {
+            drained(&client, &options.worker).await?;
+            terminal.say(&format!("{} is {DRAINED}", options.worker));
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Until a worker has nothing left.
+async fn drained(client: &AdminClient, name: &str) -> anyhow::Result<()> {
+    loop {
+        let state = client.state().await?;
+        match state.workers.iter().find(|worker| worker.name == name) {
+            Some(worker) if worker.state == DRAINED => return Ok(()),
+            Some(worker) => anyhow::ensure!(
+                worker.state != READY,
+                "{name} is {READY}: somebody gave it requests again, or its engine began anew"
+            ),
+            None => anyhow::bail!("{name} went away before it was {DRAINED}"),
+        }
+        tokio::time::sleep(status::INTERVAL).await;
+    }
 }
 
 pub(crate) fn mode(options: &ModeOptions) -> anyhow::Result<ExitCode> {

@@ -123,7 +123,7 @@ async fn start(
         if let Ok(state) = plan.admin.state().await {
             view.update(state, children, Instant::now());
         }
-        let ready = Question { base: &base, path: "/ready", token: None, body: None };
+        let ready = Question { base: &base, ca: None, path: "/ready", token: None, body: None };
         if view.all_ready()
             && let Ok((status, _)) = ready.ask().await
             && status.is_success()

@@ -72,6 +72,24 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 #[test]
+fn the_bench_knows_no_way_around_verification_and_says_so() {
+    let refused = output(baton(&["bench-transfer", "--channel", "shm", "--check", "none"]));
+    assert_eq!(refused.status.code(), Some(2));
+    let told = text(&refused.stderr);
+    assert!(told.contains("every block is verified") && told.contains("--check"), "{told}");
+}
+
+#[test]
+fn the_bench_says_what_verification_costs() {
+    let few = ["--bytes", "4194304", "--rounds", "1", "--json"];
+    let ran = output(baton(&[&["bench-transfer", "--channel", "shm"], &few[..]].concat()));
+    let report: serde_json::Value = serde_json::from_slice(&ran.stdout).unwrap();
+    for rate in ["gb_per_s", "memcpy_gb_per_s", "verified_memcpy_gb_per_s"] {
+        assert!(report[rate].as_f64().unwrap() > 0.0, "{report}");
+    }
+}
+
+#[test]
 fn check_lists_every_error_with_its_line() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("baton.toml");

@@ -256,11 +256,13 @@ pub struct AdminConfig {
     pub listen: SocketAddr,
     /// Its first line is the token that operators show; `BATON_ADMIN_TOKEN` goes before it.
     pub token_file: Option<PathBuf>,
+    /// HTTPS in place of HTTP.
+    pub https: Option<HttpsConfig>,
 }
 
 impl Default for AdminConfig {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), token_file: None }
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), token_file: None, https: None }
     }
 }
 
@@ -323,6 +325,8 @@ pub struct SimConfig {
     pub block_size_tokens: u32,
     /// Bytes of KV a token; a real 8B model has 131,072.
     pub kv_bytes_per_token: u32,
+    /// Ranks over which the KV heads are split.
+    pub tensor_parallel: u32,
     pub kv_blocks: u32,
     pub max_seqs: u32,
     /// Prefill and decode tokens of one step.
@@ -341,6 +345,7 @@ impl Default for SimConfig {
             max_model_tokens: 32_768,
             block_size_tokens: 16,
             kv_bytes_per_token: 1024,
+            tensor_parallel: 1,
             kv_blocks: 8192,
             max_seqs: 256,
             max_step_tokens: 2048,

@@ -114,7 +114,7 @@ keys! {
 }
 
 keys! {
-    /// `[coordinator.https]`
+    /// `[coordinator.https]`, and `[admin.https]`
     HTTPS: HttpsConfig {
         /// With the names by which clients dial the coordinator; intermediate certificates after it.
         certificate => certificate: FilePath = Required("\"tls/front.pem\"");
@@ -212,11 +212,12 @@ keys! {
 keys! {
     /// `[admin]`
     ADMIN: AdminConfig {
-        /// Where operators connect (HTTP): the page /ui, the state, drains and modes.
+        /// Where operators connect: the page /ui, the state, drains and modes. An address that is not
+        /// loopback needs [admin.https].
         listen => listen: Address = ByDefault;
-        /// Its first line is the token that operators show. The environment variable
-        /// BATON_ADMIN_TOKEN goes before it; one of them must be there.
-        token_file => token_file: Maybe<ExistingFile> = Optional("\"admin.token\"");
+        /// Its first line is the token that operators show; it is read anew when it changes. The
+        /// environment variable BATON_ADMIN_TOKEN goes before it; one of them must be there.
+        token_file => token_file: Maybe<FilePath> = Optional("\"admin.token\"");
     }
 }
 
@@ -337,6 +338,8 @@ keys! {
         block_size_tokens => block_size_tokens: Count = ByDefault;
         /// Bytes of KV a token; a real 8B model has "128 KiB".
         kv_bytes_per_token => kv_bytes_per_token: TokenBytes = ByDefault;
+        /// Tensor parallel ranks: each hands over its part of the KV heads, of which there are 4.
+        tensor_parallel => tensor_parallel: Count = ByDefault;
         /// Blocks of the KV cache.
         kv_blocks => kv_blocks: Count = ByDefault;
         /// Requests that run at once.

@@ -119,8 +119,11 @@ fn read_cluster(reader: &mut Reader<'_>, root: &Place<'_>) -> ClusterConfig {
     }
     if let Some(place) = reader.table(root, "admin") {
         let admin = cluster.admin.insert(AdminConfig::default());
-        reader.read_keys(&place, keys::ADMIN, &[], &[], admin);
-        if !cluster.insecure_plaintext {
+        reader.read_keys(&place, keys::ADMIN, &["https"], &[], admin);
+        if let Some(https) = reader.table(&place, "https") {
+            let files = admin.https.insert(keys::blank_https());
+            reader.read_keys(&https, keys::HTTPS, &[], &[], files);
+        } else if !cluster.insecure_plaintext {
             rules::admin_exposure(reader, &place, admin);
         }
     }

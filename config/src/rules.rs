@@ -77,15 +77,15 @@ pub(crate) fn coordinator_exposure(
     refuse_peer_exposure(reader, place, "advertise", &coordinator.advertise);
 }
 
-/// The operators' listener speaks plain HTTP, whatever `[tls]` says.
+/// Without certificates of its own the operators' listener speaks plain HTTP, whatever `[tls]` says.
 pub(crate) fn admin_exposure(reader: &mut Reader<'_>, place: &Place<'_>, admin: &AdminConfig) {
     if let Some(value) = place.get("listen")
         && !admin.listen.ip().is_loopback()
     {
         let shown = reader.shown(value.span(), value.get_ref());
         let message = format!(
-            "{shown} is no loopback address, and this listener has no TLS: reach it over ssh or \
-             kubectl port-forward, or set insecure_plaintext = true in a network that you trust"
+            "{shown} is no loopback address: give [admin.https], reach it over ssh or kubectl \
+             port-forward, or set insecure_plaintext = true in a network that you trust"
         );
         reader.add(value.span().start, place.key_path("listen"), message);
     }

@@ -132,6 +132,8 @@ impl Codec for RoleName {
 /// One of several values that have names.
 pub(crate) trait Named: Copy + PartialEq + 'static {
     const NAMES: &'static [(&'static str, Self)];
+    /// What whoever wants something else should know.
+    const BESIDES: &'static str = "";
 }
 
 pub(crate) struct OneOf<T>(PhantomData<T>);
@@ -142,7 +144,8 @@ impl<T: Named> Codec for OneOf<T> {
     fn read(value: &DeValue<'_>, _: &Path) -> Result<T, String> {
         let named = |text: &str| T::NAMES.iter().find(|(name, _)| *name == text);
         let wanted = || one_of(&T::NAMES.iter().map(|(name, _)| *name).collect::<Vec<_>>());
-        text(value).and_then(named).map(|(_, value)| *value).ok_or_else(wanted)
+        let refused = || wanted() + T::BESIDES;
+        text(value).and_then(named).map(|(_, value)| *value).ok_or_else(refused)
     }
 
     fn write(value: &T) -> Option<String> {
@@ -157,6 +160,7 @@ impl Named for TransportChoice {
 
 impl Named for CheckChoice {
     const NAMES: &'static [(&'static str, Self)] = &[("crc", Self::Crc), ("blake3", Self::Blake3)];
+    const BESIDES: &'static str = "; verification cannot be turned off";
 }
 
 impl Named for PlacementMode {

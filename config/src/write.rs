@@ -30,6 +30,9 @@ impl ClusterConfig {
         }
         if let Some(admin) = &self.admin {
             write_table(&mut text, "[admin]", keys::ADMIN, admin);
+            if let Some(https) = &admin.https {
+                write_table(&mut text, "[admin.https]", keys::HTTPS, https);
+            }
         }
         write_table(&mut text, "[telemetry]", keys::TELEMETRY, &self.telemetry);
         if let Some(tls) = &self.tls {
@@ -107,6 +110,8 @@ pub fn sample() -> String {
     describe_keys(&mut text, keys::KUBERNETES, &keys::blank_kubernetes(), Shown::Commented);
     push(&mut text, ADMIN);
     describe_keys(&mut text, keys::ADMIN, &AdminConfig::default(), Shown::Commented);
+    push(&mut text, ADMIN_HTTPS);
+    describe_keys(&mut text, keys::HTTPS, &keys::blank_https(), Shown::Commented);
     push(&mut text, TELEMETRY);
     describe_keys(&mut text, keys::TELEMETRY, &TelemetryConfig::default(), Shown::AsNeeded);
     push(&mut text, TLS);
@@ -215,6 +220,10 @@ const ADMIN: &str = "
 # A listener of its own for operators: `baton status`, `baton drain`, `baton mode`, and the page /ui.
 # Off where this table is absent.
 #[admin]";
+
+const ADMIN_HTTPS: &str = "
+# HTTPS towards operators, in place of HTTP: PEM files, read anew when they change.
+#[admin.https]";
 
 const TELEMETRY: &str = "
 # Where traces of requests go. Nothing is sent without an endpoint.

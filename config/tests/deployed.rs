@@ -40,6 +40,9 @@ fn with_them_it_is_two_prefill_and_two_decode_workers_behind_https_and_a_key() {
         ]
     );
     assert!(cluster.coordinator.https.is_some());
+    let admin = cluster.admin.as_ref().unwrap();
+    assert!(admin.listen.ip().is_loopback());
+    assert_eq!(admin.token_file, Some(directory.path().join("admin.token")));
     let [tenant] = &cluster.tenants[..] else { panic!("{:?}", cluster.tenants) };
     assert_eq!(tenant.key_file.as_deref(), Some(directory.path().join("keys/default").as_path()));
     for worker in &cluster.workers {

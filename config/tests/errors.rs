@@ -170,7 +170,7 @@ fn a_shared_port_of_the_defaults_is_told_once() {
 }
 
 #[test]
-fn operators_are_listened_to_on_this_machine_alone() {
+fn operators_are_listened_to_on_this_machine_alone_or_over_tls() {
     let admin = |listen: &str, before: &str| {
         format!("{before}{COORDINATOR}[admin]\nlisten = \"{listen}\"\ntoken = \"x\"\n")
     };
@@ -178,6 +178,9 @@ fn operators_are_listened_to_on_this_machine_alone() {
     assert!(found.contains("admin.listen: \"10.0.0.1:9400\" is no loopback address"), "{found}");
     assert!(found.contains("admin.token: unknown key; did you mean \"token_file\"?"), "{found}");
     let found = errors(&admin("10.0.0.1:9400", "insecure_plaintext = true\n"));
+    assert!(!found.contains("loopback"), "{found}");
+    let https = "[admin.https]\ncertificate = 'a.pem'\nprivate_key = 'a.key'\n";
+    let found = errors(&(admin("10.0.0.1:9400", "") + https));
     assert!(!found.contains("loopback"), "{found}");
     let found = errors(&admin("127.0.0.1:7000", ""));
     assert!(found.contains("admin.listen: \"127.0.0.1:7000\" is taken by"), "{found}");
@@ -342,4 +345,22 @@ baton.toml:8: balancer.kubernetes: pools are scaled by what each has to do, whic
 baton.toml:8: balancer.kubernetes.max_decode: missing; for example max_decode = 8
 "#,
     );
+}
+
+#[test]
+fn verification_cannot_be_turned_off() {
+    let with = |key: &str| {
+        format!(
+            "[coordinator]\nlisten = \"127.0.0.1:0\"\n[transfer]\n{key}\n[[worker]]\nname = \"a\"\nrole = \"decode\"\n"
+        )
+    };
+    for off in ["check = \"none\"", "check = \"off\"", "check = false"] {
+        let told = errors(&with(off));
+        let expected = "is not \"crc\" or \"blake3\"; verification cannot be turned off";
+        assert!(told.contains("transfer.check") && told.contains(expected), "{told}");
+    }
+    for key in ["verify = false", "checksum = \"none\"", "skip_verification = true"] {
+        let told = errors(&with(key));
+        assert!(told.contains("unknown key"), "{told}");
+    }
 }

@@ -6,9 +6,9 @@ use std::{path::Path, time::Duration};
 
 use baton_config::{
     AdminConfig, AdmissionConfig, ArenaConfig, BalancerConfig, ClusterConfig, CoordinatorConfig,
-    EngineConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig, PlacementMode,
-    SimConfig, SloConfig, TelemetryConfig, TenantConfig, TransferConfig, VllmConfig, VllmSource,
-    WorkerConfig, sample,
+    EngineConfig, HttpsConfig, LateRequests, LimitsConfig, OnNoPrefill, PlacementConfig,
+    PlacementMode, SimConfig, SloConfig, TelemetryConfig, TenantConfig, TransferConfig, VllmConfig,
+    VllmSource, WorkerConfig, sample,
 };
 use baton_types::Role;
 use proptest::prelude::*;
@@ -151,7 +151,14 @@ fn the_samples_examples_are_right() {
     let text = sample();
     let (sim, vllm) = text.split_once("# The keys of kind = \"vllm\":").unwrap();
     let (_, rest) = vllm.split_once("# Staging memory").unwrap();
-    let tables = ["[tls]", "[[tenant]]", "[coordinator.https]", "[balancer.kubernetes]", "[admin]"];
+    let tables = [
+        "[tls]",
+        "[[tenant]]",
+        "[coordinator.https]",
+        "[balancer.kubernetes]",
+        "[admin]",
+        "[admin.https]",
+    ];
     let sim =
         tables.iter().fold(sim.to_owned(), |sim, table| sim.replace(&format!("#{table}"), table));
     // Pools are scaled where there are pools.
@@ -173,7 +180,9 @@ fn the_samples_examples_are_right() {
     let scaling = cluster.kubernetes.unwrap();
     assert_eq!(scaling.prefill_deployment, "baton-prefill");
     assert_eq!((scaling.max_decode, scaling.zero_after), (8, Some(Duration::from_secs(1800))));
-    assert_eq!(cluster.admin.unwrap().token_file, Some(directory.path().join("admin.token")));
+    let admin = cluster.admin.unwrap();
+    assert_eq!(admin.token_file, Some(directory.path().join("admin.token")));
+    assert_eq!(admin.https.unwrap().certificate, https.certificate);
 }
 
 #[test]
@@ -276,6 +285,10 @@ proptest! {
         cluster.admin = insecure_plaintext.then(|| AdminConfig {
             listen: "10.0.0.1:9400".parse().unwrap(),
             token_file: None,
+            https: Some(HttpsConfig {
+                certificate: "/admin.pem".into(),
+                private_key: "/admin.key".into(),
+            }),
         });
         cluster.workers[0].engine = engine;
         cluster.workers[0].arena.export_bytes = bytes;

@@ -2,7 +2,7 @@
 
 vLLM loads it by ``kv_connector_module_path`` = ``baton_connector`` and ``kv_connector`` =
 ``BatonConnector``; ``kv_connector_extra_config`` has one key, ``socket``: the path of the worker's
-Unix socket (``{rank}`` in it stands for the tensor parallel rank).
+Unix socket, which all tensor parallel ranks use.
 """
 
 from .connector import BatonConnector

@@ -1,7 +1,8 @@
 """The staging arena: a file of equal slots that the worker process maps too.
 
-Slots ``0 .. export_slots`` are filled here, the ones after them by the worker. A slot has one
-writer at a time and passes to the other process by a message, never by what lies in it.
+It is the file of all of the engine's ranks. Of its export slots, which come first and are filled
+here, and of its import slots, which the worker fills, a range is this rank's. A slot has one writer
+at a time and passes to the other process by a message, never by what lies in it.
 """
 
 import mmap
@@ -18,9 +19,9 @@ class ArenaError(Exception):
 
 
 class Arena:
-    def __init__(self, path: str, slot_bytes: int, export_slots: int, import_slots: int) -> None:
-        total = slot_bytes * (export_slots + import_slots)
-        if slot_bytes <= 0 or export_slots < 0 or import_slots < 0 or total == 0:
+    def __init__(self, path: str, slot_bytes: int, exports: range, imports: range) -> None:
+        total = slot_bytes * max(exports.stop, imports.stop)
+        if slot_bytes <= 0 or min(exports.start, imports.start) < 0 or not (exports or imports):
             raise ArenaError("the arena is empty")
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -35,30 +36,35 @@ class Arena:
         except OSError as error:
             raise ArenaError(f"cannot map the arena: {error}") from error
         self.slot_bytes = slot_bytes
-        self.export_slots = export_slots
-        self.import_slots = import_slots
+        self.exports = exports
+        self.imports = imports
         # The tensor keeps the mapping alive, also after the worker has removed the file.
         self._slots = torch.frombuffer(mapping, dtype=torch.uint8).view(-1, slot_bytes)
-        self._pinned = False
+        self._pinned: list[torch.Tensor] = []
 
     def slot(self, slot: int) -> torch.Tensor:
         """The bytes of one slot, not copied."""
         return self._slots[slot]
 
     def is_import(self, slot: object) -> bool:
-        return type(slot) is int and 0 <= slot - self.export_slots < self.import_slots
+        return type(slot) is int and slot in self.imports
 
     def pin(self) -> None:
-        """Registers the memory with CUDA, so that copies to and from the device need no staging."""
-        error = torch.cuda.cudart().cudaHostRegister(self._slots.data_ptr(), self._slots.numel(), 0)
-        if int(error) != 0:
-            raise ArenaError(f"cudaHostRegister failed with error {int(error)}")
-        self._pinned = True
+        """Registers this rank's slots with CUDA, so that copies to and from the device need no
+        staging."""
+        for slots in (self.exports, self.imports):
+            part = self._slots[slots.start : slots.stop]
+            if part.numel() == 0:
+                continue
+            error = torch.cuda.cudart().cudaHostRegister(part.data_ptr(), part.numel(), 0)
+            if int(error) != 0:
+                self.unpin()
+                raise ArenaError(f"cudaHostRegister failed with error {int(error)}")
+            self._pinned.append(part)
 
     def unpin(self) -> None:
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._slots.data_ptr())
-            self._pinned = False
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop().data_ptr())
 
 
 class ExportSlots:
@@ -69,11 +75,11 @@ class ExportSlots:
     for blocks of this same producer: neither would ever move.
     """
 
-    def __init__(self, count: int) -> None:
-        self._free = deque(range(count))
+    def __init__(self, slots: range) -> None:
+        self._free = deque(slots)
         self._owner: dict[int, HandoffKey] = {}
         self._owned: dict[HandoffKey, int] = {}
-        self._kept_back = count // 4
+        self._kept_back = len(slots) // 4
 
     def take(self, key: HandoffKey) -> int | None:
         owned = self._owned.get(key, 0)

@@ -46,10 +46,6 @@ def require_supported(config: "VllmConfig", kv_cache: "KVCacheConfig") -> None:
             transfer.kv_load_failure_policy != "fail",
             'kv_load_failure_policy "recompute" (a lost handoff must not pass unseen: set "fail")',
         ),
-        (
-            parallel.tensor_parallel_size > 1 and "{rank}" not in socket_template(config),
-            'tensor parallelism over one socket (set "{rank}" in the path)',
-        ),
     ]
     found = [fault for is_so, fault in faults if is_so]
     if found:
@@ -64,7 +60,7 @@ def _is_full_attention(spec: object) -> bool:
     )
 
 
-def socket_template(config: "VllmConfig") -> str:
+def socket_path(config: "VllmConfig") -> str:
     assert config.kv_transfer_config is not None
     socket = config.kv_transfer_config.get_from_extra_config("socket", None)
     if not isinstance(socket, str) or not socket:
@@ -85,6 +81,7 @@ def describe(config: "VllmConfig", cache: PagedCache, rank: int) -> dict[str, An
         "block_bytes": cache.block_bytes,
         "tensor_parallel_rank": rank,
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+        "kv_heads": cache.heads(config.model_config.get_total_num_kv_heads()),
         "connector_version": __version__,
     }
 

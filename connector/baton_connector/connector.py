@@ -14,7 +14,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from .compatibility import attention_backend, describe, require_supported, socket_template
+from .compatibility import attention_backend, describe, require_supported, socket_path
 from .layout import PagedCache
 from .link import Link
 from .plan import StepPlan, WorkerReport
@@ -63,7 +63,7 @@ class BatonConnector(KVConnectorBase_V1):
             "vllm_version": vllm.__version__,
             "compatibility": describe(config, cache, rank),
         }
-        path = socket_template(config).replace("{rank}", str(rank))
+        path = socket_path(config)
         link = Link(path, hello, cache.block_bytes)
         if self._worker is not None:
             self._worker.stop()  # The engine has made its cache anew.

@@ -52,19 +52,19 @@ class Exports:
         self._send = send
         self._later = later
         self._arena: Arena | None = None
-        self._slots = ExportSlots(0)
+        self._slots = ExportSlots(range(0))
         self._exporting: dict[str, _Exporting] = {}
         self._cancelled = RecentHandoffs()
         self._sent: set[str] = set()
 
     def attached(self, arena: Arena) -> None:
         self._arena = arena
-        self._slots = ExportSlots(arena.export_slots)
+        self._slots = ExportSlots(arena.exports)
 
     def detached(self) -> None:
         """Nobody is left who has the first blocks of what was being exported."""
         self._arena = None
-        self._slots = ExportSlots(0)
+        self._slots = ExportSlots(range(0))
         for exporting in self._exporting.values():
             self._make_void(exporting)
             exporting.told = False

@@ -2,12 +2,15 @@
 
 A block travels as the pages of all layers, one after another, each in the order in which it lies in
 memory. What a page holds inside is the attention backend's affair (on CPU, for one, all K rows of a
-head come before its V rows), so pages are only ever copied whole, between engines whose
-``description`` is the same.
+head come before its V rows), so pages are only ever copied whole. Where a layer's view is vLLM's own
+``[blocks, heads, tokens, content]``, :meth:`PagedCache.heads` says where each head lies, and the
+workers can make blocks of one another's for engines that split the heads over other numbers of
+ranks; else blocks pass between engines alone whose ``description`` is the same.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 
 import torch
 
@@ -27,6 +30,15 @@ class PagedCache:
         self.dtype = str(next(iter(layers.values())).dtype).removeprefix("torch.")
         self.block_bytes = sum(pages.shape[1] for pages in self._pages)
         self.description = _describe(list(distinct.values()), backend)
+        self._layers, self._backend = list(distinct.values()), backend
+
+    def heads(self, total: int) -> str:
+        """Where each of the heads lies in a block, of so many on all ranks together, in the workers'
+        words (``baton_types::HeadLayout``); nothing where it cannot be told."""
+        pages = [_heads(layer) for layer in self._layers]
+        if not self._backend or "/" in self._backend or not all(pages):
+            return ""
+        return f"{self._backend}/{total}/" + "+".join(f"{n}*{page}" for n, page in _runs(pages))
 
     def copy_out(self, block_id: int, slot: torch.Tensor) -> None:
         start = 0
@@ -66,18 +78,30 @@ def _inner(layer: torch.Tensor) -> list[tuple[int, int]]:
     return [(n, s) for n, s in zip(layer.shape[1:], layer.stride()[1:]) if n > 1]
 
 
+def _heads(layer: torch.Tensor) -> str:
+    """The axes of a page down to the head's, and the bytes below it."""
+    if layer.dim() != 4:
+        return ""
+    _, heads, tokens, content = layer.shape
+    if layer.stride(1) > layer.stride(2):
+        return f"h{heads}.{tokens * content * layer.element_size()}"
+    if layer.stride(3) > layer.stride(1):
+        return ""
+    return f"t{tokens}.h{heads}.{content * layer.element_size()}"
+
+
 def _describe(layers: list[torch.Tensor], backend: str) -> str:
-    runs: list[tuple[str, int]] = []
-    for layer in layers:
+    def text(layer: torch.Tensor) -> str:
         shape = "x".join(map(str, layer.shape[1:]))
-        strides = ".".join(map(str, layer.stride()[1:]))
-        text = f"{shape}@{strides}"
-        if runs and runs[-1][0] == text:
-            runs[-1] = (text, runs[-1][1] + 1)
-        else:
-            runs.append((text, 1))
-    description = "+".join(f"{count}*{text}" for text, count in runs)
+        return f"{shape}@" + ".".join(map(str, layer.stride()[1:]))
+
+    description = "+".join(f"{count}*{text}" for count, text in _runs(map(text, layers)))
     return f"{backend}:{description}" if backend else description
+
+
+def _runs(texts: Iterable[str]) -> list[tuple[int, str]]:
+    """Each with how often it comes in a row."""
+    return [(len(list(run)), text) for text, run in groupby(texts)]
 
 
 Ticket = Callable[[], bool]

@@ -22,7 +22,7 @@ from .arena import Arena, ArenaError
 
 logger = init_logger("vllm.baton_connector.link")
 
-PROTOCOL = 3
+PROTOCOL = 4
 FIRST_ATTACH_SECONDS = 60.0
 """The worker may start later than vLLM."""
 HANDSHAKE_SECONDS = 60.0
@@ -145,8 +145,8 @@ class Link:
             arena = Arena(
                 str(answer["arena"]),
                 int(answer["slot_bytes"]),
-                int(answer["export_slots"]),
-                int(answer["import_slots"]),
+                _slots(answer, "export"),
+                _slots(answer, "import"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Refused("the worker's welcome is malformed") from error
@@ -184,6 +184,11 @@ class Link:
             return str(error)
         finally:
             connection.close()
+
+
+def _slots(welcome: dict[str, Any], half: str) -> range:
+    first = int(welcome[f"first_{half}_slot"])
+    return range(first, first + int(welcome[f"{half}_slots"]))
 
 
 def limit_sends(sock: socket.socket) -> None:

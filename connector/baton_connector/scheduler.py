@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from .compatibility import Unsupported, socket_template
+from .compatibility import Unsupported, socket_path
 from .handoff import Role, read_part
 from .steps import ObservedStep, StepsLink
 
@@ -65,8 +65,7 @@ class _Paced(Scheduler):
         self._last_output = 0.0
         self._steps_since_loads = 0
         self._load_let_in = ""
-        # All ranks step together: the first one's worker hears of it.
-        self._link = StepsLink(socket_template(vllm_config).replace("{rank}", "0"))
+        self._link = StepsLink(socket_path(vllm_config))
         self._link.start()
 
     def add_request(self, request: "Request") -> None:

@@ -144,7 +144,7 @@ class Agent:
         hello = frames.receive(connection)
         if hello is None:
             return
-        assert hello["protocol"] == 3
+        assert hello["protocol"] == 4
         if hello["type"] == "scheduler":
             self._serve_scheduler(connection)
         else:
@@ -152,7 +152,7 @@ class Agent:
 
     def _serve_scheduler(self, connection: socket.socket) -> None:
         with self._changed:
-            connection.sendall(frames.encode({"type": "attached", "protocol": 3}))
+            connection.sendall(frames.encode({"type": "attached", "protocol": 4}))
             self._scheduler = connection
             self.schedulers += 1
             self._changed.notify_all()
@@ -198,10 +198,12 @@ class Agent:
         self._export_held = set()
         return {
             "type": "welcome",
-            "protocol": 3,
+            "protocol": 4,
             "arena": path,
             "slot_bytes": self._slot_bytes,
+            "first_export_slot": 0,
             "export_slots": self.export_slots,
+            "first_import_slot": self.export_slots,
             "import_slots": self.import_slots,
         }
 

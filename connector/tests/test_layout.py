@@ -65,3 +65,52 @@ def test_what_cannot_be_copied_whole_is_refused() -> None:
             PagedCache({"l": layer}, blocks)
     with pytest.raises(LayoutError):
         PagedCache({}, BLOCKS)
+
+
+def test_where_the_heads_lie_is_told_where_it_is_plain() -> None:
+    page = TOKENS * WIDTH
+    outside = PagedCache(interleaved(), BLOCKS, "B")
+    assert outside.heads(6) == f"B/6/2*h3.{page * 4}"
+    inside = PagedCache(pages_side_by_side(), BLOCKS, "B")
+    assert inside.heads(3) == f"B/3/2*t5.h3.{WIDTH * 2}"
+    # One head lies inside or outside by its stride, as those of other ranks do that have more.
+    one = torch.zeros(BLOCKS, TOKENS, 1, WIDTH).permute(0, 2, 1, 3)
+    assert PagedCache({"l": one}, BLOCKS, "B").heads(8) == f"B/8/1*t5.h1.{WIDTH * 4}"
+    assert PagedCache({"l": one.contiguous()}, BLOCKS, "B").heads(8).startswith("B/8/1*")
+
+    unknown = torch.zeros(BLOCKS, 2, TOKENS, HEADS, WIDTH)
+    assert PagedCache({"l": unknown}, BLOCKS, "B").heads(3) == ""
+    assert PagedCache(interleaved(), BLOCKS).heads(3) == "", "nobody says what a page is inside"
+
+
+def cut(told: str, block: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """These heads of a block, found by nothing but what was told of it."""
+    parts, start = [], 0
+    for run in told.split("/")[2].split("+"):
+        layers, page = run.split("*")
+        *axes, cell = page.split(".")
+        shape = [int(layers), *(int(axis[1:]) for axis in axes), int(cell)]
+        end = start + torch.Size(shape).numel()
+        heads = 1 + next(i for i, axis in enumerate(axes) if axis.startswith("h"))
+        parts.append(block[start:end].view(shape).narrow(heads, first, count).reshape(-1))
+        start = end
+    assert start == len(block)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_the_heads_of_a_rank_lie_where_it_is_told(order) -> None:
+    def laid_out(layer: torch.Tensor) -> torch.Tensor:
+        return layer.permute(order).contiguous().permute(order)
+
+    whole = [torch.rand(BLOCKS, 4, TOKENS, WIDTH) for _ in range(3)]
+    engine = PagedCache({str(i): laid_out(layer) for i, layer in enumerate(whole)}, BLOCKS, "B")
+    slot = torch.zeros(engine.block_bytes, dtype=torch.uint8)
+    engine.copy_out(2, slot)
+    for rank in range(2):
+        part = [laid_out(layer[:, 2 * rank : 2 * rank + 2]) for layer in whole]
+        cache = PagedCache({str(i): layer for i, layer in enumerate(part)}, BLOCKS, "B")
+        own = torch.zeros(cache.block_bytes, dtype=torch.uint8)
+        cache.copy_out(2, own)
+        assert torch.equal(own, cut(engine.heads(4), slot, 2 * rank, 2))
+        assert cache.heads(4) == engine.heads(4).replace("h4", "h2")

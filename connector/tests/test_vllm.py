@@ -39,6 +39,7 @@ def test_the_hello_says_what_the_engine_is(engine: Engine, agent: Agent) -> None
     assert compatibility["block_size_tokens"] == BLOCK
     assert compatibility["block_bytes"] == 30 * 3 * BLOCK * 128 * 4
     assert compatibility["kv_layout"].endswith(f"30*3x{BLOCK}x128@{BLOCK * 128}.128.1")
+    assert compatibility["kv_heads"].endswith(f"/3/30*h3.{BLOCK * 128 * 4}")
     assert len(compatibility["revision"]) == 64
     assert (compatibility["tensor_parallel_rank"], compatibility["tensor_parallel_size"]) == (0, 1)
 

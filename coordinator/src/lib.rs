@@ -48,7 +48,7 @@ pub use crate::{client::KeyFileError, tls::TlsError};
 const TICK_INTERVAL: Duration = Duration::from_millis(20);
 /// What operators, their pages and their scripts hold open; further ones wait.
 const ADMIN_CONNECTIONS: usize = 64;
-/// Certificates and keys are looked at this often.
+/// Certificates, keys and tokens are looked at this often.
 const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +112,11 @@ pub async fn run(
     let https = coordinator.https.as_ref().map(tls::for_clients).transpose();
     let https =
         https.map_err(|source| CoordinatorError::Tls { table: "coordinator.https", source })?;
+    let admin_https = config.admin.as_ref().and_then(|admin| admin.https.as_ref());
+    let admin_https = admin_https.map(tls::for_clients).transpose();
+    let admin_https = admin_https
+        .map_err(|source| CoordinatorError::Tls { table: "admin.https", source })?
+        .map(Arc::new);
     let access =
         Access { https: https.map(Arc::new), tenants: Arc::new(Tenants::open(&config.tenants)?) };
 
@@ -146,9 +151,10 @@ pub async fn run(
         access.clone(),
         clients,
     ));
+    let admin_token = operators.as_ref().map(|(_, token)| token.clone());
     let admin = operators.map(|(listener, token)| {
         let router = admin::router(shell.clone(), token);
-        tokio::spawn(listener::serve(router, listener, admin_limits, None))
+        tokio::spawn(listener::serve(router, listener, admin_limits, admin_https.clone()))
     });
     let metrics = shell.metrics.clone();
     let follows = tokio::spawn(async move {
@@ -162,6 +168,12 @@ pub async fn run(
                 tls::follow("coordinator.https", https, &metrics);
             }
             access.tenants.follow();
+            if let Some(https) = &admin_https {
+                tls::follow("admin.https", https, &metrics);
+            }
+            if let Some(token) = &admin_token {
+                token.follow();
+            }
         }
     });
     let ticks = tokio::spawn({

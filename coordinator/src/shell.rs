@@ -270,7 +270,7 @@ impl Shell {
                         self.attempted(state, request);
                     }
                     if let Some(start) =
-                        state.start_job(self.slo.ttft_ms, job, request, leg, handoff)
+                        state.start_job(self.slo.ttft_ms, worker, job, request, leg, handoff)
                         && let Some(attached) = state.links.get(&worker)
                     {
                         attached.link.start(start);

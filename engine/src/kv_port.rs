@@ -9,13 +9,34 @@ use tokio::sync::mpsc;
 /// names it in [`FromEngine::Exported`], and may use it again after [`ToEngine::Release`]. The worker
 /// owns the import slots: it fills them, names them in [`ToEngine::Load`], and has them back with
 /// [`FromEngine::Loaded`].
+///
+/// Of an engine with tensor parallelism each rank does all of this for its own part of each block, in slots
+/// of its own ([`baton_arena::ArenaLayout::of_rank`]). All are told the same of a handoff, and it is complete
+/// for none before it is for all.
 #[derive(Debug)]
 pub struct KvPort {
+    /// Of the first rank; the others differ from it in their number alone.
     pub compatibility: Compatibility,
     pub arena: baton_arena::Arena,
-    /// Ends when the engine's KV side goes away.
+    /// In their order.
+    pub ranks: Vec<RankPort>,
+}
+
+/// One tensor parallel rank's end of a [`KvPort`].
+#[derive(Debug)]
+pub struct RankPort {
+    /// Ends when the rank's KV side goes away, and with it that of the engine.
     pub from_engine: mpsc::Receiver<FromEngine>,
     pub to_engine: mpsc::Sender<ToEngine>,
+}
+
+impl RankPort {
+    /// Both ends of a rank's queues, with room for so many messages: the worker's, then the engine's.
+    pub fn pair(messages: usize) -> (Self, mpsc::Sender<FromEngine>, mpsc::Receiver<ToEngine>) {
+        let (tell, from_engine) = mpsc::channel(messages);
+        let (to_engine, hear) = mpsc::channel(messages);
+        (Self { from_engine, to_engine }, tell, hear)
+    }
 }
 
 /// One whole block of KV, all layers together, in a slot of the arena.

@@ -2,12 +2,16 @@
 
 mod log;
 
-use std::{io, path::PathBuf};
+use std::{
+    io::{self, IsTerminal as _},
+    path::PathBuf,
+};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::oneshot,
 };
+use tracing::info;
 
 pub use crate::log::LogOptions;
 
@@ -78,6 +82,17 @@ impl ProcessOptions {
             |kind, name| signal(kind).map_err(|error| StartError::Signal { signal: name, error });
         let mut interrupt = listen(SignalKind::interrupt(), "SIGINT")?;
         let mut terminate = listen(SignalKind::terminate(), "SIGTERM")?;
+        let mut hang_up = listen(SignalKind::hangup(), "SIGHUP")?;
+        // A service is asked by it to read its files anew; who has a terminal has lost it.
+        let is_service = !io::stderr().is_terminal();
+        let hung_up = async move {
+            while hang_up.recv().await.is_some() && is_service {
+                info!(
+                    "SIGHUP changes nothing: certificates, keys and tokens are read anew when their \
+                     files change, and baton.toml when this is started again"
+                );
+            }
+        };
         let (ended, stdin_ended) = oneshot::channel();
         let watches_stdin = self.stop_with_stdin;
         if watches_stdin {
@@ -91,6 +106,7 @@ impl ProcessOptions {
             tokio::select! {
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
+                () = hung_up => {}
                 _ = stdin_ended, if watches_stdin => {}
             }
         }))

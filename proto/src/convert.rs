@@ -67,6 +67,7 @@ impl From<&types::Compatibility> for wire::Compatibility {
             tensor_parallel_rank: c.tensor_parallel_rank,
             tensor_parallel_size: c.tensor_parallel_size,
             connector_version: c.connector_version.clone(),
+            kv_heads: c.kv_heads.clone(),
         }
     }
 }
@@ -83,6 +84,7 @@ impl From<wire::Compatibility> for types::Compatibility {
             tensor_parallel_rank: c.tensor_parallel_rank,
             tensor_parallel_size: c.tensor_parallel_size,
             connector_version: c.connector_version,
+            kv_heads: c.kv_heads,
         }
     }
 }

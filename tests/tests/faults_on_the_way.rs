@@ -41,7 +41,7 @@ struct Stack {
 }
 
 impl Stack {
-    async fn start(faults: &Faults, seed: u64, transport: &str) -> Self {
+    async fn start(faults: &Faults, seed: u64, transport: &str, ranks: [u32; 2]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let [http, workers] = [free_tcp_port(), free_tcp_port()];
         let mut toml = format!(
@@ -60,8 +60,10 @@ impl Stack {
             toml += &format!(
                 "[[worker]]\nname = \"{name}\"\nrole = \"{role}\"\n[worker.transfer]\n\
                  listen = \"{listen}\"\nadvertise = \"{}\"\nstall_timeout_seconds = 1\n\
-                 transport = \"{transport}\"\n",
-                relay.address()
+                 transport = \"{transport}\"\n\
+                 [worker.engine]\nkind = \"sim\"\ntensor_parallel = {}\n",
+                relay.address(),
+                ranks[n / 2]
             );
             relays.push(relay);
         }
@@ -206,25 +208,34 @@ fn from_environment(name: &str) -> Option<u64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_token_is_wrong_and_nothing_is_left() {
-    disturbed("quic").await;
+    disturbed("quic", [1, 1], 400).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nor_where_memory_is_shared() {
-    disturbed("shm").await;
+    disturbed("shm", [1, 1], 400).await;
 }
 
-async fn disturbed(transport: &str) {
+/// Blocks that are made of pieces: what is wrong with a piece is seen before or after it was laid down.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_between_engines_of_other_numbers_of_ranks() {
+    disturbed("quic", [4, 2], 200).await;
+}
+
+/// `ranks` of each prefill and of each decode worker's engine.
+async fn disturbed(transport: &str, ranks: [u32; 2], handoffs: u64) {
     let seed = from_environment("BATON_FAULT_SEED").unwrap_or(1);
-    let handoffs = from_environment("BATON_FAULT_HANDOFFS").unwrap_or(400);
+    let handoffs = from_environment("BATON_FAULT_HANDOFFS").unwrap_or(handoffs);
     let handoffs = usize::try_from(handoffs).unwrap();
-    println!("BATON_FAULT_SEED={seed} BATON_FAULT_HANDOFFS={handoffs} over {transport}");
+    println!(
+        "BATON_FAULT_SEED={seed} BATON_FAULT_HANDOFFS={handoffs} over {transport}, ranks {ranks:?}"
+    );
     let plan =
         FaultPlan { seed, disturbed_ratio: DISTURBED_RATIO, block_size_tokens: BLOCK_SIZE_TOKENS };
     let faults = Faults::new(plan);
     let beside = tempfile::tempdir().unwrap();
     let reference = Arc::new(Reference::start(beside.path()));
-    let stack = Stack::start(&faults, seed, transport).await;
+    let stack = Stack::start(&faults, seed, transport, ranks).await;
     let began = Instant::now();
 
     let client = reqwest::Client::builder().no_proxy().build().unwrap();

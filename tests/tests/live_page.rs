@@ -4,6 +4,8 @@
 // A scenario says what must hold by panicking.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+use std::process::Command;
+
 use baton_tests::{ADMIN_TOKEN, Browser, ClusterBuilder, chromium_or_skip};
 use serde_json::json;
 
@@ -153,9 +155,46 @@ async fn values_change_live_and_orders_work() {
         let themed = format!("document.documentElement.dataset.theme === '{scheme}'");
         browser.until("it follows the system", &themed).unwrap();
         nothing_overflows(&mut browser, &format!("{scheme} {width}"));
+        let in_sight = "[...document.querySelectorAll('#workers tbody button')].every((button) => {
+            const box = button.getBoundingClientRect();
+            return box.left >= 0 && box.right <= document.documentElement.clientWidth; })";
+        assert_eq!(
+            browser.evaluate(in_sight).unwrap(),
+            true,
+            "who is at a phone can drain: {width}"
+        );
         browser.screenshot(&format!("four-{scheme}-{width}")).unwrap();
     }
     no_complaints(&mut browser);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_old_looks_old() {
+    let Some(mut browser) = chromium_or_skip("what_is_old_looks_old") else { return };
+    let cluster = ClusterBuilder::sim().start().await.unwrap();
+    browser.look(1400, 900, "light").unwrap();
+    browser.open(&cluster.admin_url("/ui")).unwrap();
+    give_token(&mut browser, ADMIN_TOKEN);
+    browser.until("it is live", "document.querySelector('#standing.live') !== null").unwrap();
+    // It holds its connections and answers nothing.
+    let coordinator = cluster.process_id("coordinator").unwrap().to_string();
+    let signal = |name: &str| Command::new("kill").args([name, &coordinator]).status().unwrap();
+    assert!(signal("-STOP").success());
+    browser
+        .until(
+            "it says of when it is",
+            "/does not answer: as it was at \\d\\d:/.test(document.querySelector('#standing').textContent)
+             && getComputedStyle(document.querySelector('main')).opacity < 1",
+        )
+        .unwrap();
+    assert!(signal("-CONT").success());
+    browser
+        .until(
+            "it is live again",
+            "document.querySelector('#standing.live') !== null
+             && getComputedStyle(document.querySelector('main')).opacity === '1'",
+        )
+        .unwrap();
 }
 
 /// What the coordinator says, with each worker a hundred times, as the page gets it.

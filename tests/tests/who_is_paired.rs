@@ -72,6 +72,32 @@ async fn blocks_of_another_shape_are_not_paired() {
     let answer = ask(&cluster, "baton-sim").await;
     answer.generated();
     assert_eq!(answer.header("x-baton-reason"), "no_compatible_pair");
+    cluster.wait_for_log("coordinator", "block_size_tokens differs: 32 here, 16 at the peer").await;
+}
+
+#[tokio::test]
+async fn engines_that_split_their_heads_over_other_numbers_of_ranks_are_paired() {
+    let mut cluster = ClusterBuilder::sim().engine("tensor_parallel = 4").start().await.unwrap();
+    let prompt = "Four ranks hand over to two. ".repeat(40);
+    let expected = cluster.complete(prompt.clone(), 8).await;
+    assert_eq!(expected.path(), "disaggregated", "rank to rank");
+    assert_eq!(expected.header("x-baton-decode-worker"), "decode-0");
+    let alike = file_for_one_more(&cluster, "decode-0");
+    cluster.kill("decode-0");
+    for (ranks, name) in [(2, "two-0"), (8, "eight-0"), (1, "one-0")] {
+        cluster.eventually("it is gone", |m| m.sum("baton_workers", &[]) == 1.0).await;
+        let toml = alike
+            .replace("\"decode-0\"", &format!("{name:?}"))
+            .replace("tensor_parallel = 4", &format!("tensor_parallel = {ranks}"));
+        cluster.start_worker_of(&toml, name, "decode", name).unwrap();
+        cluster.wait_for_workers(2, Duration::from_secs(30)).await.unwrap();
+        let answer = cluster.complete(prompt.clone(), 8).await;
+        assert_eq!(answer.path(), "disaggregated", "{:?}", answer.headers);
+        assert_eq!(answer.header("x-baton-decode-worker"), name);
+        assert_eq!(answer.generated(), expected.generated(), "over {ranks} ranks");
+        cluster.eventually_idle().await;
+        cluster.kill(name);
+    }
 }
 
 #[tokio::test]

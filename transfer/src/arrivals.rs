@@ -1,5 +1,8 @@
 //! What a consumer has of one handoff, held against what it must have: the same for every channel.
 
+use baton_arena::PIECE_BYTES;
+use crc_fast::{CrcAlgorithm, Digest};
+
 use crate::{
     channel::{Pulled, Seal, Subscription, TransferError},
     frame::{BlockHead, BlocksDigest, SealedFrame},
@@ -103,22 +106,59 @@ pub(crate) fn verify(
     bytes: &[u8],
     key: Option<&MacKey>,
 ) -> Result<u32, TransferError> {
+    let mut sums = Sums::default();
+    bytes.chunks(PIECE_BYTES).for_each(|piece| sums.add(piece));
+    let crc32 = verify_sums(head, bytes.len(), &sums)?;
+    if let (Some(key), Some(mac)) = (key, &head.mac)
+        && !mac.agrees_with(&key.of_block(&head.handoff, head.index, bytes))
+    {
+        return Err(TransferError::Forged { index: head.index });
+    }
+    Ok(crc32)
+}
+
+/// As [`verify`], for a block of so many bytes of which the sums were taken piece by piece. A block under a MAC is
+/// not for this.
+pub(crate) fn verify_sums(
+    head: &BlockHead,
+    found_bytes: usize,
+    sums: &Sums,
+) -> Result<u32, TransferError> {
     let BlockHead { index, len, crc, .. } = *head;
-    if bytes.len() as u64 != u64::from(len) {
-        let (bytes, expected) = (bytes.len() as u64, u64::from(len));
+    if found_bytes as u64 != u64::from(len) {
+        let (bytes, expected) = (found_bytes as u64, u64::from(len));
         return Err(TransferError::Truncated { index, bytes, expected });
     }
-    let crc32 = crc_fast::crc32_iso_hdlc(bytes);
-    let found = crc_fast::crc64_nvme(bytes);
+    let found = sums.crc64.finalize();
     if found != crc {
         return Err(TransferError::Corrupt { index, expected: crc, found });
     }
-    if let (Some(key), Some(mac)) = (key, &head.mac)
-        && !mac.agrees_with(&key.of_block(&head.handoff, index, bytes))
-    {
-        return Err(TransferError::Forged { index });
+    // The upper half of what a 32-bit sum comes as is empty.
+    Ok(u32::try_from(sums.crc32.finalize()).unwrap_or_default())
+}
+
+/// A block's two sums, taken together over one piece after the other, so that the second reads what the first has
+/// brought near. Of each piece the CRC-32 is taken *before* the CRC-64: a bit that changes in between is in the
+/// second alone, which then is not the producer's; one that changes later is in neither, and whoever reads the block
+/// next finds that it does not agree with the first.
+#[derive(Debug)]
+pub(crate) struct Sums {
+    crc32: Digest,
+    crc64: Digest,
+}
+
+impl Default for Sums {
+    fn default() -> Self {
+        let crc32 = Digest::new(CrcAlgorithm::Crc32IsoHdlc);
+        Self { crc32, crc64: Digest::new(CrcAlgorithm::Crc64Nvme) }
     }
-    Ok(crc32)
+}
+
+impl Sums {
+    pub(crate) fn add(&mut self, piece: &[u8]) {
+        self.crc32.update(piece);
+        self.crc64.update(piece);
+    }
 }
 
 fn agree<T: PartialEq + ToString>(

@@ -35,6 +35,24 @@ impl LedgerCounters {
     }
 }
 
+impl std::iter::Sum for LedgerCounters {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |mut sum, more| {
+            sum.blocks_sent += more.blocks_sent;
+            sum.bytes_sent += more.bytes_sent;
+            sum.handoffs_expected += more.handoffs_expected;
+            sum.handoffs_acked += more.handoffs_acked;
+            sum.handoffs_aborted += more.handoffs_aborted;
+            sum.handoffs_expired += more.handoffs_expired;
+            sum.handoffs_broken += more.handoffs_broken;
+            for (count, more) in sum.refusals.iter_mut().zip(more.refusals) {
+                *count += more;
+            }
+            sum
+        })
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Tallies {
     blocks_sent: AtomicU64,

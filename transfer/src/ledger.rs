@@ -103,6 +103,11 @@ impl Ledger {
         self.shared.news.notify_waiters();
     }
 
+    /// The engine's present life.
+    pub fn epoch(&self) -> Epoch {
+        self.shared.books.lock().epoch
+    }
+
     /// As [`Self::expect_by`], for whom nobody waits in particular.
     pub fn expect(
         &self,

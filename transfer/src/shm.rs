@@ -5,8 +5,8 @@
 //! and by the file behind the arena. Who is who among them is said, not proven: processes of one user
 //! can read each other's memory anyway.
 
-mod batch;
 mod consume;
+mod copying;
 mod hello;
 mod produce;
 
@@ -28,6 +28,7 @@ use tokio::{
     time::timeout,
 };
 
+use self::copying::Copiers;
 use crate::channel::{
     BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError,
 };
@@ -39,9 +40,9 @@ const TRANSPORT: &str = "shm";
 const BEAT: Duration = Duration::from_millis(250);
 /// A side of which nothing is heard for so long is gone.
 const SILENCE: Duration = Duration::from_millis(1500);
-/// Blocks that may wait in the producer's arena to be copied: the consumer copies half of them together and
-/// is told of further ones meanwhile.
-const WINDOW: usize = 128;
+/// Blocks that may wait in the producer's arena to be copied: the consumer copies half of them and is told of
+/// further ones meanwhile.
+const WINDOW: usize = 256;
 const SOCKET_PREFIX: &str = "baton-kv-";
 const SOCKET_SUFFIX: &str = ".sock";
 /// Handoffs at a time, of which each holds a socket; further ones wait.
@@ -74,6 +75,7 @@ pub struct ShmChannel {
     handoffs: Semaphore,
     /// By the fingerprint of whose it is.
     mapped: Mutex<HashMap<[u8; 32], Arc<PeerArena>>>,
+    copiers: Copiers,
     _serving: JoinSet<()>,
 }
 
@@ -120,6 +122,7 @@ impl ShmChannel {
             path,
             handoffs: Semaphore::new(CONCURRENT_HANDOFFS),
             mapped: Mutex::default(),
+            copiers: Copiers::default(),
             _serving: serving,
         }))
     }

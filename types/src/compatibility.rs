@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+use crate::reslice::Split;
+
 /// What two engines must share before the KV of one means anything to the other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -19,6 +21,10 @@ pub struct Compatibility {
     pub tensor_parallel_size: u32,
     /// Version of the software that lays the blocks out.
     pub connector_version: String,
+    /// Where each KV head lies in a block, as a [`HeadLayout`](crate::HeadLayout); empty where the engine
+    /// cannot tell. Blocks of engines that tell can be made of one another, whatever their number of ranks.
+    #[serde(default)]
+    pub kv_heads: String,
 }
 
 /// The first field in which two engines differ.
@@ -33,40 +39,89 @@ pub struct CompatibilityMismatch {
 impl Compatibility {
     /// A digest that is equal when every field is.
     pub fn digest(&self) -> [u8; 32] {
-        let mut hasher = blake3::Hasher::new();
-        for (name, value) in self.fields() {
-            for part in [name.as_bytes(), value.as_bytes()] {
-                hasher.update(&(part.len() as u64).to_le_bytes());
-                hasher.update(part);
-            }
-        }
-        *hasher.finalize().as_bytes()
+        digest(&self.fields())
     }
 
-    /// Says in what the peer differs, so that an operator need not compare digests.
+    /// A digest that is equal for engines between which KV can pass, as it is or made of one another's
+    /// blocks: when [`Self::check`] finds nothing.
+    pub fn pairing_digest(&self) -> [u8; 32] {
+        digest(&self.to_be_equal())
+    }
+
+    /// The same of another tensor parallel rank of this engine.
+    #[must_use]
+    pub fn of_rank(&self, rank: u32) -> Self {
+        Self { tensor_parallel_rank: rank, ..self.clone() }
+    }
+
+    /// Says in what the peer's engine differs so that KV cannot pass, so that an operator need not compare
+    /// digests.
     pub fn check(&self, peer: &Self) -> Result<(), CompatibilityMismatch> {
-        let differing = self.fields().into_iter().zip(peer.fields()).find(|(a, b)| a != b);
+        let compared = self.to_be_equal().into_iter().zip(peer.to_be_equal());
+        let told = self.fields().into_iter().zip(peer.fields());
+        let differing = compared.zip(told).find(|((ours, theirs), _)| ours != theirs);
         match differing {
             None => Ok(()),
-            Some(((field, ours), (_, theirs))) => {
+            Some((_, ((field, ours), (_, theirs)))) => {
+                let or_unknown =
+                    |text: String| if text.is_empty() { "unknown".to_owned() } else { text };
+                let (ours, theirs) = (or_unknown(ours), or_unknown(theirs));
                 Err(CompatibilityMismatch { field, ours, theirs })
             }
         }
     }
 
-    fn fields(&self) -> [(&'static str, String); 9] {
+    /// Says in what another rank of this engine differs, which it may in nothing but its number.
+    pub fn check_ranks(&self, other: &Self) -> Result<(), CompatibilityMismatch> {
+        let (ours, theirs) = (self.of_rank(0).fields(), other.of_rank(0).fields());
+        let differing = ours.into_iter().zip(theirs).find(|(ours, theirs)| ours != theirs);
+        differing.map_or(Ok(()), |((field, ours), (_, theirs))| {
+            Err(CompatibilityMismatch { field, ours, theirs })
+        })
+    }
+
+    /// The fields as far as they must be equal. Where heads can be told apart, only what is common to all
+    /// ways of splitting them.
+    fn to_be_equal(&self) -> [(&'static str, String); 10] {
+        let Ok(split) = Split::of(self) else { return self.of_rank(0).fields() };
+        let kv_heads = split.kin().to_string();
+        let free = Self {
+            kv_layout: String::new(),
+            block_bytes: 0,
+            tensor_parallel_rank: 0,
+            tensor_parallel_size: 0,
+            kv_heads,
+            ..self.clone()
+        };
+        free.fields()
+    }
+
+    /// What says most comes first.
+    fn fields(&self) -> [(&'static str, String); 10] {
         [
             ("model", self.model.clone()),
             ("revision", self.revision.clone()),
             ("kv_dtype", self.kv_dtype.clone()),
-            ("kv_layout", self.kv_layout.clone()),
             ("block_size_tokens", self.block_size_tokens.to_string()),
-            ("block_bytes", self.block_bytes.to_string()),
-            ("tensor_parallel_rank", self.tensor_parallel_rank.to_string()),
-            ("tensor_parallel_size", self.tensor_parallel_size.to_string()),
             ("connector_version", self.connector_version.clone()),
+            ("kv_heads", self.kv_heads.clone()),
+            ("tensor_parallel_size", self.tensor_parallel_size.to_string()),
+            ("tensor_parallel_rank", self.tensor_parallel_rank.to_string()),
+            ("kv_layout", self.kv_layout.clone()),
+            ("block_bytes", self.block_bytes.to_string()),
         ]
     }
+}
+
+fn digest(fields: &[(&'static str, String)]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for (name, value) in fields {
+        for part in [name.as_bytes(), value.as_bytes()] {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+    }
+    *hasher.finalize().as_bytes()
 }
 
 #[cfg(test)]
@@ -84,13 +139,25 @@ mod tests {
             tensor_parallel_rank: 0,
             tensor_parallel_size: 1,
             connector_version: "1".into(),
+            kv_heads: String::new(),
+        }
+    }
+
+    /// Heads of 2 × 8 × 16 bytes, 4 of them in all.
+    fn on_ranks(size: u32, kv_heads: &str, block_bytes: u64) -> Compatibility {
+        Compatibility {
+            block_bytes,
+            kv_layout: format!("of {size}"),
+            tensor_parallel_size: size,
+            kv_heads: kv_heads.into(),
+            ..sample()
         }
     }
 
     #[test]
     fn every_field_changes_the_digest_and_is_named() {
         type Change = fn(&mut Compatibility);
-        let changes: [(&str, Change); 9] = [
+        let changes: [(&str, Change); 10] = [
             ("model", |c| c.model.push('x')),
             ("revision", |c| c.revision.push('x')),
             ("kv_dtype", |c| c.kv_dtype.push('x')),
@@ -100,14 +167,48 @@ mod tests {
             ("tensor_parallel_rank", |c| c.tensor_parallel_rank += 1),
             ("tensor_parallel_size", |c| c.tensor_parallel_size += 1),
             ("connector_version", |c| c.connector_version.push('x')),
+            ("kv_heads", |c| c.kv_heads.push('x')),
         ];
         for (field, change) in changes {
             let mut other = sample();
             change(&mut other);
             assert_ne!(sample().digest(), other.digest(), "{field}");
-            assert_eq!(sample().check(&other).unwrap_err().field, field);
+            let checked = sample().check(&other);
+            let is_paired = sample().pairing_digest() == other.pairing_digest();
+            assert_eq!(is_paired, checked.is_ok(), "{field}");
+            // Ranks of one engine are not told apart here.
+            let named = checked.err().map_or("tensor_parallel_rank", |mismatch| mismatch.field);
+            assert_eq!(named, field);
         }
         assert_eq!(sample().digest(), sample().digest());
+    }
+
+    #[test]
+    fn engines_whose_heads_can_be_told_apart_are_paired_whatever_their_ranks() {
+        let whole = on_ranks(1, "F/4/3*k2.t8.h4.16", 3072);
+        let halves = on_ranks(2, "F/4/3*k2.h2.t8.16", 1536);
+        let doubled = on_ranks(8, "F/4/3*t8.k2.h1.16", 768);
+        for other in [&halves, &doubled, &whole.of_rank(3)] {
+            assert_eq!(whole.check(other), Ok(()));
+            assert_eq!(whole.pairing_digest(), other.pairing_digest());
+        }
+        for (other, told) in [
+            (
+                on_ranks(2, "", 1536),
+                "kv_heads differs: F/4/3*k2.t8.h4.16 here, unknown at the peer",
+            ),
+            (on_ranks(2, "G/4/3*k2.t8.h2.16", 1536), "kv_heads differs"),
+            (on_ranks(2, "F/4/3*k2.t4.h2.32", 1536), "kv_heads differs"),
+            // Not what is said of it: not to be cut up.
+            (on_ranks(3, "F/4/3*k2.t8.h2.16", 1536), "kv_heads differs"),
+            (on_ranks(2, "F/4/3*k2.t8.h2.16", 1537), "kv_heads differs"),
+        ] {
+            assert_ne!(whole.pairing_digest(), other.pairing_digest());
+            let mismatch = whole.check(&other).unwrap_err().to_string();
+            assert!(mismatch.contains(told), "{mismatch}");
+        }
+        let unknown = on_ranks(2, "", 1536).check(&on_ranks(4, "", 768)).unwrap_err();
+        assert_eq!(unknown.to_string(), "tensor_parallel_size differs: 2 here, 4 at the peer");
     }
 
     #[test]

@@ -71,6 +71,15 @@ uuid_id! {
     HandoffId
 }
 
+impl Epoch {
+    /// The name of one tensor parallel rank's part of this life, so that no rank's block passes for
+    /// another's. The first rank has the engine's own.
+    #[must_use]
+    pub fn of_rank(self, rank: u32) -> Self {
+        Self(Uuid::from_u128(self.0.as_u128() ^ u128::from(rank)))
+    }
+}
+
 /// Counts the attempts at one request: each retry is a fresh handoff of the next generation.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,

@@ -268,6 +268,7 @@ fn consume(start: &StartJob, life: &Life) -> Result<(Consuming, KvParameters), F
             certificate_fingerprint,
         },
         epoch: baton_proto::epoch("Peer", &peer.epoch).map_err(|error| refused(&error))?,
+        compatibility: peer.compatibility.clone().map(Into::into),
     };
     let consuming = life.handoffs()?.consume(name, producer)?;
     let kv = KvParameters::Fenced { part: Part::Consume, id: name.0, generation: name.1 };

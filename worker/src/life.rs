@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Instant};
 
 use baton_engine::{Engine, EngineDescription, EngineError, EngineLoad};
 use baton_proto::{Hello, KvCache, Peer, Report, StepModel};
-use baton_transfer::{Channel, Ledger};
+use baton_transfer::{Channel, RankLedgers};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin};
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -40,7 +40,7 @@ pub(crate) enum KvSide {
 
 pub(crate) struct Fenced {
     pub(crate) handoffs: Handoffs,
-    pub(crate) ledger: Ledger,
+    pub(crate) ledgers: RankLedgers,
     pub(crate) compatibility: Compatibility,
     /// Where other workers find this one: `host:port`, or a path.
     pub(crate) address: String,
@@ -122,6 +122,7 @@ impl Life {
                     certificate_fingerprint: Bytes::copy_from_slice(
                         &fenced.certificate_fingerprint,
                     ),
+                    compatibility: None,
                 });
             }
         }
@@ -157,9 +158,9 @@ impl Life {
             ..Report::default()
         };
         if let KvSide::Fenced(fenced) = &self.kv {
-            let Fenced { handoffs, ledger, channel, .. } = &**fenced;
+            let Fenced { handoffs, ledgers, channel, .. } = &**fenced;
             report.transports = channel.transports();
-            let sent = ledger.counters();
+            let sent = ledgers.counters();
             report.handoff_blocks_sent = sent.blocks_sent;
             report.handoff_bytes_sent = sent.bytes_sent;
             let ended = sent.endings().into_iter().map(|(name, count)| (name.to_owned(), count));

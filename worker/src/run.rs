@@ -6,7 +6,7 @@ use std::{
 
 use baton_config::{EngineConfig, WorkerConfig};
 use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
-use baton_transfer::{Interpose, Ledger};
+use baton_transfer::{Interpose, RankLedgers};
 use baton_types::{Compatibility, Epoch};
 use futures::{FutureExt, future::join_all};
 use tokio::{
@@ -256,7 +256,7 @@ impl Worker {
         let kv = match (&self.transfer, &side.fenced) {
             (Some(transfer), Some((handoffs, compatibility))) => KvSide::Fenced(Box::new(Fenced {
                 handoffs: handoffs.clone(),
-                ledger: transfer.transfer.ledger.clone(),
+                ledgers: transfer.transfer.ledgers.clone(),
                 compatibility: compatibility.clone(),
                 address: transfer.address.clone(),
                 certificate_fingerprint: transfer.opened.certificate_fingerprint,
@@ -340,13 +340,13 @@ impl WorkerTransfer {
     fn bind(config: &WorkerConfig, interpose: &dyn Interpose) -> Result<Self, TransportError> {
         let stall_timeout = config.transfer.stall_timeout;
         // The first port brings the first epoch; until then nothing is there to be pulled.
-        let ledger = Ledger::new(Epoch::random(), [0; 32], LEASE_STALLS * stall_timeout);
-        let exports = interpose.exports(Arc::new(ledger.clone()));
+        let ledgers = RankLedgers::new(LEASE_STALLS * stall_timeout);
+        let exports = interpose.exports(Arc::new(ledgers.clone()));
         let opened = transport::open(&config.transfer, &config.arena.directory, &exports)?;
         let address = config.transfer.advertise.clone().unwrap_or(opened.address.clone());
-        let expiring = tokio::spawn(expire(ledger.clone()));
+        let expiring = tokio::spawn(expire(ledgers.clone()));
         let transfer =
-            Transfer { ledger, channel: interpose.channel(opened.channel.clone()), stall_timeout };
+            Transfer { ledgers, channel: interpose.channel(opened.channel.clone()), stall_timeout };
         Ok(Self { transfer, opened, address, expiring })
     }
 }
@@ -400,12 +400,12 @@ async fn watch_load(life: &Life) {
     }
 }
 
-async fn expire(ledger: Ledger) {
+async fn expire(ledgers: RankLedgers) {
     let mut interval = tokio::time::interval(EXPIRE_INTERVAL);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
-        for (handoff, generation) in ledger.expire(std::time::Instant::now()) {
+        for (handoff, generation) in ledgers.expire(std::time::Instant::now()) {
             tracing::warn!(%handoff, %generation, "nobody took a handoff over: its lease ran out");
         }
     }

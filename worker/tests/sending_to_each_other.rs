@@ -5,6 +5,7 @@ mod fleet;
 
 use std::collections::BTreeMap;
 
+use baton_config::SimConfig;
 use baton_proto::{Event, StartJob};
 use baton_types::Role;
 use fleet::{Fleet, Worker, completion, fast, split};
@@ -33,9 +34,21 @@ async fn ended(worker: &mut Worker, jobs: impl Iterator<Item = u64>) -> BTreeMap
 
 #[tokio::test]
 async fn everything_arrives() {
+    arrives_between(1, 1).await;
+}
+
+/// Blocks of several ranks wait for slots of several ranks, and no two of them for one another.
+#[tokio::test]
+async fn everything_arrives_between_engines_of_several_ranks() {
+    arrives_between(2, 2).await;
+    arrives_between(4, 2).await;
+}
+
+async fn arrives_between(ranks_of_one: u32, ranks_of_other: u32) {
     let mut fleet = Fleet::start().await;
-    let mut one = fleet.worker("one", Role::Prefill, fast()).await;
-    let mut other = fleet.worker("other", Role::Decode, fast()).await;
+    let ranks = |tensor_parallel| SimConfig { tensor_parallel, ..fast() };
+    let mut one = fleet.worker("one", Role::Prefill, ranks(ranks_of_one)).await;
+    let mut other = fleet.worker("other", Role::Decode, ranks(ranks_of_other)).await;
     let (mut for_one, mut for_other): (Vec<StartJob>, Vec<StartJob>) = (Vec::new(), Vec::new());
     for number in 0..REQUESTS {
         let first = u32::try_from(number).unwrap() * 100;

@@ -5,6 +5,7 @@ use std::{path::Path, process::Stdio, sync::Arc, time::Instant};
 use anyhow::{Context as _, bail};
 use async_trait::async_trait;
 use baton_arena::{Arena, Landing, SlotPool};
+use baton_engine::BlockToLoad;
 use baton_transfer::{BlockSink, Channel, Ledger, PeerAddress, Subscription, TransferError};
 use baton_types::{Epoch, HandoffId, HandoffKey};
 use futures::future::try_join_all;
@@ -23,6 +24,8 @@ pub(super) struct Measured {
     pub(super) seconds: Vec<f64>,
     /// The same blocks copied by one thread of this process.
     pub(super) memcpy_seconds: Vec<f64>,
+    /// The same, and both checksums taken over each copy: what verification costs where all else is free.
+    pub(super) verified_memcpy_seconds: Vec<f64>,
     pub(super) bytes: u64,
     /// Over all rounds, beside what preparing them takes.
     pub(super) cpu: Cpu,
@@ -49,7 +52,11 @@ pub(super) async fn run(options: &BenchOptions) -> anyhow::Result<Measured> {
     let arena = options.arena(directory.path())?;
     channel.use_arena(&arena);
     let slots = scattered(options.slots()?);
-    let memcpy_seconds = memcpy(options, &arena, directory.path())?;
+    let memcpy_seconds = memcpy(options, &arena, directory.path(), |_| {})?;
+    let verified_memcpy_seconds = memcpy(options, &arena, directory.path(), |copy| {
+        std::hint::black_box(BlockToLoad::checksum(copy));
+        std::hint::black_box(crc_fast::crc64_nvme(copy));
+    })?;
     let sink = Sink { arena, pool: SlotPool::new(slots) };
 
     let blocks = options.blocks_of_each()?;
@@ -79,11 +86,26 @@ pub(super) async fn run(options: &BenchOptions) -> anyhow::Result<Measured> {
     }
     let bytes = u64::from(blocks) * u64::from(options.block) * u64::from(options.streams);
     let transports = producer.transports.clone();
-    Ok(Measured { seconds, memcpy_seconds, bytes, cpu, handoff_us, round_trip_us, transports })
+    Ok(Measured {
+        seconds,
+        memcpy_seconds,
+        verified_memcpy_seconds,
+        bytes,
+        cpu,
+        handoff_us,
+        round_trip_us,
+        transports,
+    })
 }
 
-/// Copies a round's blocks from one arena's slots to another's, in as scattered an order.
-fn memcpy(options: &BenchOptions, to: &Arena, directory: &Path) -> anyhow::Result<Vec<f64>> {
+/// Copies a round's blocks from one arena's slots to another's, in as scattered an order, and does something
+/// with each copy.
+fn memcpy(
+    options: &BenchOptions,
+    to: &Arena,
+    directory: &Path,
+    then: impl Fn(&[u8]),
+) -> anyhow::Result<Vec<f64>> {
     let directory = tempfile::tempdir_in(directory)?;
     let from = options.arena(directory.path())?;
     let slots = scattered(options.slots()?);
@@ -93,6 +115,7 @@ fn memcpy(options: &BenchOptions, to: &Arena, directory: &Path) -> anyhow::Resul
         for (source, target) in slots.iter().zip(slots.iter().rev()) {
             let view = from.view(*source, u64::from(options.block))?;
             to.write(*target, 0, view.as_ref())?;
+            then(to.view(*target, u64::from(options.block))?.as_ref());
         }
         seconds.push(begun.elapsed().as_secs_f64());
     }

@@ -25,6 +25,9 @@ pub(crate) struct Access {
     /// File whose first line is its token; $BATON_ADMIN_TOKEN goes before it.
     #[arg(long, env = "BATON_ADMIN_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// File with the CA's certificate, where the listener has [admin.https].
+    #[arg(long, env = "BATON_ADMIN_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Takes what is not given from this baton.toml.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -32,25 +35,41 @@ pub(crate) struct Access {
 
 impl Access {
     pub(crate) fn client(&self) -> anyhow::Result<AdminClient> {
-        let admin = match &self.config {
-            Some(file) => {
-                let cluster = ClusterConfig::read(file)?;
-                let missing = || format!("{}: it has no [admin]", file.display());
-                Some(cluster.admin.with_context(missing)?)
-            }
-            None => None,
-        };
-        let from_file = admin.as_ref().map(|admin| format!("http://{}", admin.listen));
-        let url = self.admin.clone().or(from_file).unwrap_or_else(|| DEFAULT_URL.to_owned());
-        let token_file =
-            self.token_file.clone().or_else(|| admin.and_then(|admin| admin.token_file));
-        match (std::env::var(TOKEN_VARIABLE), token_file) {
-            (Ok(token), _) => Ok(AdminClient::with_token(&url, &token)),
-            (Err(_), Some(file)) => AdminClient::new(&url, &file),
+        let mut from_file = FromFile::default();
+        if let Some(file) = &self.config {
+            from_file = FromFile::of(ClusterConfig::read(file)?)
+                .with_context(|| format!("{}: it has no [admin]", file.display()))?;
+        }
+        let url = self.admin.clone().or(from_file.url).unwrap_or_else(|| DEFAULT_URL.to_owned());
+        let token_file = self.token_file.clone().or(from_file.token_file);
+        let client = match (std::env::var(TOKEN_VARIABLE), token_file) {
+            (Ok(token), _) => AdminClient::with_token(&url, &token),
+            (Err(_), Some(file)) => AdminClient::new(&url, &file)?,
             (Err(_), None) => anyhow::bail!(
                 "no token: give --token-file FILE or --config baton.toml, or set {TOKEN_VARIABLE}"
             ),
-        }
+        };
+        Ok(AdminClient { ca: self.ca.clone().or(from_file.ca), ..client })
+    }
+}
+
+/// What a baton.toml says of its `[admin]`.
+#[derive(Debug, Default)]
+struct FromFile {
+    url: Option<String>,
+    token_file: Option<PathBuf>,
+    ca: Option<PathBuf>,
+}
+
+impl FromFile {
+    fn of(cluster: ClusterConfig) -> Option<Self> {
+        let admin = cluster.admin?;
+        let scheme = if admin.https.is_some() { "https" } else { "http" };
+        Some(Self {
+            url: Some(format!("{scheme}://{}", admin.listen)),
+            token_file: admin.token_file,
+            ca: cluster.tls.map(|tls| tls.ca),
+        })
     }
 }
 
@@ -58,18 +77,20 @@ impl Access {
 pub(crate) struct AdminClient {
     pub(crate) url: String,
     pub(crate) token: String,
+    /// Whose certificates it trusts, with https.
+    pub(crate) ca: Option<PathBuf>,
 }
 
 impl AdminClient {
     pub(crate) fn new(url: &str, token_file: &Path) -> anyhow::Result<Self> {
         let token = fs::read_to_string(token_file)
-            .with_context(|| format!("--token-file: cannot read {}", token_file.display()))?;
+            .with_context(|| format!("cannot read the token file {}", token_file.display()))?;
         Ok(Self::with_token(url, &token))
     }
 
     fn with_token(url: &str, token: &str) -> Self {
         let token = token.lines().next().unwrap_or_default().trim().to_owned();
-        Self { url: url.trim_end_matches('/').to_owned(), token }
+        Self { url: url.trim_end_matches('/').to_owned(), token, ca: None }
     }
 
     pub(crate) async fn state(&self) -> anyhow::Result<ClusterState> {
@@ -88,7 +109,8 @@ impl AdminClient {
 
     async fn ask(&self, path: &str, body: Option<String>) -> anyhow::Result<String> {
         let token = Some(self.token.as_str());
-        let (status, text) = Question { base: &self.url, path, token, body }.ask().await?;
+        let ca = self.ca.as_deref();
+        let (status, text) = Question { base: &self.url, ca, path, token, body }.ask().await?;
         if status == StatusCode::UNAUTHORIZED {
             anyhow::bail!("{} does not take this token", self.url);
         }

@@ -1,9 +1,10 @@
 use std::{process::ExitCode, time::Duration};
 
 use baton_coordinator::admin::{ClusterState, WorkerState};
+use baton_types::Role;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::{Access, block_on, ended};
+use super::{Access, READY, block_on, ended};
 use crate::{
     quantity::{bytes, duration},
     reading::Readings,
@@ -13,6 +14,8 @@ use crate::{
 pub(super) const INTERVAL: Duration = Duration::from_secs(1);
 /// Rates and medians are taken over this much of the past.
 pub(super) const WINDOW: Duration = Duration::from_secs(30);
+/// A script can tell it from a coordinator that did not answer, which is 1.
+const NOT_WHOLE: u8 = 2;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct StatusOptions {
@@ -22,6 +25,9 @@ pub(crate) struct StatusOptions {
     /// The whole state as JSON; with --watch one object a line.
     #[arg(long)]
     json: bool,
+    /// For scripts: exits with 2 unless both pools have a worker that is ready.
+    #[arg(long, conflicts_with = "watch")]
+    check: bool,
     #[command(flatten)]
     access: Access,
 }
@@ -36,6 +42,7 @@ pub(crate) fn run(options: &StatusOptions) -> anyhow::Result<ExitCode> {
         loop {
             looks.tick().await;
             let state = client.state().await?;
+            let is_whole = is_whole(&state);
             if options.json {
                 let json = if options.watch {
                     serde_json::to_string(&state)?
@@ -56,10 +63,21 @@ pub(crate) fn run(options: &StatusOptions) -> anyhow::Result<ExitCode> {
                     terminal.say(&lines.join("\n"));
                 }
             }
+            if options.check && !is_whole {
+                return Ok(ExitCode::from(NOT_WHOLE));
+            }
             if !options.watch {
                 return Ok(ExitCode::SUCCESS);
             }
         }
+    })
+}
+
+/// Whether each pool has somebody who takes requests.
+fn is_whole(state: &ClusterState) -> bool {
+    Role::ALL.iter().all(|role| {
+        let mut pool = state.workers.iter().filter(|worker| worker.role == role.as_str());
+        pool.any(|worker| worker.state == READY)
     })
 }
 
@@ -114,7 +132,7 @@ pub(super) fn workers(state: &ClusterState) -> Vec<String> {
 fn row(worker: &WorkerState, width: usize) -> String {
     let standing = format!("{:8}", worker.state);
     let standing = match worker.state.as_str() {
-        "ready" => good(&standing),
+        READY => good(&standing),
         _ => pending(&standing),
     };
     let failed = worker.handoffs.errors.values().sum::<u64>();

@@ -57,7 +57,7 @@ pub(super) fn plan(
     let mut next_port = || ports.next().context("ran out of ports");
     let token_file = directory.join("admin.token");
     let listen = ports::for_operators(options.port)?;
-    let admin = AdminConfig { listen, token_file: Some(token_file.clone()) };
+    let admin = AdminConfig { listen, token_file: Some(token_file.clone()), https: None };
     let token = random_token()?;
     write_token(&token_file, &token)
         .with_context(|| format!("cannot write {}", token_file.display()))?;
@@ -124,7 +124,7 @@ pub(super) fn plan(
         Some(vllm) => (vllm.model_name().to_owned(), vllm.start_timeout()),
         None => (SimConfig::default().model, SIM_START_TIMEOUT),
     };
-    let admin = AdminClient { url: format!("http://{}", admin.listen), token };
+    let admin = AdminClient { url: format!("http://{}", admin.listen), token, ca: None };
     Ok(Plan { cluster, model, admin, token_file, start_timeout, _arenas: arenas })
 }
 

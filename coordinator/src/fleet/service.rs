@@ -22,6 +22,16 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub(crate) struct PeerInfo {
     pub(crate) wire: wire::Peer,
+    pub(crate) compatibility: Compatibility,
+}
+
+impl PeerInfo {
+    /// As another worker is told of it, which need not hear that both are alike.
+    pub(crate) fn told_to(&self, other: Option<&Self>) -> wire::Peer {
+        let differs = other.is_none_or(|other| other.compatibility != self.compatibility);
+        let compatibility = differs.then(|| (&self.compatibility).into());
+        wire::Peer { compatibility, ..self.wire.clone() }
+    }
 }
 
 #[derive(Debug)]
@@ -167,8 +177,10 @@ fn handoff_of(hello: &wire::Hello) -> Result<(HandoffMode, Option<PeerInfo>), Wi
             let peer = hello.peer.clone().ok_or(missing("peer"))?;
             wire::epoch("Peer", &peer.epoch)?;
             wire::fingerprint("Peer", &peer.certificate_fingerprint)?;
-            let compatibility = Compatibility::from(compatibility).digest();
-            Ok((HandoffMode::Fenced { compatibility }, Some(PeerInfo { wire: peer })))
+            let engine = Compatibility::from(compatibility);
+            let compatibility = engine.pairing_digest();
+            let peer = PeerInfo { wire: peer, compatibility: engine };
+            Ok((HandoffMode::Fenced { compatibility }, Some(peer)))
         }
         wire::HandoffMode::Unspecified => Err(missing("handoff_mode")),
     }

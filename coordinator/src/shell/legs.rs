@@ -176,6 +176,7 @@ impl State {
     pub(super) fn start_job(
         &mut self,
         ttft_target_ms: f64,
+        worker: WorkerKey,
         job: JobId,
         request: RequestKey,
         leg: Leg,
@@ -195,11 +196,12 @@ impl State {
                 (None, self.engine_handoffs.remove(&prefill).unwrap_or_default())
             }
             Some(HandoffPlan::Fenced { id, generation, peer }) => {
-                let peer = self.links.get(&peer).and_then(|attached| attached.peer.clone());
+                let known = |worker| self.links.get(worker).and_then(|it| it.peer.as_ref());
+                let peer = known(&peer).map(|peer| peer.told_to(known(&worker)));
                 let handoff = wire::Handoff {
                     id: Bytes::copy_from_slice(id.as_bytes()),
                     generation: generation.0,
-                    peer: peer.map(|peer| peer.wire),
+                    peer,
                 };
                 (Some(handoff), Bytes::new())
             }

@@ -38,6 +38,22 @@ pub(crate) struct WorkerStatus {
     pub(crate) prefix_blocks: usize,
 }
 
+impl State {
+    /// Says once, of the first, why workers of one model are not paired with this one.
+    fn tell_of_mismatch(&self, description: &WorkerDescription, peer: &PeerInfo) {
+        let of_this_model =
+            |other: &&Attached| other.models.iter().any(|name| description.models.contains(name));
+        let mismatch = self.links.values().filter(of_this_model).find_map(|other| {
+            let other = other.peer.as_ref()?;
+            let mismatch = peer.compatibility.check(&other.compatibility).err()?;
+            Some((other.wire.worker_name.clone(), mismatch))
+        });
+        if let Some((other, mismatch)) = mismatch {
+            warn!(worker = description.name, other, %mismatch, "KV cannot pass between these workers");
+        }
+    }
+}
+
 impl Shell {
     pub(crate) fn attach(
         &self,
@@ -50,6 +66,9 @@ impl Shell {
         let mut actions = std::mem::take(&mut state.actions);
         info!(worker = description.name, role = %description.role, epoch = %description.epoch,
             engine = hello.engine, models = ?description.models, "worker attached");
+        if let Some(peer) = &peer {
+            state.tell_of_mismatch(&description, peer);
+        }
         let attached = Attached {
             link,
             peer,

@@ -3,15 +3,15 @@ use std::{
     sync::Arc,
 };
 
-use baton_arena::{ReservedSlot, Slot, SlotPool};
-use baton_types::{Generation, HandoffId, PromptDigest};
+use baton_arena::{Arena, ReservedSlot, Slot, SlotPool};
+use baton_types::{Compatibility, Generation, HandoffId, PromptDigest};
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, mpsc},
     task::JoinHandle,
 };
 
-use crate::kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, ToEngine};
+use crate::kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, RankPort, ToEngine};
 
 type Key = (HandoffId, Generation);
 
@@ -99,8 +99,8 @@ impl Loopback {
         let block_size_tokens = producer.0.compatibility.block_size_tokens;
         let carrier = Carrier {
             imports: SlotPool::new((layout.export_slots..layout.total_slots()).map(Slot)),
-            producer: producer.0,
-            consumer: consumer.0,
+            producer: Side::of(producer.0),
+            consumer: Side::of(consumer.0),
             _attaching: [producer.1, consumer.1],
             loading: HashMap::new(),
             passings: HashMap::new(),
@@ -157,9 +157,25 @@ impl Drop for Loopback {
     }
 }
 
+/// An engine of one rank.
+struct Side {
+    compatibility: Compatibility,
+    arena: Arena,
+    port: RankPort,
+}
+
+impl Side {
+    fn of(port: KvPort) -> Self {
+        let KvPort { compatibility, arena, mut ranks } = port;
+        let port = ranks.pop().expect("an engine has a rank");
+        assert!(ranks.is_empty(), "blocks of several ranks are not carried here");
+        Self { compatibility, arena, port }
+    }
+}
+
 struct Carrier {
-    producer: KvPort,
-    consumer: KvPort,
+    producer: Side,
+    consumer: Side,
     _attaching: [mpsc::Receiver<KvPort>; 2],
     imports: SlotPool,
     /// Slots that the consumer copies from.
@@ -185,8 +201,8 @@ impl Carrier {
     async fn run(mut self) {
         loop {
             let (from_producer, message) = tokio::select! {
-                Some(message) = self.producer.from_engine.recv() => (true, message),
-                Some(message) = self.consumer.from_engine.recv() => (false, message),
+                Some(message) = self.producer.port.from_engine.recv() => (true, message),
+                Some(message) = self.consumer.port.from_engine.recv() => (false, message),
                 else => return,
             };
             match message {
@@ -366,7 +382,7 @@ impl Carrier {
         let (handoff, generation) = key;
         if ending != Ending::Completed {
             let cancel = ToEngine::Cancel { handoff, generation };
-            self.producer.to_engine.send(cancel).await.expect("the producer lives");
+            self.producer.port.to_engine.send(cancel).await.expect("the producer lives");
         }
         self.shared.state.lock().passed.insert(handoff, passed);
     }
@@ -377,10 +393,10 @@ impl Carrier {
         }
         self.shared.state.lock().outstanding.export_slots -= slots.len();
         let release = ToEngine::Release { slots };
-        self.producer.to_engine.send(release).await.expect("the producer lives");
+        self.producer.port.to_engine.send(release).await.expect("the producer lives");
     }
 
     async fn tell_consumer(&mut self, message: ToEngine) {
-        self.consumer.to_engine.send(message).await.expect("the consumer lives");
+        self.consumer.port.to_engine.send(message).await.expect("the consumer lives");
     }
 }

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
-use baton_arena::Arena;
 use baton_types::PromptDigest;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -14,6 +13,7 @@ use super::{
     kv_store::{Attention, KvStore},
     sampling::{Drawn, Finish, Sampling},
     scheduler::{Admission, NewSequence, Scheduler, SequenceId, Step},
+    shards::Shards,
 };
 use crate::kv_port::{BlockToLoad, FromEngine, ToEngine};
 
@@ -56,13 +56,22 @@ pub(super) enum ChoiceProgress {
     Failed(String),
 }
 
+/// Which of the engine's ranks say something to the worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Said {
+    /// Each the same, of its own slots.
+    ByAll,
+    ByRank(u32),
+}
+
 #[derive(Debug)]
 pub(super) struct Core {
     pub(super) scheduler: Scheduler,
     pub(super) store: KvStore,
     pub(super) exports: Exports,
-    pub(super) outbox: VecDeque<FromEngine>,
-    arena: Arena,
+    /// Export slots go by their number on each rank.
+    pub(super) outbox: VecDeque<(Said, FromEngine)>,
+    pub(super) shards: Shards,
     sequences: HashMap<SequenceId, Sequence>,
     /// By request and choice.
     by_choice: BTreeMap<(u64, u32), SequenceId>,
@@ -87,13 +96,13 @@ struct Sequence {
 }
 
 impl Core {
-    pub(super) fn new(scheduler: Scheduler, store: KvStore, arena: Arena) -> Self {
+    pub(super) fn new(scheduler: Scheduler, store: KvStore, shards: Shards) -> Self {
         Self {
             scheduler,
             store,
-            exports: Exports::new(arena.clone()),
+            exports: Exports::new(shards.export_slots()),
             outbox: VecDeque::new(),
-            arena,
+            shards,
             sequences: HashMap::new(),
             by_choice: BTreeMap::new(),
             consumers: HashMap::new(),
@@ -175,8 +184,12 @@ impl Core {
         for HandoffName { handoff, generation } in
             self.exports.abort_request(request, &mut self.scheduler)
         {
-            self.outbox.push_back(FromEngine::Aborted { handoff, generation });
+            self.say(FromEngine::Aborted { handoff, generation });
         }
+    }
+
+    fn say(&mut self, message: FromEngine) {
+        self.outbox.push_back((Said::ByAll, message));
     }
 
     /// Forgets a sequence; a handoff that it still waited for is aborted.
@@ -189,17 +202,19 @@ impl Core {
         {
             self.spoiled.remove(&name);
             let HandoffName { handoff, generation } = name;
-            self.outbox.push_back(FromEngine::Aborted { handoff, generation });
+            self.say(FromEngine::Aborted { handoff, generation });
         }
         Some(sequence)
     }
 
-    pub(super) fn handle(&mut self, message: ToEngine) {
+    /// What a rank was told. What concerns all of them may come once for each.
+    pub(super) fn handle(&mut self, rank: u32, message: ToEngine) {
         match message {
             ToEngine::Load { handoff, generation, blocks } => {
-                self.load(HandoffName { handoff, generation }, &blocks);
+                self.load(rank, HandoffName { handoff, generation }, &blocks);
                 let slots = blocks.iter().map(|block| block.slot).collect();
-                self.outbox.push_back(FromEngine::Loaded { handoff, generation, slots });
+                let loaded = FromEngine::Loaded { handoff, generation, slots };
+                self.outbox.push_back((Said::ByRank(rank), loaded));
             }
             ToEngine::Complete { handoff, generation } => {
                 let name = HandoffName { handoff, generation };
@@ -215,7 +230,9 @@ impl Core {
                 self.fail_consumer(HandoffName { handoff, generation }, &reason);
             }
             ToEngine::Release { slots } => {
-                self.exports.release(&slots);
+                let shards = &self.shards;
+                let of_all = slots.into_iter().filter_map(|slot| shards.slot_of_all(rank, slot));
+                self.exports.release(rank, of_all);
                 self.pump_exports();
             }
             ToEngine::Cancel { handoff, generation } => {
@@ -226,22 +243,22 @@ impl Core {
 
     /// Copies blocks in. Those of a handoff that is gone are not wanted any more, but their slots
     /// are given back all the same.
-    fn load(&mut self, name: HandoffName, blocks: &[BlockToLoad]) {
+    fn load(&mut self, rank: u32, name: HandoffName, blocks: &[BlockToLoad]) {
         let Some(id) = self.consumers.get(&name).copied() else { return };
         for BlockToLoad { index, slot, crc32 } in blocks.iter().copied() {
             let Some(block) = self.scheduler.blocks(id).get(index as usize).copied() else {
                 return self.fail_consumer(name, "a block came that is not of the prompt");
             };
             let target = self.store.block_mut(block);
-            match self.arena.view(slot, target.len() as u64) {
-                Ok(view) => target.copy_from_slice(view.as_ref()),
+            let found = match self.shards.import(rank, slot, target) {
+                Ok(found) => found,
                 Err(error) => return self.fail_consumer(name, &error.to_string()),
-            }
-            // Over the copy: it is what will be computed with.
-            if BlockToLoad::checksum(target) != crc32 {
+            };
+            if found != crc32 {
                 self.spoiled.insert(name);
                 let HandoffName { handoff, generation } = name;
-                return self.outbox.push_back(FromEngine::Corrupt { handoff, generation, index });
+                let corrupt = FromEngine::Corrupt { handoff, generation, index };
+                return self.outbox.push_back((Said::ByRank(rank), corrupt));
             }
         }
     }
@@ -301,10 +318,11 @@ impl Core {
                 for block in &blocks[first_block as usize..] {
                     self.store.block_mut(*block).fill(0);
                 }
-                self.outbox.push_back(FromEngine::Subscribe {
+                let prompt_tokens = sequence.prompt_tokens;
+                self.say(FromEngine::Subscribe {
                     handoff,
                     generation,
-                    prompt_tokens: sequence.prompt_tokens,
+                    prompt_tokens,
                     prompt_digest,
                     first_block,
                 });
@@ -312,7 +330,7 @@ impl Core {
             Part::Consume => {
                 // Admitted again after it was preempted, it is nobody's consumer any more.
                 if self.consumers.remove(&name).is_some() {
-                    self.outbox.push_back(FromEngine::NotNeeded { handoff, generation });
+                    self.say(FromEngine::NotNeeded { handoff, generation });
                 }
             }
         }
@@ -367,7 +385,8 @@ impl Core {
     }
 
     fn pump_exports(&mut self) {
-        self.exports.pump(&self.store, &mut self.scheduler, &mut self.outbox);
+        let Self { exports, store, shards, scheduler, outbox, .. } = self;
+        exports.pump(store, shards, scheduler, outbox);
     }
 }
 

@@ -1,4 +1,4 @@
-use baton_arena::{ArenaLayout, Slot};
+use baton_arena::{Arena, ArenaLayout, Slot};
 use baton_types::{Generation, HandoffId};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -31,7 +31,8 @@ impl Rig {
             reserves_output: false,
         };
         let store = KvStore::new("m", limits.kv_blocks, BLOCK_TOKENS, ENTRY_BYTES);
-        let core = Core::new(Scheduler::new(limits), store, arena);
+        let shards = Shards::of_one(arena, BLOCK_TOKENS, ENTRY_BYTES);
+        let core = Core::new(Scheduler::new(limits), store, shards);
         Self { core, _directory: directory, requests: 0 }
     }
 
@@ -60,6 +61,10 @@ impl Rig {
             events,
         });
         receiver
+    }
+
+    fn said(&mut self) -> Option<FromEngine> {
+        self.core.outbox.pop_front().map(|(_, message)| message)
     }
 
     fn step(&mut self) -> bool {
@@ -175,11 +180,11 @@ fn exporting_waits_for_slots_and_the_engine_does_not() {
 
     let mut exported = Vec::new();
     loop {
-        match rig.core.outbox.pop_front() {
+        match rig.said() {
             Some(FromEngine::Exported { blocks, .. }) => {
                 exported.extend(blocks.iter().map(|block| block.index));
                 let slots = blocks.iter().map(|block| block.slot).collect();
-                rig.core.handle(ToEngine::Release { slots });
+                rig.core.handle(0, ToEngine::Release { slots });
             }
             Some(FromEngine::Sealed { prompt_tokens, cached_tokens, .. }) => {
                 assert_eq!((prompt_tokens, cached_tokens), (21, 0));
@@ -199,16 +204,16 @@ fn the_blocks_of_a_chunk_leave_before_the_next_chunk_is_computed() {
     let mut events = rig.submit(&numbers(24), 1, Some(Part::Produce));
     for chunk in 0..3 {
         assert!(rig.step());
-        let Some(FromEngine::Exported { blocks, .. }) = rig.core.outbox.pop_front() else {
+        let Some(FromEngine::Exported { blocks, .. }) = rig.said() else {
             panic!("nothing left after chunk {chunk}")
         };
         let indices: Vec<u32> = blocks.iter().map(|block| block.index).collect();
         assert_eq!(indices, [2 * chunk, 2 * chunk + 1]);
         assert_eq!(tokens(&mut events).len(), usize::from(chunk == 2), "computed at the last");
         let slots = blocks.iter().map(|block| block.slot).collect();
-        rig.core.handle(ToEngine::Release { slots });
+        rig.core.handle(0, ToEngine::Release { slots });
     }
-    assert!(matches!(rig.core.outbox.pop_front(), Some(FromEngine::Sealed { .. })));
+    assert!(matches!(rig.said(), Some(FromEngine::Sealed { .. })));
 }
 
 #[test]
@@ -218,8 +223,8 @@ fn the_last_block_is_exported_with_a_zeroed_tail() {
     rig.core.store.block_mut(crate::sim::BlockId(1)).fill(0xff);
     let _events = rig.submit(&numbers(6), 1, Some(Part::Produce));
     while rig.step() {}
-    let Some(FromEngine::Exported { blocks, .. }) = rig.core.outbox.pop_front() else { panic!() };
-    let view = rig.core.arena.view(blocks[1].slot, 128).unwrap();
+    let Some(FromEngine::Exported { blocks, .. }) = rig.said() else { panic!() };
+    let view = rig.core.shards.arena().view(blocks[1].slot, 128).unwrap();
     assert!(view.as_ref()[..64].iter().any(|byte| *byte != 0));
     assert!(view.as_ref()[64..].iter().all(|byte| *byte == 0));
 }
@@ -235,17 +240,17 @@ fn a_cancelled_or_aborted_export_holds_nothing() {
     let HandoffName { handoff, generation } = name();
     let mut cancelled = Rig::new(1);
     let _events = held(&mut cancelled);
-    cancelled.core.handle(ToEngine::Cancel { handoff, generation });
+    cancelled.core.handle(0, ToEngine::Cancel { handoff, generation });
     assert_eq!(cancelled.core.scheduler.blocks_used(), 0);
     assert_eq!(cancelled.core.exports.slots_used(), 1, "the worker has it still");
-    cancelled.core.handle(ToEngine::Release { slots: vec![Slot(0)] });
+    cancelled.core.handle(0, ToEngine::Release { slots: vec![Slot(0)] });
     assert_eq!(cancelled.core.exports.slots_used(), 0);
 
     let mut aborted = Rig::new(1);
     let _events = held(&mut aborted);
     aborted.core.abort(1, None);
     assert_eq!(aborted.core.scheduler.blocks_used(), 0);
-    let last = aborted.core.outbox.pop_back();
+    let last = aborted.core.outbox.pop_back().map(|(_, message)| message);
     assert_eq!(last, Some(FromEngine::Aborted { handoff, generation }));
 }
 
@@ -271,7 +276,7 @@ fn one_slow_consumer_leaves_slots_to_others() {
         events,
     });
     while rig.step() {}
-    let sealed = |message: &FromEngine| matches!(message, FromEngine::Sealed { .. });
+    let sealed = |(_, message): &(Said, FromEngine)| matches!(message, FromEngine::Sealed { .. });
     assert_eq!(rig.core.outbox.iter().filter(|message| sealed(message)).count(), 1);
 }
 
@@ -280,7 +285,7 @@ fn a_lost_worker_fails_what_waits_for_it_and_frees_the_rest() {
     let mut rig = Rig::new(1);
     let mut consumer = rig.submit(&numbers(9), 1, Some(Part::Consume));
     rig.step();
-    assert!(matches!(rig.core.outbox.pop_front(), Some(FromEngine::Subscribe { .. })));
+    assert!(matches!(rig.said(), Some(FromEngine::Subscribe { .. })));
     rig.core.lose_port();
     let event = consumer.try_recv().unwrap();
     assert!(matches!(event.what, ChoiceProgress::Failed(_)));

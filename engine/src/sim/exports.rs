@@ -1,22 +1,32 @@
 //! The producing side of handoffs: blocks on their way from the paged cache into export slots.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
-use baton_arena::{Arena, Slot};
+use baton_arena::Slot;
 use baton_types::PromptDigest;
 
-use super::{block_pool::BlockId, handoff::HandoffName, kv_store::KvStore, scheduler::Scheduler};
+use super::{
+    block_pool::BlockId, core::Said, handoff::HandoffName, kv_store::KvStore, scheduler::Scheduler,
+    shards::Shards,
+};
 use crate::kv_port::{BlockInSlot, FromEngine};
 
 /// Every handoff that is not sealed, in the order of coming. Blocks are held from their computation
 /// until they are copied out, so that the sequence itself may end meanwhile.
 #[derive(Debug)]
 pub(super) struct Exports {
-    arena: Arena,
+    export_slots: u32,
     free_slots: VecDeque<Slot>,
-    owner_of_slot: HashMap<Slot, HandoffName>,
+    owner_of_slot: HashMap<Slot, Owner>,
     slots_of: HashMap<HandoffName, u32>,
     open: Vec<Export>,
+}
+
+#[derive(Debug)]
+struct Owner {
+    name: HandoffName,
+    /// Which have not released it.
+    ranks: HashSet<u32>,
 }
 
 #[derive(Debug)]
@@ -49,11 +59,10 @@ pub(super) struct NewExport {
 }
 
 impl Exports {
-    pub(super) fn new(arena: Arena) -> Self {
-        let free_slots = (0..arena.layout().export_slots).map(Slot).collect();
+    pub(super) fn new(export_slots: u32) -> Self {
         Self {
-            arena,
-            free_slots,
+            export_slots,
+            free_slots: (0..export_slots).map(Slot).collect(),
             owner_of_slot: HashMap::new(),
             slots_of: HashMap::new(),
             open: Vec::new(),
@@ -115,36 +124,40 @@ impl Exports {
     pub(super) fn pump(
         &mut self,
         store: &KvStore,
+        shards: &Shards,
         scheduler: &mut Scheduler,
-        outbox: &mut VecDeque<FromEngine>,
+        outbox: &mut VecDeque<(Said, FromEngine)>,
     ) {
         let block_size = scheduler.limits().block_size_tokens;
-        let kept_back = self.arena.layout().export_slots / 4;
+        let kept_back = self.export_slots / 4;
         for position in 0..self.open.len() {
             let mut blocks = Vec::new();
             let HandoffName { handoff, generation } = self.open[position].name;
             while let Some(held) = self.open[position].held.front().copied() {
-                let Some(slot) = self.take_slot(self.open[position].name, kept_back) else { break };
-                copy_out(&self.arena, store, held, slot);
+                let name = self.open[position].name;
+                let Some(slot) = self.take_slot(name, kept_back, shards.ranks()) else { break };
+                copy_out(shards, store, held, slot);
                 scheduler.release(held.block);
                 self.open[position].held.pop_front();
                 blocks.push(BlockInSlot { index: held.index, slot });
             }
             if !blocks.is_empty() {
-                outbox.push_back(FromEngine::Exported { handoff, generation, blocks });
+                let exported = FromEngine::Exported { handoff, generation, blocks };
+                outbox.push_back((Said::ByAll, exported));
             }
         }
         self.open.retain(|export| {
             let complete = export.collected_blocks == export.prompt_tokens.div_ceil(block_size);
             let sealed = complete && export.held.is_empty();
             if sealed {
-                outbox.push_back(FromEngine::Sealed {
+                let sealed = FromEngine::Sealed {
                     handoff: export.name.handoff,
                     generation: export.name.generation,
                     prompt_tokens: export.prompt_tokens,
                     prompt_digest: export.prompt_digest,
                     cached_tokens: export.cached_tokens.unwrap_or(0),
-                });
+                };
+                outbox.push_back((Said::ByAll, sealed));
             }
             !sealed
         });
@@ -152,29 +165,36 @@ impl Exports {
 
     /// A quarter of the slots is for handoffs that have none: one whose consumer is slow cannot stop
     /// all others.
-    fn take_slot(&mut self, name: HandoffName, kept_back: u32) -> Option<Slot> {
+    fn take_slot(&mut self, name: HandoffName, kept_back: u32, ranks: u32) -> Option<Slot> {
         let slots = self.slots_of.get(&name).copied().unwrap_or(0);
         if slots > 0 && self.free_slots.len() <= kept_back as usize {
             return None;
         }
         let slot = self.free_slots.pop_front()?;
-        self.owner_of_slot.insert(slot, name);
+        self.owner_of_slot.insert(slot, Owner { name, ranks: (0..ranks).collect() });
         self.slots_of.insert(name, slots + 1);
         Some(slot)
     }
 
-    /// The worker is done with these slots. Slots that it does not have are none of its.
-    pub(super) fn release(&mut self, slots: &[Slot]) {
+    /// The worker is done with this rank's parts of these slots. Slots that it does not have are none of its.
+    pub(super) fn release(&mut self, rank: u32, slots: impl IntoIterator<Item = Slot>) {
         for slot in slots {
-            let Some(owner) = self.owner_of_slot.remove(slot) else {
-                tracing::warn!(slot = slot.0, "a slot was released that was not exported");
+            let owner = self.owner_of_slot.get_mut(&slot);
+            let Some(owner) = owner.filter(|owner| owner.ranks.contains(&rank)) else {
+                tracing::warn!(slot = slot.0, rank, "a slot was released that was not exported");
                 continue;
             };
-            self.free_slots.push_back(*slot);
-            if let Some(count) = self.slots_of.get_mut(&owner) {
+            owner.ranks.remove(&rank);
+            if !owner.ranks.is_empty() {
+                continue;
+            }
+            let name = owner.name;
+            self.owner_of_slot.remove(&slot);
+            self.free_slots.push_back(slot);
+            if let Some(count) = self.slots_of.get_mut(&name) {
                 *count -= 1;
                 if *count == 0 {
-                    self.slots_of.remove(&owner);
+                    self.slots_of.remove(&name);
                 }
             }
         }
@@ -223,12 +243,10 @@ impl Exports {
     }
 }
 
-fn copy_out(arena: &Arena, store: &KvStore, held: HeldBlock, slot: Slot) {
-    let valid = store.entries(held.block, held.tokens as usize);
-    let tail = vec![0; store.block_bytes() - valid.len()];
-    let written =
-        arena.write(slot, 0, valid).and_then(|()| arena.write(slot, valid.len() as u64, &tail));
-    if let Err(error) = written {
+fn copy_out(shards: &Shards, store: &KvStore, held: HeldBlock, slot: Slot) {
+    let mut block = store.entries(held.block, held.tokens as usize).to_vec();
+    block.resize(store.block_bytes(), 0);
+    if let Err(error) = shards.export(slot, &block) {
         // The arena was made for blocks of this size: a block that is not there fails its checks.
         tracing::error!(%error, "cannot export a block");
     }

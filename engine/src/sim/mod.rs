@@ -14,6 +14,7 @@ mod kv_store;
 mod profile;
 mod sampling;
 mod scheduler;
+mod shards;
 mod stepper;
 mod tokenizer;
 
@@ -22,7 +23,7 @@ use std::sync::{Arc, atomic::Ordering::Relaxed};
 use async_trait::async_trait;
 use baton_arena::{Arena, ArenaError, ArenaLayout};
 use baton_config::{ArenaConfig, SimConfig};
-use baton_types::Compatibility;
+use baton_types::{Compatibility, HeadLayout};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
@@ -30,6 +31,7 @@ use self::{
     api::Api,
     core::Core,
     kv_store::KvStore,
+    shards::Shards,
     stepper::{Gauges, Stepper},
     tokenizer::Tokenizer,
 };
@@ -46,7 +48,7 @@ use crate::{
         Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest, KvCache,
     },
     kv_cache::KvCacheLog,
-    kv_port::KvPort,
+    kv_port::{KvPort, RankPort},
     pacing::Pacing,
     vllm::arena_files,
 };
@@ -97,7 +99,8 @@ impl SimEngine {
         check(config)?;
         let profile =
             config.profile.as_deref().map_or_else(|| Ok(Profile::demo()), Profile::read)?;
-        let layout = arena_layout(config, arena)?;
+        let compatibility = compatibility_on(config, config.tensor_parallel)?;
+        let layout = arena_layout(config, compatibility.block_bytes, arena)?;
         arena_files::remove_stale(arena, worker_name);
         let arena = Arena::create(&arena_files::fresh_path(arena, worker_name), layout)?;
 
@@ -114,14 +117,16 @@ impl SimEngine {
             config.block_size_tokens,
             config.kv_bytes_per_token,
         );
-        let (from_engine, from_engine_receiver) = mpsc::channel(PORT_CAPACITY);
-        let (to_engine, to_engine_receiver) = mpsc::channel(PORT_CAPACITY);
-        let port = KvPort {
-            compatibility: compatibility(config, layout),
-            arena: arena.clone(),
-            from_engine: from_engine_receiver,
-            to_engine,
-        };
+        let shards = Shards::new(arena.clone(), &compatibility_on(config, 1)?, &compatibility)
+            .map_err(|error| bad_split(config, &error.to_string()))?;
+        let (mut ranks, mut from_engine, mut to_engine) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..config.tensor_parallel {
+            let (rank, tell, hear) = RankPort::pair(PORT_CAPACITY);
+            ranks.push(rank);
+            from_engine.push(tell);
+            to_engine.push(hear);
+        }
+        let port = KvPort { compatibility, arena, ranks };
         let (ports, ports_receiver) = mpsc::channel(1);
         // The channel is new and has room for the one port there will ever be.
         let _ = ports.try_send(port);
@@ -134,13 +139,13 @@ impl SimEngine {
         let pacing =
             Pacing::new((config.time_scale > 0.0).then(|| profile.model.slowed(config.time_scale)));
         let stepper = Stepper {
-            core: Core::new(scheduler, store, arena),
+            core: Core::new(scheduler, store, shards),
             profile,
             time_scale: config.time_scale,
             pacing: pacing.clone(),
             commands: commands_receiver,
             from_engine,
-            to_engine: to_engine_receiver,
+            to_engine,
             port_is_open: true,
             _ports: ports,
             gauges: gauges.clone(),
@@ -226,6 +231,7 @@ fn check(config: &SimConfig) -> Result<(), StartError> {
     for (field, value) in [
         ("max_model_tokens", config.max_model_tokens),
         ("block_size_tokens", config.block_size_tokens),
+        ("tensor_parallel", config.tensor_parallel),
         ("kv_blocks", config.kv_blocks),
         ("max_seqs", config.max_seqs),
         ("max_step_tokens", config.max_step_tokens),
@@ -238,6 +244,7 @@ fn check(config: &SimConfig) -> Result<(), StartError> {
         let value = config.kv_bytes_per_token.to_string();
         return error("kv_bytes_per_token", value, "fewer than 8 cannot hold a token's state");
     }
+    shards::check(config).map_err(|reason| bad_split(config, &reason))?;
     if !config.time_scale.is_finite() || config.time_scale < 0.0 {
         return error("time_scale", config.time_scale.to_string(), "expected a number from 0 up");
     }
@@ -249,15 +256,20 @@ fn check(config: &SimConfig) -> Result<(), StartError> {
     Ok(())
 }
 
-/// No more slots than the cache has blocks: the others would never be used.
-fn arena_layout(config: &SimConfig, arena: &ArenaConfig) -> Result<ArenaLayout, StartError> {
-    let slot_bytes = u64::from(config.block_size_tokens) * u64::from(config.kv_bytes_per_token);
+/// For each rank no more slots than the cache has blocks: the others would never be used.
+fn arena_layout(
+    config: &SimConfig,
+    slot_bytes: u64,
+    arena: &ArenaConfig,
+) -> Result<ArenaLayout, StartError> {
+    let ranks = u64::from(config.tensor_parallel);
     let slots = |field, bytes: u64| {
-        let slots = (bytes / slot_bytes).min(u64::from(config.kv_blocks));
-        u32::try_from(slots).ok().filter(|slots| *slots > 0).ok_or_else(|| StartError::Config {
+        let slots = (bytes / ranks / slot_bytes).min(u64::from(config.kv_blocks));
+        let all = u32::try_from(slots * ranks).ok().filter(|slots| *slots > 0);
+        all.ok_or_else(|| StartError::Config {
             field,
             value: bytes.to_string(),
-            reason: format!("one block of KV has {slot_bytes} bytes"),
+            reason: format!("one block of KV has {slot_bytes} bytes on each of {ranks} ranks"),
         })
     };
     Ok(ArenaLayout {
@@ -267,16 +279,25 @@ fn arena_layout(config: &SimConfig, arena: &ArenaConfig) -> Result<ArenaLayout, 
     })
 }
 
-fn compatibility(config: &SimConfig, layout: ArenaLayout) -> Compatibility {
-    Compatibility {
+/// Of the first of so many ranks.
+fn compatibility_on(config: &SimConfig, ranks: u32) -> Result<Compatibility, StartError> {
+    let kv_heads = shards::kv_heads(config, ranks);
+    let block_bytes = kv_heads.parse().ok().as_ref().and_then(HeadLayout::block_bytes);
+    Ok(Compatibility {
         model: config.model.clone(),
         revision: config.revision.clone().unwrap_or_default(),
         kv_dtype: "sim".to_owned(),
         kv_layout: "token-major".to_owned(),
         block_size_tokens: config.block_size_tokens,
-        block_bytes: layout.slot_bytes,
+        block_bytes: block_bytes.ok_or_else(|| bad_split(config, "a block has too many bytes"))?,
         tensor_parallel_rank: 0,
-        tensor_parallel_size: 1,
+        tensor_parallel_size: ranks,
         connector_version: "sim-1".to_owned(),
-    }
+        kv_heads,
+    })
+}
+
+fn bad_split(config: &SimConfig, reason: &str) -> StartError {
+    let (value, reason) = (config.tensor_parallel.to_string(), reason.to_owned());
+    StartError::Config { field: "tensor_parallel", value, reason }
 }

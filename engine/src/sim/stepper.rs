@@ -1,6 +1,7 @@
 use std::{
     sync::Arc,
     sync::atomic::{AtomicU32, Ordering::Relaxed},
+    task::Poll,
     time::Duration,
 };
 
@@ -13,9 +14,10 @@ use tokio::{
 };
 
 use super::{
-    core::{Core, Submission},
+    core::{Core, Said, Submission},
     profile::Profile,
     scheduler::PrefillPace,
+    shards::Shards,
 };
 use crate::{
     kv_port::{FromEngine, KvPort, ToEngine},
@@ -70,17 +72,42 @@ pub(super) struct Stepper {
     pub(super) time_scale: f64,
     pub(super) pacing: Pacing,
     pub(super) commands: UnboundedReceiver<Command>,
-    pub(super) from_engine: mpsc::Sender<FromEngine>,
-    pub(super) to_engine: mpsc::Receiver<ToEngine>,
+    /// One for each rank, as the next.
+    pub(super) from_engine: Vec<mpsc::Sender<FromEngine>>,
+    pub(super) to_engine: Vec<mpsc::Receiver<ToEngine>>,
     pub(super) port_is_open: bool,
     /// Held so that the receiver of ports does not end before the engine does.
     pub(super) _ports: mpsc::Sender<KvPort>,
     pub(super) gauges: Arc<Gauges>,
 }
 
+/// What a rank says where all say the same: each names its own slots.
+fn on_rank(shards: &Shards, rank: u32, mut message: FromEngine) -> FromEngine {
+    if let FromEngine::Exported { blocks, .. } = &mut message {
+        for block in blocks {
+            block.slot = shards.slot_on(rank, block.slot);
+        }
+    }
+    message
+}
+
+/// The next message to any rank. Nothing is lost when the future is dropped.
+async fn first_of(ranks: &mut [mpsc::Receiver<ToEngine>]) -> (u32, Option<ToEngine>) {
+    std::future::poll_fn(|context| {
+        let mut ready = (0..).zip(ranks.iter_mut()).filter_map(|(rank, to_engine)| match to_engine
+            .poll_recv(context)
+        {
+            Poll::Ready(message) => Some((rank, message)),
+            Poll::Pending => None,
+        });
+        ready.next().map_or(Poll::Pending, Poll::Ready)
+    })
+    .await
+}
+
 enum Heard {
     Command(Option<Command>),
-    Message(Option<ToEngine>),
+    Message(u32, Option<ToEngine>),
     /// For what waits in the outbox.
     Room {
         is_there: bool,
@@ -139,11 +166,16 @@ impl Stepper {
     }
 
     fn take_messages(&mut self) {
-        while self.port_is_open {
-            match self.to_engine.try_recv() {
-                Ok(message) => self.core.handle(message),
-                Err(TryRecvError::Empty) => break,
-                Err(TryRecvError::Disconnected) => self.lose_port(),
+        for (rank, to_engine) in (0..).zip(&mut self.to_engine) {
+            while self.port_is_open {
+                match to_engine.try_recv() {
+                    Ok(message) => self.core.handle(rank, message),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => {
+                        self.port_is_open = false;
+                        self.core.lose_port();
+                    }
+                }
             }
         }
     }
@@ -175,16 +207,25 @@ impl Stepper {
     /// Takes in one message. False when all is over.
     async fn hear(&mut self) -> bool {
         let is_blocked = !self.core.outbox.is_empty();
+        let full = self.from_engine.iter().find(|rank| rank.capacity() == 0);
+        let room = async {
+            match full {
+                Some(rank) => rank.reserve().await.is_ok(),
+                None => true,
+            }
+        };
         let heard = tokio::select! {
             command = self.commands.recv() => Heard::Command(command),
-            message = self.to_engine.recv(), if self.port_is_open => Heard::Message(message),
-            room = self.from_engine.reserve(), if is_blocked => Heard::Room { is_there: room.is_ok() },
+            (rank, message) = first_of(&mut self.to_engine), if self.port_is_open => {
+                Heard::Message(rank, message)
+            }
+            is_there = room, if is_blocked => Heard::Room { is_there },
         };
         match heard {
             Heard::Command(Some(command)) => self.command(command),
             Heard::Command(None) => return false,
-            Heard::Message(Some(message)) => self.core.handle(message),
-            Heard::Message(None) | Heard::Room { is_there: false } => self.lose_port(),
+            Heard::Message(rank, Some(message)) => self.core.handle(rank, message),
+            Heard::Message(_, None) | Heard::Room { is_there: false } => self.lose_port(),
             Heard::Room { is_there: true } => {}
         }
         self.publish();
@@ -192,14 +233,20 @@ impl Stepper {
     }
 
     fn publish(&mut self) {
-        while let Some(message) = self.core.outbox.pop_front() {
-            match self.from_engine.try_send(message) {
-                Ok(()) => {}
-                Err(TrySendError::Full(message)) => {
-                    self.core.outbox.push_front(message);
-                    break;
+        // Nobody else sends: room that is there stays there.
+        let has_room = |ranks: &[mpsc::Sender<_>]| ranks.iter().all(|rank| rank.capacity() > 0);
+        while has_room(&self.from_engine)
+            && let Some((said, message)) = self.core.outbox.pop_front()
+        {
+            for (rank, from_engine) in (0..).zip(&self.from_engine) {
+                if matches!(said, Said::ByRank(by) if by != rank) {
+                    continue;
                 }
-                Err(TrySendError::Closed(_)) => self.lose_port(),
+                let message = on_rank(&self.core.shards, rank, message.clone());
+                if let Err(TrySendError::Closed(_)) = from_engine.try_send(message) {
+                    self.port_is_open = false;
+                    self.core.lose_port();
+                }
             }
         }
         let scheduler = &self.core.scheduler;

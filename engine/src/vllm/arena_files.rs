@@ -11,28 +11,33 @@ const MIN_SLOTS: u64 = 2;
 
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{key} of {bytes} bytes has room for fewer than {MIN_SLOTS} KV blocks of {slot_bytes} bytes: \
-     it must be {needed} at least"
+    "{key} of {bytes} bytes has room for fewer than {MIN_SLOTS} KV blocks of {slot_bytes} bytes on each of \
+     {ranks} ranks: it must be {needed} at least"
 )]
 pub(super) struct ArenaTooSmall {
     key: &'static str,
     bytes: u64,
     slot_bytes: u64,
+    ranks: u32,
     needed: u64,
 }
 
-/// Cuts the configured bytes into slots of one block each.
-pub(super) fn layout(config: &ArenaConfig, block_bytes: u64) -> Result<ArenaLayout, ArenaTooSmall> {
+/// Cuts the configured bytes into slots of one block each, as many for each of so many ranks.
+pub(super) fn layout(
+    config: &ArenaConfig,
+    block_bytes: u64,
+    ranks: u32,
+) -> Result<ArenaLayout, ArenaTooSmall> {
     let slot_bytes =
         block_bytes.div_ceil(SLOT_ALIGNMENT_BYTES).max(1).saturating_mul(SLOT_ALIGNMENT_BYTES);
     let slots = |key, bytes: u64| {
-        let slots = bytes / slot_bytes;
+        let slots = bytes / slot_bytes / u64::from(ranks);
         if slots < MIN_SLOTS {
-            let needed = slot_bytes.saturating_mul(MIN_SLOTS);
-            return Err(ArenaTooSmall { key, bytes, slot_bytes, needed });
+            let needed = slot_bytes.saturating_mul(MIN_SLOTS).saturating_mul(ranks.into());
+            return Err(ArenaTooSmall { key, bytes, slot_bytes, ranks, needed });
         }
         // The two halves together must be countable in 32 bits.
-        Ok(u32::try_from(slots).unwrap_or(u32::MAX).min(u32::MAX / 2))
+        Ok(u32::try_from(slots).unwrap_or(u32::MAX).min(u32::MAX / 2 / ranks) * ranks)
     };
     Ok(ArenaLayout {
         slot_bytes,
@@ -98,7 +103,7 @@ mod tests {
 
     #[test]
     fn slots_are_whole_pages_and_an_arena_too_small_names_its_key() {
-        let layout_of = |block| layout(&config(1 << 20, 1 << 16), block);
+        let layout_of = |block| layout(&config(1 << 20, 1 << 16), block, 1);
         assert_eq!(
             layout_of(5000).unwrap(),
             ArenaLayout { slot_bytes: 8192, export_slots: 128, import_slots: 8 }
@@ -106,6 +111,12 @@ mod tests {
         let error = layout_of(40_000).unwrap_err().to_string();
         assert!(error.contains("arena.import_bytes") && error.contains("81920"), "{error}");
         assert!(layout_of(u64::MAX).is_err());
+        // Three ranks share them out evenly.
+        assert_eq!(
+            layout(&config(1 << 20, 1 << 16), 5000, 3).unwrap(),
+            ArenaLayout { slot_bytes: 8192, export_slots: 126, import_slots: 6 }
+        );
+        assert!(layout(&config(1 << 20, 1 << 16), 5000, 5).is_err());
     }
 
     #[test]

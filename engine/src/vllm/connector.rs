@@ -1,4 +1,5 @@
 use std::{
+    collections::{BTreeMap, HashSet},
     fs, io,
     os::unix::{fs::PermissionsExt, net::UnixStream as BlockingUnixStream},
     path::{Path, PathBuf},
@@ -8,10 +9,13 @@ use std::{
 
 use baton_arena::{Arena, ArenaError};
 use baton_config::ArenaConfig;
-use baton_types::Compatibility;
+use baton_types::{Compatibility, CompatibilityMismatch};
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    net::{UnixListener, UnixStream},
+    net::{
+        UnixListener, UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
     sync::mpsc,
     task::{JoinHandle, JoinSet},
 };
@@ -21,15 +25,17 @@ use super::{
     frames::{self, Answer, FrameError, Hello},
     scheduler,
 };
-use crate::{EngineError, FromEngine, KvPort, ToEngine, pacing::Pacing};
+use crate::{EngineError, FromEngine, KvPort, RankPort, ToEngine, pacing::Pacing};
 
 /// A connector says hello as soon as it has connected.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Whoever is refused reads it at once, or not at all.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// Messages on their way to or from the connector.
 const QUEUE_MESSAGES: usize = 1024;
 
-/// Listens for our connector and our scheduler inside vLLM. Each connection of the connector is one
-/// [`KvPort`]; a newer one of the same kind ends the one before it.
+/// Listens for our connector and our scheduler inside vLLM. The connector connects once for each of the
+/// engine's ranks, which together are one [`KvPort`]; whoever comes a second time ends what was before.
 #[derive(Debug)]
 pub(super) struct ConnectorListener {
     accepting: JoinHandle<()>,
@@ -87,9 +93,54 @@ struct Host {
     pacing: Pacing,
 }
 
+impl Host {
+    fn tell(&self, who: &str, ended: Result<(), ConnectorError>) {
+        let worker = &self.worker_name;
+        match ended {
+            Ok(()) => tracing::info!(worker, "{who} has gone"),
+            Err(error) => tracing::error!(worker, %error, "{who}'s connection was closed"),
+        }
+    }
+}
+
+type Visitor = (Hello, UnixStream);
+
+/// The ranks of one life of the engine, as they come. When one of them goes, all have gone.
+struct Gathering {
+    first: Compatibility,
+    come: HashSet<u32>,
+    visitors: mpsc::Sender<Visitor>,
+    task: AbortOnDrop,
+}
+
+impl Gathering {
+    fn of(first: &Compatibility, host: Arc<Host>) -> Self {
+        let (visitors, coming) = mpsc::channel(1);
+        let ranks = first.of_rank(0);
+        let task = tokio::spawn(async move {
+            let ended = serve(&ranks, coming, &host).await;
+            host.tell("the connector", ended);
+        });
+        let task = AbortOnDrop(Some(task));
+        Self { first: first.of_rank(0), come: HashSet::new(), visitors, task }
+    }
+
+    /// This rank has come before, or one has gone: whoever comes now is of another life.
+    fn is_over(&self, next: &Compatibility) -> bool {
+        self.visitors.is_closed() || self.come.contains(&next.tensor_parallel_rank)
+    }
+
+    async fn add(&mut self, visitor: Visitor, compatibility: &Compatibility) {
+        self.come.insert(compatibility.tensor_parallel_rank);
+        // Where the others have just gone, this one's stream is closed, and it comes again.
+        let _ = self.visitors.send(visitor).await;
+    }
+}
+
 async fn accept(listener: UnixListener, host: Arc<Host>) {
     let mut greeting = JoinSet::new();
-    let (mut connector, mut scheduler) = (AbortOnDrop(None), AbortOnDrop(None));
+    let mut scheduler = AbortOnDrop(None);
+    let mut engine: Option<Gathering> = None;
     loop {
         let visitor = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -114,20 +165,71 @@ async fn accept(listener: UnixListener, host: Arc<Host>) {
                 continue;
             }
         };
-        let (what, place) = match &hello {
-            Hello::Connector { .. } => ("the connector", &mut connector),
-            Hello::Scheduler { .. } => ("the scheduler", &mut scheduler),
+        let compatibility = match fitting(&hello) {
+            Ok(None) => {
+                scheduler.end().await;
+                let host = host.clone();
+                let (read, write) = stream.into_split();
+                scheduler.0 = Some(tokio::spawn(async move {
+                    let served = scheduler::serve(read, write, &host.pacing).await;
+                    host.tell("the scheduler", served.map_err(ConnectorError::from));
+                }));
+                continue;
+            }
+            Ok(Some(compatibility)) => compatibility,
+            Err(refused) => {
+                refuse(stream, refused, &host).await;
+                continue;
+            }
         };
         // The older port goes before the newer makes its arena.
-        place.end().await;
-        let host = host.clone();
-        place.0 = Some(tokio::spawn(async move {
-            let worker = &host.worker_name;
-            match serve(hello, stream, &host).await {
-                Ok(()) => tracing::info!(worker, "{what} has gone"),
-                Err(error) => tracing::error!(worker, %error, "{what}'s connection was closed"),
-            }
-        }));
+        if let Some(older) = engine.as_mut().filter(|engine| engine.is_over(&compatibility)) {
+            older.task.end().await;
+            engine = None;
+        }
+        let gathering = engine.get_or_insert_with(|| Gathering::of(&compatibility, host.clone()));
+        match gathering.first.check_ranks(&compatibility) {
+            Ok(()) => gathering.add((hello, stream), &compatibility).await,
+            Err(mismatch) => refuse(stream, mismatch.into(), &host).await,
+        }
+    }
+}
+
+/// What a connector says of its engine; nothing where it is a scheduler.
+fn fitting(hello: &Hello) -> Result<Option<Compatibility>, Refused> {
+    let (protocol, compatibility) = match hello {
+        Hello::Scheduler { protocol } => (*protocol, None),
+        Hello::Connector { protocol, compatibility, .. } => {
+            (*protocol, Some(compatibility.as_ref()))
+        }
+    };
+    if protocol != frames::PROTOCOL {
+        return Err(Refused::Protocol { theirs: protocol });
+    }
+    let Some(compatibility) = compatibility else { return Ok(None) };
+    for (field, value) in [
+        ("block_bytes", compatibility.block_bytes),
+        ("block_size_tokens", compatibility.block_size_tokens.into()),
+        ("tensor_parallel_size", compatibility.tensor_parallel_size.into()),
+    ] {
+        if value == 0 {
+            return Err(Refused::Zero(field));
+        }
+    }
+    let Compatibility { tensor_parallel_rank: rank, tensor_parallel_size: ranks, .. } =
+        *compatibility;
+    if rank >= ranks {
+        return Err(Refused::NoSuchRank { rank, ranks });
+    }
+    Ok(Some(compatibility.clone()))
+}
+
+async fn refuse(stream: UnixStream, refused: Refused, host: &Host) {
+    let (_, mut write) = stream.into_split();
+    let answer = Answer::Refused { reason: refused.to_string() };
+    let told = tokio::time::timeout(REFUSAL_TIMEOUT, send(&answer, &mut write)).await;
+    if told.is_ok_and(|told| told.is_ok()) {
+        host.tell("the connector", Err(refused.into()));
     }
 }
 
@@ -176,6 +278,10 @@ enum Refused {
     Protocol { theirs: u32 },
     #[error("its {0} is 0")]
     Zero(&'static str),
+    #[error("its tensor_parallel_rank is {rank}, of {ranks}")]
+    NoSuchRank { rank: u32, ranks: u32 },
+    #[error("its ranks are not alike: {0}")]
+    Ranks(#[from] CompatibilityMismatch),
     #[error(transparent)]
     TooSmall(#[from] ArenaTooSmall),
     #[error(transparent)]
@@ -184,79 +290,90 @@ enum Refused {
     Stopping,
 }
 
-async fn serve(hello: Hello, stream: UnixStream, host: &Host) -> Result<(), ConnectorError> {
-    let (mut read, mut write) = stream.into_split();
-    let welcomed = match hello {
-        Hello::Scheduler { protocol } => match speaks(protocol) {
-            Ok(()) => return Ok(scheduler::serve(read, write, &host.pacing).await?),
-            Err(refused) => Err(refused),
-        },
-        Hello::Connector { protocol, connector_version, vllm_version, compatibility } => {
-            match speaks(protocol) {
-                Ok(()) => welcome(&connector_version, &vllm_version, compatibility, host).await,
-                Err(refused) => Err(refused),
-            }
+/// Welcomes each rank as it comes, hands them on as one port when all are there, and carries their
+/// messages until one of them is gone.
+async fn serve(
+    engine: &Compatibility,
+    mut coming: mpsc::Receiver<Visitor>,
+    host: &Host,
+) -> Result<(), ConnectorError> {
+    let count = engine.tensor_parallel_size;
+    let mut carrying = JoinSet::new();
+    let mut ranks: BTreeMap<u32, RankPort> = BTreeMap::new();
+    let mut arena: Option<Arena> = None;
+    loop {
+        let (hello, stream) = tokio::select! {
+            Some(visitor) = coming.recv() => visitor,
+            Some(ended) = carrying.join_next() => return ended.unwrap_or(Ok(())),
+        };
+        let Hello::Connector { connector_version, vllm_version, compatibility, .. } = hello else {
+            continue;
+        };
+        let (read, mut write) = stream.into_split();
+        let arena = match &arena {
+            Some(arena) => arena.clone(),
+            None => match new_arena(engine, host).await {
+                Ok(made) => arena.insert(made).clone(),
+                Err(refused) => {
+                    send(&Answer::Refused { reason: refused.to_string() }, &mut write).await?;
+                    return Err(refused.into());
+                }
+            },
+        };
+        let rank = compatibility.tensor_parallel_rank;
+        let (exports, imports) = arena.layout().of_rank(rank, count);
+        let answer = Answer::Welcome {
+            protocol: frames::PROTOCOL,
+            arena: arena.path().to_owned(),
+            slot_bytes: arena.layout().slot_bytes,
+            first_export_slot: exports.start,
+            export_slots: exports.end - exports.start,
+            first_import_slot: imports.start,
+            import_slots: imports.end - imports.start,
+        };
+        send(&answer, &mut write).await?;
+        tracing::info!(
+            worker = host.worker_name,
+            connector_version,
+            vllm_version,
+            rank,
+            ranks = count,
+            block_bytes = compatibility.block_bytes,
+            export_slots = exports.end - exports.start,
+            import_slots = imports.end - imports.start,
+            "the connector is attached"
+        );
+        let (port, to_worker, from_worker) = RankPort::pair(QUEUE_MESSAGES);
+        carrying.spawn(carry(read, write, to_worker, from_worker));
+        ranks.insert(rank, port);
+        if ranks.len() == count as usize {
+            let ranks = std::mem::take(&mut ranks).into_values().collect();
+            let port = KvPort { compatibility: engine.clone(), arena, ranks };
+            host.ports.send(port).await.map_err(|_| Refused::Stopping)?;
         }
-    };
-    let (compatibility, arena) = match welcomed {
-        Ok(welcomed) => welcomed,
-        Err(refused) => {
-            send(&Answer::Refused { reason: refused.to_string() }, &mut write).await?;
-            return Err(refused.into());
-        }
-    };
-    let layout = arena.layout();
-    let answer = Answer::Welcome {
-        protocol: frames::PROTOCOL,
-        arena: arena.path().to_owned(),
-        slot_bytes: layout.slot_bytes,
-        export_slots: layout.export_slots,
-        import_slots: layout.import_slots,
-    };
-    send(&answer, &mut write).await?;
+    }
+}
 
-    let (to_worker, from_engine) = mpsc::channel(QUEUE_MESSAGES);
-    let (to_engine, mut from_worker) = mpsc::channel(QUEUE_MESSAGES);
-    let port = KvPort { compatibility, arena, from_engine, to_engine };
-    host.ports.send(port).await.map_err(|_| Refused::Stopping)?;
+/// An arena for all ranks of an engine.
+async fn new_arena(engine: &Compatibility, host: &Host) -> Result<Arena, Refused> {
+    let ranks = engine.tensor_parallel_size;
+    let layout = arena_files::layout(&host.arena, engine.block_bytes, ranks)?;
+    let path = arena_files::fresh_path(&host.arena, &host.worker_name);
+    // Touching every page takes a while.
+    let created = tokio::task::spawn_blocking(move || Arena::create(&path, layout)).await;
+    Ok(created.map_err(|_| Refused::Stopping)??)
+}
+
+async fn carry(
+    mut read: OwnedReadHalf,
+    mut write: OwnedWriteHalf,
+    to_worker: mpsc::Sender<FromEngine>,
+    mut from_worker: mpsc::Receiver<ToEngine>,
+) -> Result<(), ConnectorError> {
     tokio::select! {
         read = upwards(&mut read, &to_worker) => read,
         written = downwards(&mut from_worker, &mut write) => written,
     }
-}
-
-fn speaks(protocol: u32) -> Result<(), Refused> {
-    if protocol == frames::PROTOCOL { Ok(()) } else { Err(Refused::Protocol { theirs: protocol }) }
-}
-
-async fn welcome(
-    connector_version: &str,
-    vllm_version: &str,
-    compatibility: Compatibility,
-    host: &Host,
-) -> Result<(Compatibility, Arena), Refused> {
-    if compatibility.block_bytes == 0 {
-        return Err(Refused::Zero("block_bytes"));
-    }
-    if compatibility.block_size_tokens == 0 {
-        return Err(Refused::Zero("block_size_tokens"));
-    }
-    let layout = arena_files::layout(&host.arena, compatibility.block_bytes)?;
-    let path = arena_files::fresh_path(&host.arena, &host.worker_name);
-    // Touching every page takes a while.
-    let arena = tokio::task::spawn_blocking(move || Arena::create(&path, layout))
-        .await
-        .map_err(|_| Refused::Stopping)??;
-    tracing::info!(
-        worker = host.worker_name,
-        connector_version,
-        vllm_version,
-        block_bytes = compatibility.block_bytes,
-        export_slots = layout.export_slots,
-        import_slots = layout.import_slots,
-        "the connector is attached"
-    );
-    Ok((compatibility, arena))
 }
 
 async fn send(answer: &Answer, write: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {

@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use crate::pacing::StepPace;
 
 /// Raised with every change that an older connector would misunderstand.
-pub(super) const PROTOCOL: u32 = 3;
+pub(super) const PROTOCOL: u32 = 4;
 
 /// A longer frame is refused.
 pub(super) const MAX_FRAME_BYTES: usize = 16 << 20;
@@ -25,7 +25,7 @@ pub(super) enum Hello {
         protocol: u32,
         connector_version: String,
         vllm_version: String,
-        compatibility: Compatibility,
+        compatibility: Box<Compatibility>,
     },
     /// Of our scheduler in vLLM's engine core.
     Scheduler { protocol: u32 },
@@ -60,8 +60,19 @@ pub(super) enum ToScheduler {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(super) enum Answer {
-    Welcome { protocol: u32, arena: PathBuf, slot_bytes: u64, export_slots: u32, import_slots: u32 },
-    Refused { reason: String },
+    /// The arena is that of all ranks; the slots from each first one on are this rank's.
+    Welcome {
+        protocol: u32,
+        arena: PathBuf,
+        slot_bytes: u64,
+        first_export_slot: u32,
+        export_slots: u32,
+        first_import_slot: u32,
+        import_slots: u32,
+    },
+    Refused {
+        reason: String,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -89,7 +89,8 @@ pub(super) struct World<'a> {
     by_request: HashMap<RequestKey, usize>,
     jobs: HashMap<JobId, (usize, usize)>,
     pulls: HashMap<JobId, Pull>,
-    outcomes: Vec<Option<Outcome>>,
+    /// Of all that have arrived, in that order; unfinished as long as they are in flight.
+    outcomes: Vec<Outcome>,
     samples: Vec<(Duration, FleetSample)>,
     /// Workers that may have something to compute now.
     touched: Vec<usize>,
@@ -117,7 +118,7 @@ impl<'a> World<'a> {
             by_request: HashMap::new(),
             jobs: HashMap::new(),
             pulls: HashMap::new(),
-            outcomes: vec![None; trace.requests.len()],
+            outcomes: Vec::with_capacity(trace.requests.len()),
             samples: Vec::new(),
             touched: Vec::new(),
             actions: Vec::new(),
@@ -212,12 +213,12 @@ impl<'a> World<'a> {
         for flight in &mut self.flights {
             if let Some(mut flight) = flight.take() {
                 let phase = self.trace.requests[flight.index].phase;
-                self.outcomes[flight.index] = Some(flight.outcome(phase, Some(Fate::Unfinished)));
+                self.outcomes[flight.index] = flight.outcome(phase, Some(Fate::Unfinished));
             }
         }
         let (workers_seconds, flips) = self.pools.finish(self.setup.mode, self.now);
         Run {
-            outcomes: self.outcomes.into_iter().flatten().collect(),
+            outcomes: self.outcomes,
             facts: RunFacts {
                 duration: duration(self.now),
                 flips: flips.len() as u64,
@@ -270,10 +271,11 @@ impl<'a> World<'a> {
         let block_size = u64::from(self.setup.block_size_tokens);
         let capacity = self.setup.kv_capacity_tokens / block_size * block_size;
         if tokens > capacity || request.input_tokens == 0 || request.output_tokens == 0 {
-            self.outcomes[index] = Some(flight.outcome(request.phase, Some(Fate::Rejected)));
+            self.outcomes.push(flight.outcome(request.phase, Some(Fate::Rejected)));
             missed(&mut self.hope, &mut flight);
             return;
         }
+        self.outcomes.push(flight.outcome(request.phase, Some(Fate::Unfinished)));
         let mut shape = RequestShape {
             max_output_tokens: (request.output_tokens == 1).then_some(1),
             prompt_tokens: request.input_tokens,
@@ -418,7 +420,7 @@ impl<'a> World<'a> {
         if !kept.both() {
             missed(&mut self.hope, &mut flight);
         }
-        self.outcomes[flight.index] = Some(outcome);
+        self.outcomes[flight.index] = outcome;
     }
 
     fn begin_steps(&mut self) {

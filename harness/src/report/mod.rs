@@ -19,7 +19,7 @@ use serde::Serialize;
 pub use self::table::to_csv;
 use crate::{
     outcome::{Fate, Outcome, Slo},
-    summary::{FleetSample, Summary},
+    summary::{FleetSample, Summary, WorkersSeconds},
 };
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -175,6 +175,14 @@ impl RunFindings {
             timeline: timeline(outcomes, samples),
             summary,
         }
+    }
+}
+
+impl RunFindings {
+    /// Of an endpoint nothing is known of what stands behind it.
+    pub fn knows_workers(&self) -> bool {
+        let WorkersSeconds { prefill, decode, mixed } = self.summary.workers_seconds;
+        prefill + decode + mixed > 0.0
     }
 }
 

@@ -8,7 +8,7 @@ use super::{
         Latency, Styles, TBT, TTFT, Width, attainment, attainment_title, best, distribution,
         distribution_title, goodput_bars, goodput_title, swatch, timeline, timeline_title, verdict,
     },
-    number::{bytes, figures, percent, span, span_tick},
+    number::{bytes, figures, percent, span, span_tick, tick},
     plot::Rule,
 };
 
@@ -233,6 +233,12 @@ fn rows(scenario: &Scenario) -> Vec<Row> {
     let said = |name, of: fn(&RunFindings) -> String| {
         row(name, Better::Neither, &|contender| Some((0.0, of(contender.run.as_ref()?))))
     };
+    let of_workers = |name, of: fn(&RunFindings) -> String| {
+        row(name, Better::Neither, &|contender| {
+            let run = contender.run.as_ref().filter(|run| run.knows_workers())?;
+            Some((0.0, of(run)))
+        })
+    };
     let mut rows = vec![
         goodput("Goodput, 90 % within the SLOs, requests/s", |found| Some(found.rps)),
         goodput("Goodput, 99 % within the SLOs, requests/s", |found| found.rps_p99),
@@ -261,9 +267,9 @@ fn rows(scenario: &Scenario) -> Vec<Row> {
         latency("TPOT p90", |run| run.summary.tpot_ms.p90),
         latency("End to end p50", |run| run.summary.e2e_ms.p50),
         latency("End to end p90", |run| run.summary.e2e_ms.p90),
-        said("Requests completed", |run| figures(super::float(run.summary.completed))),
-        said("Requests rejected", |run| figures(super::float(run.summary.rejected))),
-        said("Requests unfinished", |run| figures(super::float(run.summary.unfinished))),
+        said("Requests completed", |run| count(run.summary.completed)),
+        said("Requests rejected", |run| count(run.summary.rejected)),
+        said("Requests unfinished", |run| count(run.summary.unfinished)),
         run("Output tokens/s", Better::Neither, |run| run.summary.output_tokens_per_s, figures),
         run(
             "Prompt tokens found in prefix caches",
@@ -271,32 +277,23 @@ fn rows(scenario: &Scenario) -> Vec<Row> {
             |run| run.summary.prefix_hit_ratio,
             percent,
         ),
-        said("Requests split between two workers", |run| {
-            figures(super::float(run.summary.disaggregated))
-        }),
-        said("KV moved between workers", |run| bytes(run.summary.kv_bytes_moved)),
-        said("Role flips", |run| run.summary.flips.to_string()),
-        run(
-            "Hours of prefill workers",
-            Better::Neither,
-            |run| run.summary.workers_seconds.prefill / 3_600.0,
-            figures,
-        ),
-        run(
-            "Hours of decode workers",
-            Better::Neither,
-            |run| run.summary.workers_seconds.decode / 3_600.0,
-            figures,
-        ),
-        run(
-            "Hours of workers that do both",
-            Better::Neither,
-            |run| run.summary.workers_seconds.mixed / 3_600.0,
-            figures,
-        ),
+        said("Requests split between two workers", |run| count(run.summary.disaggregated)),
+        of_workers("KV moved between workers", |run| bytes(run.summary.kv_bytes_moved)),
+        of_workers("Role flips", |run| run.summary.flips.to_string()),
+        of_workers("Hours of prefill workers", |run| hours(run.summary.workers_seconds.prefill)),
+        of_workers("Hours of decode workers", |run| hours(run.summary.workers_seconds.decode)),
+        of_workers("Hours of workers that do both", |run| hours(run.summary.workers_seconds.mixed)),
     ];
     rows.retain(|row| row.cells.iter().any(Option::is_some));
     rows
+}
+
+fn count(requests: usize) -> String {
+    tick(super::float(requests))
+}
+
+fn hours(seconds: f64) -> String {
+    figures(seconds / 3_600.0)
 }
 
 impl Row {

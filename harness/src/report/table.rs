@@ -4,7 +4,7 @@ use std::io;
 
 use super::{Contender, Report, Scenario};
 
-/// Empty cells are figures that the experiment did not ask for.
+/// Empty cells are figures that the experiment did not ask for, or that an endpoint does not tell.
 ///
 /// # Errors
 /// None that writing to memory can meet.
@@ -35,8 +35,9 @@ fn cells(scenario: &Scenario, contender: &Contender) -> Vec<(&'static str, Strin
     let run = |read: fn(&crate::summary::Summary) -> f64| {
         contender.run.as_ref().map(|run| read(&run.summary).to_string()).unwrap_or_default()
     };
-    let count = |read: fn(&crate::summary::Summary) -> u64| {
-        contender.run.as_ref().map(|run| read(&run.summary).to_string()).unwrap_or_default()
+    let of_workers = |read: fn(&crate::summary::Summary) -> f64| {
+        let run = contender.run.as_ref().filter(|run| run.knows_workers());
+        run.map(|run| read(&run.summary).to_string()).unwrap_or_default()
     };
     let requests = |read: fn(&crate::summary::Summary) -> usize| {
         contender.run.as_ref().map(|run| read(&run.summary).to_string()).unwrap_or_default()
@@ -90,11 +91,11 @@ fn cells(scenario: &Scenario, contender: &Contender) -> Vec<(&'static str, Strin
         ("run_e2e_ms_p99", run(|s| s.e2e_ms.p99)),
         ("run_output_tokens_per_s", run(|s| s.output_tokens_per_s)),
         ("run_prefix_hit_ratio", run(|s| s.prefix_hit_ratio)),
-        ("run_kv_bytes_moved", count(|s| s.kv_bytes_moved)),
+        ("run_kv_bytes_moved", of_workers(|s| s.kv_bytes_moved as f64)),
         ("run_disaggregated", requests(|s| s.disaggregated)),
-        ("run_flips", count(|s| s.flips)),
-        ("run_worker_seconds_prefill", run(|s| s.workers_seconds.prefill)),
-        ("run_worker_seconds_decode", run(|s| s.workers_seconds.decode)),
-        ("run_worker_seconds_mixed", run(|s| s.workers_seconds.mixed)),
+        ("run_flips", of_workers(|s| s.flips as f64)),
+        ("run_worker_seconds_prefill", of_workers(|s| s.workers_seconds.prefill)),
+        ("run_worker_seconds_decode", of_workers(|s| s.workers_seconds.decode)),
+        ("run_worker_seconds_mixed", of_workers(|s| s.workers_seconds.mixed)),
     ]
 }

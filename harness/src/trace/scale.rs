@@ -64,6 +64,7 @@ impl Trace {
                 copy += 1;
             }
         }
+        requests.shrink_to_fit();
         requests.sort_by_key(|request| request.arrival);
         requests
     }

@@ -6,7 +6,10 @@ mod fixture;
 
 use std::path::Path;
 
-use baton_harness::report::{Contender, Report, RunFindings, Scenario, to_csv};
+use baton_harness::{
+    report::{Contender, Report, RunFindings, Scenario, to_csv},
+    summary::WorkersSeconds,
+};
 use roxmltree::{Document, Node, ParsingOptions};
 
 fn parse(html: &str) -> Document<'_> {
@@ -123,6 +126,23 @@ fn alone(contender: Contender) -> Report {
     let scenario = Scenario { contenders: vec![contender], ..report.scenarios[0].clone() };
     report.scenarios = vec![scenario];
     report
+}
+
+#[test]
+fn of_an_endpoint_no_workers_are_shown() {
+    let mut contender = fixture::report().scenarios[0].contenders[0].clone();
+    let of_workers = ["Role flips", "KV moved", "KV blocks in use", "Hours of prefill workers"];
+    let html = check(&alone(contender.clone()));
+    assert!(of_workers.iter().all(|figure| html.contains(figure)));
+
+    contender.run.as_mut().unwrap().summary.workers_seconds = WorkersSeconds::default();
+    let report = alone(contender);
+    let html = check(&report);
+    assert!(!of_workers.iter().any(|figure| html.contains(figure)));
+    let csv = to_csv(&report).unwrap();
+    let mut reader = csv::Reader::from_reader(csv.as_slice());
+    let record = reader.records().next().unwrap().unwrap();
+    assert_eq!(record.iter().rev().take(3).collect::<String>(), "");
 }
 
 #[test]

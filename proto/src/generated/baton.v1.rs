@@ -131,6 +131,10 @@ pub struct Peer {
     /// SHA-256 of the certificate that the channel presents (32 bytes).
     #[prost(bytes = "bytes", tag = "4")]
     pub certificate_fingerprint: ::prost::bytes::Bytes,
+    /// In a StartJob, where it is not the very same as that of the worker which is told: then blocks must be
+    /// made of one another's.
+    #[prost(message, optional, tag = "5")]
+    pub compatibility: ::core::option::Option<Compatibility>,
 }
 /// What two engines must share before one can use the other's KV.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -153,6 +157,9 @@ pub struct Compatibility {
     pub tensor_parallel_size: u32,
     #[prost(string, tag = "9")]
     pub connector_version: ::prost::alloc::string::String,
+    /// `baton_types::HeadLayout`; empty where the engine cannot tell.
+    #[prost(string, tag = "10")]
+    pub kv_heads: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct Welcome {

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_tests::{Host, HttpsClient, Metrics, Network, Process, SlowWire, baton};
+use baton_tests::{ADMIN_TOKEN, Host, HttpsClient, Metrics, Network, Process, SlowWire, baton};
 use tempfile::TempDir;
 use toml::{Table, Value};
 
@@ -155,6 +155,7 @@ impl Machines {
         let directory = self.host_directory(name);
         fs::create_dir_all(directory.join("keys")).unwrap();
         fs::write(directory.join("keys/default"), format!("{KEY}\n")).unwrap();
+        fs::write(directory.join("admin.token"), format!("{ADMIN_TOKEN}\n")).unwrap();
         fs::write(directory.join("baton.toml"), file.to_string()).unwrap();
     }
 

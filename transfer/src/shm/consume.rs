@@ -15,8 +15,8 @@ use tokio::{
 };
 
 use super::{
-    BEAT, SILENCE, ShmChannel, WINDOW,
-    batch::{BATCH_BYTES, Batch, Copied},
+    BEAT, SILENCE, ShmChannel,
+    copying::{Copied, Copiers, Copying},
     gone,
     hello::{HEAD_BYTES, Hello, KIND},
     silent, written,
@@ -26,6 +26,12 @@ use crate::{
     channel::{BlockSink, PeerAddress, Pulled, Subscription, TransferError},
     frame::{BlockHead, ConsumerWord, ProducerFrame, VERSION, encode_subscription},
 };
+
+/// Frames are read in pieces of this: some hundred at a time.
+const READ_BYTES: usize = 16 << 10;
+
+/// Blocks of so many bytes that were copied are told of together, where there is more to copy meanwhile.
+const TOLD_BYTES: u64 = 2 << 20;
 
 /// Subscribes, copies every block, verifies, acknowledges.
 pub(super) async fn pull(
@@ -48,7 +54,7 @@ pub(super) async fn pull(
         Some(file) => Some(channel.map(peer, file).await?),
         None => None,
     };
-    producer.take_over(arena, subscription, sink).await
+    producer.take_over(arena, subscription, sink, &channel.copiers).await
 }
 
 /// The connection to one producer. Dropping it tells that the handoff is over.
@@ -63,6 +69,13 @@ struct Producer {
     frames: VecDeque<Came>,
     /// Blocks that were taken, and the producer does not know.
     taken: usize,
+    taken_bytes: u64,
+}
+
+/// What there is to do next.
+enum Next {
+    Came(Came),
+    Copied(Vec<Copied>),
 }
 
 /// A frame, with its block where that came over the socket.
@@ -83,6 +96,7 @@ impl Producer {
             unread: BytesMut::new(),
             frames: VecDeque::new(),
             taken: 0,
+            taken_bytes: 0,
         }
     }
 
@@ -91,16 +105,24 @@ impl Producer {
         arena: Option<Arc<PeerArena>>,
         subscription: &Subscription,
         sink: &dyn BlockSink,
+        copiers: &Copiers,
     ) -> Result<Pulled, TransferError> {
         let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, None);
+        let mut copying = Copying::new(copiers);
         loop {
-            let Came(frame, bytes) = self.next().await?;
+            let Came(frame, bytes) = match self.next(&mut copying).await? {
+                Next::Came(came) => came,
+                Next::Copied(blocks) => {
+                    self.all_placed(blocks, sink, &mut arrivals).await?;
+                    continue;
+                }
+            };
             match frame {
                 ProducerFrame::Mapped { head, offset } => {
                     let arena = arena.as_ref().ok_or_else(|| {
                         TransferError::Protocol("a block in an arena it has not".to_owned())
                     })?;
-                    self.mapped((head, offset), arena, sink, &mut arrivals).await?;
+                    self.mapped((head, offset), arena, sink, &mut copying, &mut arrivals).await?;
                 }
                 ProducerFrame::Block(head) => {
                     arrivals.announced(&head, 0, self.max_block_bytes)?;
@@ -133,29 +155,30 @@ impl Producer {
         first: (BlockHead, u64),
         arena: &Arc<PeerArena>,
         sink: &dyn BlockSink,
+        copying: &mut Copying<'_>,
         arrivals: &mut Arrivals<'_>,
     ) -> Result<(), TransferError> {
-        let (mut batch, mut bytes, mut next) = (Batch::default(), 0, Some(first));
+        let mut next = Some(first);
         while let Some((head, offset)) = next.take() {
-            arrivals.announced(&head, small(batch.len()), self.max_block_bytes)?;
+            arrivals.announced(&head, small(copying.len()), self.max_block_bytes)?;
             let landing = match sink.reserve(head.index, head.len).now_or_never() {
                 Some(landing) => landing?,
-                None if batch.is_empty() => self.attend(sink.reserve(head.index, head.len)).await?,
+                None if copying.is_empty() => {
+                    self.attend(sink.reserve(head.index, head.len)).await?
+                }
                 None => {
+                    copying.waits_for_slots();
                     self.frames.push_front(Came(ProducerFrame::Mapped { head, offset }, None));
                     break;
                 }
             };
-            batch.push(head, offset, landing);
-            bytes += u64::from(head.len);
-            if batch.len() < WINDOW / 2 && bytes < BATCH_BYTES {
+            copying.gather(head, offset, landing, arena);
+            if copying.has_room() {
                 next = self.next_mapped()?;
             }
         }
-        for copied in batch.copy(arena).await? {
-            self.placed(copied, sink, arrivals).await?;
-        }
-        Ok(())
+        let copied = copying.start(arena);
+        self.all_placed(copied, sink, arrivals).await
     }
 
     /// The next frame, if it has come and tells of a block in the producer's arena.
@@ -170,6 +193,18 @@ impl Producer {
         let mapped = (*head, *offset);
         self.frames.pop_front();
         Ok(Some(mapped))
+    }
+
+    async fn all_placed(
+        &mut self,
+        copied: Vec<Copied>,
+        sink: &dyn BlockSink,
+        arrivals: &mut Arrivals<'_>,
+    ) -> Result<(), TransferError> {
+        for copied in copied {
+            self.placed(copied, sink, arrivals).await?;
+        }
+        Ok(())
     }
 
     /// Counts a block that was copied and verified, and passes it on.
@@ -189,6 +224,7 @@ impl Producer {
         };
         arrivals.verified(&head);
         self.taken += 1;
+        self.taken_bytes += u64::from(head.len);
         self.attend(sink.verified(head.index, landing, crc32)).await
     }
 
@@ -220,20 +256,36 @@ impl Producer {
         }
     }
 
-    /// The next frame. What was taken is told when there is nothing else to do, or much to tell.
-    async fn next(&mut self) -> Result<Came, TransferError> {
-        if self.taken >= WINDOW / 2 {
+    /// What comes next: blocks that were copied, or a frame that need not wait for them. What was taken is
+    /// told when there is nothing else to do, or much to tell.
+    async fn next(&mut self, copying: &mut Copying<'_>) -> Result<Next, TransferError> {
+        if self.taken_bytes >= TOLD_BYTES {
             self.tell_taken().await?;
         }
         loop {
-            if let Some(came) = self.frames.pop_front() {
-                return Ok(came);
+            if self.frames.is_empty() {
+                let came = self.parse()?;
+                self.frames.extend(came);
             }
-            if let Some(came) = self.parse()? {
-                return Ok(came);
+            let may_come = match self.frames.front() {
+                None => false,
+                Some(Came(ProducerFrame::Mapped { .. }, _)) => copying.has_room(),
+                Some(Came(ProducerFrame::Block(_) | ProducerFrame::Sealed(_), _)) => {
+                    copying.is_empty()
+                }
+                Some(_) => true,
+            };
+            if may_come && let Some(came) = self.frames.pop_front() {
+                return Ok(Next::Came(came));
             }
-            self.tell_taken().await?;
-            self.more().await?;
+            if copying.is_empty() {
+                self.tell_taken().await?;
+            }
+            tokio::select! {
+                biased;
+                copied = copying.done() => return Ok(Next::Copied(copied?)),
+                more = self.more(), if self.frames.is_empty() => more?,
+            }
         }
     }
 
@@ -249,7 +301,7 @@ impl Producer {
     async fn tell_taken(&mut self) -> Result<(), TransferError> {
         if self.taken > 0 {
             let words = ConsumerWord::Taken.encode().repeat(self.taken);
-            self.taken = 0;
+            (self.taken, self.taken_bytes) = (0, 0);
             self.write(&words).await?;
         }
         Ok(())
@@ -258,6 +310,7 @@ impl Producer {
     /// Reads what there is, and tells meanwhile that this side lives. Nothing is lost when the future is
     /// dropped.
     async fn more(&mut self) -> Result<(), TransferError> {
+        self.unread.reserve(READ_BYTES);
         loop {
             tokio::select! {
                 biased;
@@ -305,8 +358,13 @@ impl Producer {
         }
         if self.unread.first() != Some(&KIND) {
             // Another version, or no producer at all.
-            let Came(frame, _) = self.next().await?;
-            return Err(match frame {
+            let came = loop {
+                if let Some(came) = self.parse()? {
+                    break came;
+                }
+                self.more().await?;
+            };
+            return Err(match came.0 {
                 ProducerFrame::WrongVersion { ours: theirs } => {
                     TransferError::Version { ours: VERSION, theirs }
                 }

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, io, pin::pin, sync::Arc};
 
 use async_trait::async_trait;
 use baton_arena::Arena;
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures::{FutureExt, future::BoxFuture};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -60,7 +60,7 @@ struct Asked {
 
 /// The connection to one consumer.
 struct Consumer {
-    reader: OwnedReadHalf,
+    words: Words,
     writer: OwnedWriteHalf,
     beat: Interval,
     heard: Instant,
@@ -84,7 +84,7 @@ impl Consumer {
         let mut beat = interval(BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (heard, announced) = (Instant::now(), VecDeque::new());
-        Self { reader, writer, beat, heard, announced, is_inline: false }
+        Self { words: Words::new(reader), writer, beat, heard, announced, is_inline: false }
     }
 
     async fn subscription(&mut self) -> Result<Asked, TransferError> {
@@ -106,7 +106,8 @@ impl Consumer {
     }
 
     async fn read(&mut self, bytes: &mut [u8]) -> Result<(), TransferError> {
-        let read = timeout(SILENCE, self.reader.read_exact(bytes)).await.map_err(|_| silent())?;
+        let read =
+            timeout(SILENCE, self.words.reader.read_exact(bytes)).await.map_err(|_| silent())?;
         read.map(drop).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => {
                 TransferError::Protocol("a subscription that ends early".to_owned())
@@ -200,7 +201,7 @@ impl Consumer {
         let event = if takes_more {
             tokio::select! {
                 biased;
-                word = word(&mut self.reader) => Event::Word(word?),
+                word = self.words.next() => Event::Word(word?),
                 item = exports.next() => return Ok(Event::Exported(item)),
                 _ = self.beat.tick() => return Ok(Event::Beat),
                 () = silence => return Err(silent()),
@@ -208,7 +209,7 @@ impl Consumer {
         } else {
             tokio::select! {
                 biased;
-                word = word(&mut self.reader) => Event::Word(word?),
+                word = self.words.next() => Event::Word(word?),
                 () = exports.revoked() => return Ok(Event::Revoked),
                 _ = self.beat.tick() => return Ok(Event::Beat),
                 () = silence => return Err(silent()),
@@ -254,7 +255,7 @@ impl Consumer {
             tokio::select! {
                 biased;
                 result = &mut write => return written(result),
-                word = word(&mut self.reader) => match word? {
+                word = self.words.next() => match word? {
                     ConsumerWord::Progress => self.heard = Instant::now(),
                     ConsumerWord::Taken if !self.announced.is_empty() => {
                         self.heard = Instant::now();
@@ -283,7 +284,7 @@ impl Guest for Consumer {
             tokio::select! {
                 biased;
                 done = &mut attaching => return Ok(done),
-                word = word(&mut self.reader) => match word? {
+                word = self.words.next() => match word? {
                     ConsumerWord::Progress => self.heard = Instant::now(),
                     other => {
                         return Err(TransferError::Protocol(format!("{other:?} before a block")));
@@ -307,12 +308,26 @@ impl Guest for Consumer {
     fn turn_away(&mut self, _error: &TransferError) {}
 }
 
-/// What the consumer says next. Nothing is lost when the future is dropped.
-async fn word(reader: &mut OwnedReadHalf) -> Result<ConsumerWord, TransferError> {
-    let mut byte = [0];
-    match reader.read(&mut byte).await {
-        Ok(0) => Err(TransferError::BrokeOff("it gave the handoff up".to_owned())),
-        Ok(_) => Ok(ConsumerWord::decode(byte[0])?),
-        Err(error) => Err(gone(&error)),
+/// What the consumer says after its subscription. It says much at a time.
+struct Words {
+    reader: OwnedReadHalf,
+    unread: BytesMut,
+}
+
+impl Words {
+    fn new(reader: OwnedReadHalf) -> Self {
+        Self { reader, unread: BytesMut::new() }
+    }
+
+    /// The next one. Nothing is lost when the future is dropped.
+    async fn next(&mut self) -> Result<ConsumerWord, TransferError> {
+        if self.unread.is_empty() {
+            self.unread.reserve(WINDOW);
+            let read = self.reader.read_buf(&mut self.unread).await;
+            if read.map_err(|error| gone(&error))? == 0 {
+                return Err(TransferError::BrokeOff("it gave the handoff up".to_owned()));
+            }
+        }
+        Ok(ConsumerWord::decode(self.unread.get_u8())?)
     }
 }

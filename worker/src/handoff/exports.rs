@@ -3,19 +3,20 @@ use std::{collections::HashSet, sync::Arc, time::Instant};
 use baton_arena::{Arena, Slot, SlotView};
 use baton_engine::{BlockInSlot, ToEngine};
 use baton_transfer::{Ending, HandoffError, Ledger};
-use baton_types::{Epoch, Fault, FaultKind, Origin, PromptDigest};
+use baton_types::{Fault, FaultKind, Origin, PromptDigest};
 use bytes::Bytes;
+use futures::{StreamExt, stream::FuturesUnordered};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-use super::{Name, PortError, Transfer, to_engine::Queue};
+use super::{Name, PortError, to_engine::Queue};
 
-/// The producing side: blocks from the engine's export slots into the ledger.
+/// The producing side: blocks from the engine's export slots into the ledgers, each rank's into its own.
 #[derive(Debug)]
 pub(super) struct Exports {
     arena: Arena,
     block_bytes: u64,
-    transfer: Transfer,
+    ledgers: Vec<Ledger>,
     lent: Arc<Lent>,
 }
 
@@ -23,13 +24,19 @@ pub(super) struct Exports {
 #[derive(Debug)]
 struct Lent {
     slots: Mutex<HashSet<Slot>>,
-    queue: Queue,
+    /// Of each rank.
+    queues: Vec<Queue>,
 }
 
 impl Exports {
-    pub(super) fn new(arena: Arena, block_bytes: u64, transfer: Transfer, queue: Queue) -> Self {
-        let lent = Arc::new(Lent { slots: Mutex::default(), queue });
-        Self { arena, block_bytes, transfer, lent }
+    pub(super) fn new(
+        arena: Arena,
+        block_bytes: u64,
+        ledgers: Vec<Ledger>,
+        queues: Vec<Queue>,
+    ) -> Self {
+        let lent = Arc::new(Lent { slots: Mutex::default(), queues });
+        Self { arena, block_bytes, ledgers, lent }
     }
 
     pub(super) fn expect(
@@ -38,25 +45,40 @@ impl Exports {
         consumer: [u8; 32],
         due: Option<Instant>,
     ) -> Result<Producing, Fault> {
-        let ledger = &self.transfer.ledger;
-        let expected = match due {
-            Some(due) => ledger.expect_by(due, name.0, name.1, consumer),
-            None => ledger.expect(name.0, name.1, consumer),
-        };
-        let ending = expected
-            .map_err(|error| Fault::new(Origin::Handoff, FaultKind::Failed, error.to_string()))?;
-        Ok(Producing {
+        let mut producing = Producing {
             name,
-            ledger: self.transfer.ledger.clone(),
-            queue: self.lent.queue.clone(),
-            ending: Some(ending),
-        })
+            ledgers: self.ledgers.clone(),
+            lent: self.lent.clone(),
+            endings: FuturesUnordered::new(),
+        };
+        for (expecting, ledger) in self.ledgers.iter().enumerate() {
+            let expected = match due {
+                Some(due) => ledger.expect_by(due, name.0, name.1, consumer),
+                None => ledger.expect(name.0, name.1, consumer),
+            };
+            match expected {
+                Ok(ending) => producing.endings.push(ending),
+                Err(error) => {
+                    // What is open there is another's.
+                    producing.ledgers.truncate(expecting);
+                    let reason = error.to_string();
+                    return Err(Fault::new(Origin::Handoff, FaultKind::Failed, reason));
+                }
+            }
+        }
+        Ok(producing)
     }
 
-    pub(super) fn exported(&self, name: Name, blocks: &[BlockInSlot]) -> Result<(), PortError> {
+    pub(super) fn exported(
+        &self,
+        rank: u32,
+        name: Name,
+        blocks: &[BlockInSlot],
+    ) -> Result<(), PortError> {
+        let ledger = self.ledger(rank)?;
         for block in blocks {
-            let bytes = self.borrow(block.slot)?;
-            match self.transfer.ledger.push(name.0, name.1, block.index, bytes) {
+            let bytes = self.borrow(rank, block.slot)?;
+            match ledger.push(name.0, name.1, block.index, bytes) {
                 Ok(()) => {}
                 // Cancelled, and the engine is about to hear of it. The slot went back with the bytes.
                 Err(HandoffError::NotOpen | HandoffError::Stale { .. }) => {}
@@ -68,12 +90,13 @@ impl Exports {
 
     pub(super) fn sealed(
         &self,
+        rank: u32,
         name: Name,
         prompt_tokens: u32,
         prompt_digest: PromptDigest,
         cached_tokens: u32,
     ) -> Result<(), PortError> {
-        let ledger = &self.transfer.ledger;
+        let ledger = self.ledger(rank)?;
         match ledger.seal(name.0, name.1, prompt_tokens, prompt_digest, cached_tokens) {
             Ok(()) | Err(HandoffError::NotOpen | HandoffError::Stale { .. }) => Ok(()),
             Err(HandoffError::WrongPrompt) => {
@@ -86,15 +109,12 @@ impl Exports {
     }
 
     pub(super) fn abort(&self, name: Name) {
-        self.transfer.ledger.abort(name.0, name.1);
+        self.ledgers.iter().for_each(|ledger| ledger.abort(name.0, name.1));
     }
 
-    pub(super) fn begin_epoch(&self, epoch: Epoch, compatibility: [u8; 32]) {
-        self.transfer.ledger.begin_epoch(epoch, compatibility);
-    }
-
+    /// Handoffs of which some rank's part has not ended.
     pub(super) fn open(&self) -> usize {
-        self.transfer.ledger.open_handoffs()
+        self.ledgers.iter().map(Ledger::open_handoffs).max().unwrap_or_default()
     }
 
     pub(super) fn slots_used(&self) -> usize {
@@ -105,21 +125,28 @@ impl Exports {
         self.arena.layout().total_slots()
     }
 
-    /// The bytes of an exported slot. The engine has the slot back when they are dropped.
-    fn borrow(&self, slot: Slot) -> Result<Bytes, PortError> {
+    fn ledger(&self, rank: u32) -> Result<&Ledger, PortError> {
+        self.ledgers.get(rank as usize).ok_or(PortError::NoSuchRank(rank))
+    }
+
+    /// The bytes of a slot that this rank exported. It has the slot back when they are dropped.
+    fn borrow(&self, rank: u32, slot: Slot) -> Result<Bytes, PortError> {
         let view = self.arena.view(slot, self.block_bytes)?;
-        if !self.arena.layout().is_export(slot) {
+        let ranks = u32::try_from(self.ledgers.len()).unwrap_or(u32::MAX);
+        let (own, _) = self.arena.layout().of_rank(rank, ranks);
+        if !own.contains(&slot.0) {
             return Err(PortError::NotForExport(slot));
         }
         if !self.lent.slots.lock().insert(slot) {
             return Err(PortError::StillLent(slot));
         }
-        Ok(Bytes::from_owner(Borrowed { view, slot, lent: self.lent.clone() }))
+        Ok(Bytes::from_owner(Borrowed { view, rank, slot, lent: self.lent.clone() }))
     }
 }
 
 struct Borrowed {
     view: SlotView,
+    rank: u32,
     slot: Slot,
     lent: Arc<Lent>,
 }
@@ -133,7 +160,9 @@ impl AsRef<[u8]> for Borrowed {
 impl Drop for Borrowed {
     fn drop(&mut self) {
         self.lent.slots.lock().remove(&self.slot);
-        self.lent.queue.release(self.slot);
+        if let Some(queue) = self.lent.queues.get(self.rank as usize) {
+            queue.release(self.slot);
+        }
     }
 }
 
@@ -142,43 +171,48 @@ impl Drop for Borrowed {
 #[derive(Debug)]
 pub(crate) struct Producing {
     name: Name,
-    ledger: Ledger,
-    queue: Queue,
-    /// Taken when it has ended.
-    ending: Option<oneshot::Receiver<Ending>>,
+    ledgers: Vec<Ledger>,
+    lent: Arc<Lent>,
+    /// Of the ranks whose part has not ended.
+    endings: FuturesUnordered<oneshot::Receiver<Ending>>,
 }
 
 impl Producing {
     /// Keeps the handoff while its prefill is under way, though the engine has exported nothing yet.
     pub(crate) fn renew(&self) {
-        // One that has ended is told by `ended`.
-        let _ = self.ledger.renew(self.name.0, self.name.1);
-    }
-
-    /// Waits for its end. Nothing is lost when the future is dropped.
-    pub(crate) async fn ended(&mut self) -> Ending {
-        let ending = match &mut self.ending {
-            Some(ending) => ending.await.unwrap_or(Ending::Aborted),
-            None => return Ending::Aborted,
-        };
-        self.ending = None;
-        if ending != Ending::Acked {
-            self.cancel_in_engine();
+        for ledger in &self.ledgers {
+            // One that has ended is told by `ended`.
+            let _ = ledger.renew(self.name.0, self.name.1);
         }
-        ending
     }
 
-    fn cancel_in_engine(&self) {
+    /// Waits for its end: that of all ranks' parts, or of the first that fails, which makes the others
+    /// void. Nothing is lost when the future is dropped.
+    pub(crate) async fn ended(&mut self) -> Ending {
+        while let Some(ending) = self.endings.next().await {
+            let ending = ending.unwrap_or(Ending::Aborted);
+            if ending != Ending::Acked {
+                self.give_up();
+                return ending;
+            }
+        }
+        Ending::Acked
+    }
+
+    fn give_up(&mut self) {
+        self.endings.clear();
         let (handoff, generation) = self.name;
-        self.queue.send(ToEngine::Cancel { handoff, generation });
+        self.ledgers.iter().for_each(|ledger| ledger.abort(handoff, generation));
+        for queue in &self.lent.queues {
+            queue.send(ToEngine::Cancel { handoff, generation });
+        }
     }
 }
 
 impl Drop for Producing {
     fn drop(&mut self) {
-        if self.ending.is_some() {
-            self.ledger.abort(self.name.0, self.name.1);
-            self.cancel_in_engine();
+        if !self.endings.is_empty() {
+            self.give_up();
         }
     }
 }

@@ -4,11 +4,11 @@ use std::{
     time::Duration,
 };
 
-use async_trait::async_trait;
 use baton_arena::{Arena, Landing, ReservedSlot, Slot, SlotPool};
 use baton_engine::{BlockToLoad, ToEngine};
 use baton_transfer::{BlockSink, PeerAddress, Pulled, Seal, Subscription, TransferError};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, HandoffKey, Origin, PromptDigest};
+use futures::future::try_join_all;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, watch},
@@ -16,7 +16,12 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{Name, PortError, Transfer, fault, to_engine::Queue};
+use super::{
+    Name, PortError, Transfer, fault,
+    pieces::{Pieces, Reslicing},
+    sinks::{Assembly, Piece, Whole},
+    to_engine::Queue,
+};
 use crate::counters::Counters;
 
 /// Who computes the prompt.
@@ -24,6 +29,8 @@ use crate::counters::Counters;
 pub(crate) struct Producer {
     pub(crate) address: PeerAddress,
     pub(crate) epoch: Epoch,
+    /// Of its engine, where that is not the very same as that of this worker's.
+    pub(crate) compatibility: Option<Compatibility>,
 }
 
 /// How far a handoff is, as its decode job sees it.
@@ -50,7 +57,7 @@ pub(crate) struct Received {
 }
 
 /// What the engine subscribes for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Prompt {
     pub(super) prompt_tokens: u32,
     pub(super) prompt_digest: PromptDigest,
@@ -61,22 +68,31 @@ pub(super) struct Prompt {
 #[derive(Debug)]
 pub(super) struct Imports {
     arena: Arena,
-    pool: SlotPool,
-    block_bytes: u64,
-    block_size_tokens: u32,
-    compatibility: [u8; 32],
+    /// In their order.
+    ranks: Vec<Rank>,
+    /// Of the first rank.
+    compatibility: Compatibility,
+    pieces: Pieces,
     epoch: Mutex<Epoch>,
     transfer: Transfer,
-    queue: Queue,
     counters: Arc<Counters>,
     consumers: Mutex<HashMap<Name, Consumer>>,
+}
+
+/// One rank of the engine.
+#[derive(Debug)]
+struct Rank {
+    pool: SlotPool,
+    queue: Queue,
 }
 
 #[derive(Debug)]
 struct Consumer {
     producer: Producer,
     progress: watch::Sender<Progress>,
-    /// Runs from the subscription on.
+    /// What each rank has subscribed for.
+    subscribed: HashMap<u32, Prompt>,
+    /// Runs once all ranks have.
     pull: Option<AbortHandle>,
     /// Slots that the engine may be reading.
     lent: HashMap<Slot, ReservedSlot>,
@@ -97,23 +113,25 @@ impl Drop for Consumer {
 impl Imports {
     pub(super) fn new(
         arena: Arena,
-        compatibility: &Compatibility,
+        compatibility: Compatibility,
         epoch: Epoch,
         transfer: Transfer,
-        queue: Queue,
+        queues: Vec<Queue>,
         counters: Arc<Counters>,
     ) -> Arc<Self> {
         let layout = arena.layout();
+        let count = u32::try_from(queues.len()).unwrap_or(u32::MAX);
+        let rank = |(rank, queue)| {
+            let (_, slots) = layout.of_rank(rank, count);
+            Rank { pool: SlotPool::new(slots.map(Slot)), queue }
+        };
         Arc::new(Self {
-            pool: SlotPool::new((layout.export_slots..layout.total_slots()).map(Slot)),
+            ranks: (0..).zip(queues).map(rank).collect(),
+            pieces: Pieces::beside(&arena),
             arena,
-            block_bytes: compatibility.block_bytes,
-            // A layout of no tokens a block is of no engine; one is the strictest reading.
-            block_size_tokens: compatibility.block_size_tokens.max(1),
-            compatibility: compatibility.digest(),
+            compatibility,
             epoch: Mutex::new(epoch),
             transfer,
-            queue,
             counters,
             consumers: Mutex::default(),
         })
@@ -134,6 +152,7 @@ impl Imports {
                 vacant.insert(Consumer {
                     producer,
                     progress: sender,
+                    subscribed: HashMap::new(),
                     pull: None,
                     lent: HashMap::new(),
                     given_back: Arc::default(),
@@ -144,28 +163,24 @@ impl Imports {
         }
     }
 
-    pub(super) fn subscribe(self: &Arc<Self>, name: Name, prompt: Prompt) {
+    /// The handoff begins when all ranks have asked for it.
+    pub(super) fn subscribe(self: &Arc<Self>, rank: u32, name: Name, prompt: Prompt) {
         let mut consumers = self.consumers.lock();
         let refused = match consumers.get_mut(&name) {
             None => "no job of this worker expects this handoff",
             Some(consumer) if consumer.left.is_some() => "its job has ended",
-            Some(consumer) if consumer.pull.is_some() => "it was subscribed to before",
+            Some(consumer) if consumer.subscribed.contains_key(&rank) => {
+                "it was subscribed to before"
+            }
+            Some(consumer) if consumer.subscribed.values().any(|other| *other != prompt) => {
+                "the engine's ranks do not ask for the same"
+            }
             Some(consumer) => {
-                let subscription = Subscription {
-                    handoff: HandoffKey {
-                        epoch: consumer.producer.epoch,
-                        id: name.0,
-                        generation: name.1,
-                    },
-                    consumer_epoch: *self.epoch.lock(),
-                    compatibility: self.compatibility,
-                    first_block: prompt.first_block,
-                    prompt_tokens: prompt.prompt_tokens,
-                    prompt_digest: prompt.prompt_digest,
-                };
-                let peer = consumer.producer.address.clone();
-                let pull = self.clone().pull(name, peer, subscription);
-                consumer.pull = Some(tokio::spawn(pull).abort_handle());
+                consumer.subscribed.insert(rank, prompt);
+                if consumer.subscribed.len() == self.ranks.len() {
+                    let pull = self.clone().pull(name, consumer.producer.clone(), prompt);
+                    consumer.pull = Some(tokio::spawn(pull).abort_handle());
+                }
                 return;
             }
         };
@@ -173,33 +188,105 @@ impl Imports {
         self.fail_in_engine(name, refused.to_owned());
     }
 
-    async fn pull(self: Arc<Self>, name: Name, peer: PeerAddress, subscription: Subscription) {
+    async fn pull(self: Arc<Self>, name: Name, producer: Producer, prompt: Prompt) {
         let started = Instant::now();
-        let first_block = subscription.first_block;
-        let sink = Sink { imports: &self, name, verified: Mutex::new(started) };
-        let pulled = self.transfer.channel.pull(&peer, subscription, &sink).await;
-        let duration = sink.verified.into_inner() - started;
+        let verified = Mutex::new(started);
+        let pulled = self.pull_all(name, &producer, prompt, &verified).await;
+        let duration = verified.into_inner() - started;
         let loaded = match pulled {
-            Ok(pulled) => match self.check_whole(&pulled) {
-                Ok(()) => self.all_loaded(name).await.map(|()| pulled),
-                Err(fault) => Err(fault),
-            },
-            Err(error) => {
-                self.counters.handoff_errors.add(error.name());
-                Err(fault::of_transfer(&error))
-            }
+            Ok(pulled) => self.all_loaded(name).await.map(|()| pulled),
+            Err(fault) => Err(fault),
         };
         match loaded {
-            Ok(pulled) => self.complete(name, pulled, first_block, duration),
+            Ok(pulled) => self.complete(name, pulled, prompt.first_block, duration),
             Err(fault) => self.fail(name, fault),
         }
+    }
+
+    /// Takes over what all ranks of the producer have, at the same time: rank to rank where both engines are
+    /// alike, else made of one another's blocks.
+    async fn pull_all(
+        &self,
+        name: Name,
+        producer: &Producer,
+        prompt: Prompt,
+        verified: &Mutex<Instant>,
+    ) -> Result<Pulled, Fault> {
+        let theirs = producer.compatibility.as_ref();
+        let all = match theirs.filter(|theirs| theirs.check_ranks(&self.compatibility).is_err()) {
+            None => {
+                let whole = |rank| Whole { imports: self, name, rank, verified };
+                let sinks: Vec<_> = (0..).take(self.ranks.len()).map(whole).collect();
+                let pulls = (0..).zip(&sinks).map(|(rank, sink)| {
+                    self.pull_rank(name, producer, &self.compatibility, rank, prompt, sink)
+                });
+                try_join_all(pulls).await
+            }
+            Some(theirs) => {
+                let reslicing = self.reslicing(theirs).await?;
+                let assembly = Assembly::new(self, name, &reslicing, prompt.first_block, verified);
+                let sources: Vec<_> = (0..reslicing.sources()).map(|s| assembly.piece(s)).collect();
+                let pulls = (0..).zip(&sources).map(|(rank, sink): (u32, &Piece<'_>)| {
+                    // What others give as well is acknowledged, and not sent.
+                    let first_block =
+                        if sink.is_needed() { prompt.first_block } else { self.blocks_of(prompt) };
+                    let prompt = Prompt { first_block, ..prompt };
+                    self.pull_rank(name, producer, theirs, rank, prompt, sink)
+                });
+                try_join_all(pulls).await
+            }
+        };
+        let all = all.map_err(|error| {
+            self.counters.handoff_errors.add(error.name());
+            fault::of_transfer(&error)
+        })?;
+        all.iter().try_for_each(|pulled| self.check_whole(pulled))?;
+        let bytes = all.iter().map(|pulled| pulled.bytes).sum();
+        let blocks = all.iter().map(|pulled| pulled.blocks).max().unwrap_or_default();
+        let first = all.first().ok_or_else(|| {
+            Fault::new(Origin::Handoff, FaultKind::Failed, "the producer has no rank")
+        })?;
+        Ok(Pulled { blocks, bytes, ..*first })
+    }
+
+    async fn pull_rank(
+        &self,
+        name: Name,
+        producer: &Producer,
+        engine: &Compatibility,
+        rank: u32,
+        prompt: Prompt,
+        sink: &dyn BlockSink,
+    ) -> Result<Pulled, TransferError> {
+        let epoch = producer.epoch.of_rank(rank);
+        let subscription = Subscription {
+            handoff: HandoffKey { epoch, id: name.0, generation: name.1 },
+            consumer_epoch: *self.epoch.lock(),
+            compatibility: engine.of_rank(rank).digest(),
+            first_block: prompt.first_block,
+            prompt_tokens: prompt.prompt_tokens,
+            prompt_digest: prompt.prompt_digest,
+        };
+        self.transfer.channel.pull(&producer.address, subscription, sink).await
+    }
+
+    async fn reslicing(&self, theirs: &Compatibility) -> Result<Arc<Reslicing>, Fault> {
+        self.pieces.of_blocks_of(theirs, &self.compatibility).await.map_err(|error| {
+            self.counters.handoff_errors.add(error.name());
+            Fault::new(Origin::Handoff, error.kind(), error.to_string())
+        })
+    }
+
+    fn blocks_of(&self, prompt: Prompt) -> u32 {
+        // A layout of no tokens a block is of no engine; one is the strictest reading.
+        prompt.prompt_tokens.div_ceil(self.compatibility.block_size_tokens.max(1))
     }
 
     /// The channel proved that what was sealed is what came; that it is the whole prompt is for those to
     /// say who know how many tokens a block holds.
     fn check_whole(&self, pulled: &Pulled) -> Result<(), Fault> {
-        let Seal { prompt_blocks, prompt_tokens, .. } = pulled.seal;
-        let expected = prompt_tokens.div_ceil(self.block_size_tokens);
+        let Seal { prompt_blocks, prompt_tokens, prompt_digest, .. } = pulled.seal;
+        let expected = self.blocks_of(Prompt { prompt_tokens, prompt_digest, first_block: 0 });
         if prompt_blocks == expected {
             return Ok(());
         }
@@ -240,7 +327,11 @@ impl Imports {
             cached_tokens: pulled.seal.cached_tokens,
         }));
         self.counters.handoff_blocks_reused.add(u64::from(first_block));
-        self.queue.send(ToEngine::Complete { handoff: name.0, generation: name.1 });
+        self.tell_all(&ToEngine::Complete { handoff: name.0, generation: name.1 });
+    }
+
+    fn tell_all(&self, message: &ToEngine) {
+        self.ranks.iter().for_each(|rank| rank.queue.send(message.clone()));
     }
 
     fn fail(&self, name: Name, fault: Fault) {
@@ -254,7 +345,7 @@ impl Imports {
     }
 
     fn fail_in_engine(&self, name: Name, reason: String) {
-        self.queue.send(ToEngine::Failed { handoff: name.0, generation: name.1, reason });
+        self.tell_all(&ToEngine::Failed { handoff: name.0, generation: name.1, reason });
     }
 
     pub(super) fn not_needed(&self, name: Name) {
@@ -346,8 +437,55 @@ impl Imports {
         }
     }
 
-    pub(super) fn compatibility(&self) -> [u8; 32] {
-        self.compatibility
+    pub(super) fn compatibility(&self) -> &Compatibility {
+        &self.compatibility
+    }
+
+    pub(super) fn count_ranks(&self) -> u32 {
+        u32::try_from(self.ranks.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Bytes of a block of one rank.
+    pub(super) fn block_bytes(&self) -> u64 {
+        self.compatibility.block_bytes
+    }
+
+    /// An import slot of this rank, waiting for a free one.
+    pub(super) async fn reserve(&self, rank: u32) -> Result<Landing, TransferError> {
+        let no_room = |error: &dyn std::error::Error| TransferError::NoRoom(error.to_string());
+        let closed = || TransferError::NoRoom(PortError::NoSuchRank(rank).to_string());
+        let pool = &self.ranks.get(rank as usize).ok_or_else(closed)?.pool;
+        let slot = pool.reserve().await.map_err(|e| no_room(&e))?;
+        self.arena.landing(slot, self.block_bytes()).map_err(|e| no_room(&e))
+    }
+
+    /// Gives a rank's blocks to the engine, all of them or, where the job has ended, none.
+    pub(super) fn lend(
+        &self,
+        name: Name,
+        index: u32,
+        blocks: impl IntoIterator<Item = (u32, Landing, u32)>,
+    ) -> Result<(), TransferError> {
+        let mut consumers = self.consumers.lock();
+        let consumer = consumers.get_mut(&name).filter(|consumer| consumer.left.is_none());
+        let consumer = consumer.ok_or(TransferError::Cancelled)?;
+        let (handoff, generation) = name;
+        for (rank, block, crc32) in blocks {
+            let reserved = block.into_slot();
+            let slot = reserved.slot();
+            consumer.lent.insert(slot, reserved);
+            let blocks = vec![BlockToLoad { index, slot, crc32 }];
+            if let Some(rank) = self.ranks.get(rank as usize) {
+                rank.queue.send(ToEngine::Load { handoff, generation, blocks });
+            }
+        }
+        Ok(())
+    }
+
+    /// A block came, of which this is all or a part.
+    pub(super) fn count(&self, blocks: u64, bytes: u64) {
+        self.counters.handoff_blocks_received.add(blocks);
+        self.counters.handoff_bytes_received.add(bytes);
     }
 
     pub(super) fn begin_epoch(&self, epoch: Epoch) {
@@ -359,50 +497,7 @@ impl Imports {
     }
 
     pub(super) fn slots_used(&self) -> usize {
-        self.pool.used()
-    }
-}
-
-struct Sink<'a> {
-    imports: &'a Imports,
-    name: Name,
-    /// When the last block was.
-    verified: Mutex<Instant>,
-}
-
-#[async_trait]
-impl BlockSink for Sink<'_> {
-    fn max_block_bytes(&self) -> u32 {
-        u32::try_from(self.imports.block_bytes).unwrap_or(u32::MAX)
-    }
-
-    async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError> {
-        let Imports { arena, pool, block_bytes, .. } = self.imports;
-        if u64::from(len) != *block_bytes {
-            let expected = *block_bytes;
-            return Err(TransferError::Truncated { index, bytes: len.into(), expected });
-        }
-        let no_room = |error: &dyn std::error::Error| TransferError::NoRoom(error.to_string());
-        let slot = pool.reserve().await.map_err(|e| no_room(&e))?;
-        arena.landing(slot, *block_bytes).map_err(|e| no_room(&e))
-    }
-
-    async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
-        let reserved = block.into_slot();
-        *self.verified.lock() = Instant::now();
-        let slot = reserved.slot();
-        let mut consumers = self.imports.consumers.lock();
-        match consumers.get_mut(&self.name) {
-            Some(consumer) if consumer.left.is_none() => consumer.lent.insert(slot, reserved),
-            _ => return Err(TransferError::Cancelled),
-        };
-        drop(consumers);
-        self.imports.counters.handoff_blocks_received.add(1);
-        self.imports.counters.handoff_bytes_received.add(self.imports.block_bytes);
-        let (handoff, generation) = self.name;
-        let blocks = vec![BlockToLoad { index, slot, crc32 }];
-        self.imports.queue.send(ToEngine::Load { handoff, generation, blocks });
-        Ok(())
+        self.ranks.iter().map(|rank| rank.pool.used()).sum()
     }
 }
 
@@ -442,7 +537,7 @@ impl Drop for Consuming {
     fn drop(&mut self) {
         let mut consumers = self.imports.consumers.lock();
         let Some(consumer) = consumers.get_mut(&self.name) else { return };
-        let subscribed = consumer.pull.is_some();
+        let subscribed = !consumer.subscribed.is_empty();
         let is_over =
             matches!(*consumer.progress.borrow(), Progress::Complete(_) | Progress::Failed(_));
         if let Some(pull) = &consumer.pull {

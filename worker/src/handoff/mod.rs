@@ -4,6 +4,8 @@
 mod exports;
 mod fault;
 mod imports;
+mod pieces;
+mod sinks;
 mod to_engine;
 
 use std::{
@@ -12,9 +14,10 @@ use std::{
 };
 
 use baton_arena::{ArenaError, Slot};
-use baton_engine::{FromEngine, KvPort, ToEngine};
-use baton_transfer::{Channel, Ledger};
+use baton_engine::{FromEngine, KvPort, RankPort, ToEngine};
+use baton_transfer::{Channel, RankLedgers};
 use baton_types::{Epoch, Fault, Generation, HandoffId};
+use futures::{StreamExt, future::select_all, stream};
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 
 use crate::counters::Counters;
@@ -33,7 +36,7 @@ pub(crate) type Name = (HandoffId, Generation);
 /// What every handoff of this worker needs.
 #[derive(Clone)]
 pub(crate) struct Transfer {
-    pub(crate) ledger: Ledger,
+    pub(crate) ledgers: RankLedgers,
     pub(crate) channel: Arc<dyn Channel>,
     /// A handoff that moves nothing for this long is given up.
     pub(crate) stall_timeout: Duration,
@@ -59,6 +62,8 @@ pub(crate) enum PortError {
     StillLent(Slot),
     #[error("slot {} was not lent for loading", .0.0)]
     NotLent(Slot),
+    #[error("the engine has no rank {0}")]
+    NoSuchRank(u32),
     #[error(transparent)]
     Ledger(#[from] baton_transfer::HandoffError),
 }
@@ -68,12 +73,20 @@ pub(crate) enum PortError {
 pub(crate) struct Handoffs {
     exports: Arc<Exports>,
     imports: Arc<Imports>,
+    ledgers: RankLedgers,
 }
 
 /// Carries messages between engine and handoffs.
 #[derive(Debug)]
 pub(crate) struct PortLoop {
     handoffs: Handoffs,
+    /// In their order.
+    ranks: Vec<Carried>,
+}
+
+/// What passes between one rank of the engine and the handoffs.
+#[derive(Debug)]
+struct Carried {
     from_engine: mpsc::Receiver<FromEngine>,
     to_engine: mpsc::Sender<ToEngine>,
     queue: Queue,
@@ -87,27 +100,36 @@ impl Handoffs {
         transfer: Transfer,
         counters: Arc<Counters>,
     ) -> (Self, PortLoop) {
-        let KvPort { compatibility, arena, from_engine, to_engine } = port;
-        transfer.ledger.begin_epoch(epoch, compatibility.digest());
+        let KvPort { compatibility, arena, ranks } = port;
+        let ledgers = transfer.ledgers.begin_epoch(epoch, &compatibility);
         transfer.channel.use_arena(&arena);
-        let queue = Queue::default();
+        let queues: Vec<_> = ranks.iter().map(|_| Queue::default()).collect();
         let block_bytes = compatibility.block_bytes;
         let handoffs = Self {
-            exports: Arc::new(Exports::new(
-                arena.clone(),
-                block_bytes,
+            exports: Arc::new(Exports::new(arena.clone(), block_bytes, ledgers, queues.clone())),
+            imports: Imports::new(
+                arena,
+                compatibility,
+                epoch,
                 transfer.clone(),
-                queue.clone(),
-            )),
-            imports: Imports::new(arena, &compatibility, epoch, transfer, queue.clone(), counters),
+                queues.clone(),
+                counters,
+            ),
+            ledgers: transfer.ledgers,
         };
-        let port_loop = PortLoop { handoffs: handoffs.clone(), from_engine, to_engine, queue };
+        let carried = |(RankPort { from_engine, to_engine }, queue)| Carried {
+            from_engine,
+            to_engine,
+            queue,
+        };
+        let ranks = ranks.into_iter().zip(queues).map(carried).collect();
+        let port_loop = PortLoop { handoffs: handoffs.clone(), ranks };
         (handoffs, port_loop)
     }
 
     /// The same engine in another role: what is still open of the old epoch is void.
     pub(crate) fn begin_epoch(&self, epoch: Epoch) {
-        self.exports.begin_epoch(epoch, self.imports.compatibility());
+        self.ledgers.begin_epoch(epoch, self.imports.compatibility());
         self.imports.begin_epoch(epoch);
     }
 
@@ -138,11 +160,11 @@ impl Handoffs {
         (u32::try_from(used).unwrap_or(u32::MAX), self.exports.total_slots())
     }
 
-    fn take(&self, message: FromEngine) {
+    fn take(&self, rank: u32, message: FromEngine) {
         let (name, taken) = match message {
             FromEngine::Exported { handoff, generation, blocks } => {
                 let name = (handoff, generation);
-                (name, self.exports.exported(name, &blocks))
+                (name, self.exports.exported(rank, name, &blocks))
             }
             FromEngine::Sealed {
                 handoff,
@@ -152,7 +174,9 @@ impl Handoffs {
                 cached_tokens,
             } => {
                 let name = (handoff, generation);
-                (name, self.exports.sealed(name, prompt_tokens, prompt_digest, cached_tokens))
+                let sealed =
+                    self.exports.sealed(rank, name, prompt_tokens, prompt_digest, cached_tokens);
+                (name, sealed)
             }
             FromEngine::Subscribe {
                 handoff,
@@ -163,7 +187,7 @@ impl Handoffs {
             } => {
                 let name = (handoff, generation);
                 let prompt = imports::Prompt { prompt_tokens, prompt_digest, first_block };
-                Imports::subscribe(&self.imports, name, prompt);
+                Imports::subscribe(&self.imports, rank, name, prompt);
                 (name, Ok(()))
             }
             FromEngine::NotNeeded { handoff, generation } => {
@@ -199,15 +223,24 @@ impl Handoffs {
 impl PortLoop {
     /// Runs until the engine's KV side is gone.
     pub(crate) async fn run(self) {
-        let Self { handoffs, mut from_engine, to_engine, queue } = self;
+        let Self { handoffs, ranks } = self;
+        let (mut heard, mut telling) = (Vec::new(), Vec::new());
+        for (rank, Carried { mut from_engine, to_engine, queue }) in (0..).zip(ranks) {
+            let messages = stream::poll_fn(move |context| from_engine.poll_recv(context));
+            // The end of one rank is that of all.
+            let messages = messages.map(Some).chain(stream::once(async { None }));
+            heard.push(messages.map(move |message| (rank, message)).boxed());
+            telling.push(Box::pin(async move { queue.pump(&to_engine).await }));
+        }
+        let mut heard = stream::select_all(heard);
         let reading = async {
             let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
             sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 tokio::select! {
-                    message = from_engine.recv() => match message {
-                        Some(message) => handoffs.take(message),
-                        None => return,
+                    next = heard.next() => match next {
+                        Some((rank, Some(message))) => handoffs.take(rank, message),
+                        Some((_, None)) | None => return,
                     },
                     _ = sweep.tick() => handoffs.imports.sweep(),
                 }
@@ -215,7 +248,7 @@ impl PortLoop {
         };
         tokio::select! {
             () = reading => {}
-            () = queue.pump(&to_engine) => {}
+            _ = select_all(telling) => {}
         }
         handoffs.imports.engine_gone();
     }

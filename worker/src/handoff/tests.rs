@@ -89,7 +89,7 @@ impl Channel for ScriptedChannel {
 
 struct Fixture {
     handoffs: Handoffs,
-    ledger: Ledger,
+    ledgers: RankLedgers,
     channel: Arc<ScriptedChannel>,
     counters: Arc<Counters>,
     epoch: Epoch,
@@ -112,6 +112,7 @@ fn compatibility() -> Compatibility {
         tensor_parallel_rank: 0,
         tensor_parallel_size: 1,
         connector_version: "1".into(),
+        kv_heads: String::new(),
     }
 }
 
@@ -120,22 +121,21 @@ impl Fixture {
         let dir = tempfile::tempdir().unwrap();
         let layout = ArenaLayout { slot_bytes: 128, export_slots: 4, import_slots: 3 };
         let arena = Arena::create(&dir.path().join("arena"), layout).unwrap();
-        let (tell, from_engine) = mpsc::channel(16);
-        let (to_engine, hear) = mpsc::channel(16);
-        let port =
-            KvPort { compatibility: compatibility(), arena: arena.clone(), from_engine, to_engine };
-        let ledger = Ledger::new(Epoch::random(), [0; 32], 3 * STALL);
+        let (rank, tell, hear) = RankPort::pair(16);
+        let ranks = vec![rank];
+        let port = KvPort { compatibility: compatibility(), arena: arena.clone(), ranks };
+        let ledgers = RankLedgers::new(3 * STALL);
         let channel = Arc::new(ScriptedChannel::default());
         channel.script.lock().extend(script);
         let transfer =
-            Transfer { ledger: ledger.clone(), channel: channel.clone(), stall_timeout: STALL };
+            Transfer { ledgers: ledgers.clone(), channel: channel.clone(), stall_timeout: STALL };
         let counters = Arc::<Counters>::default();
         let epoch = Epoch::random();
         let (handoffs, port_loop) = Handoffs::of_port(port, epoch, transfer, counters.clone());
         let carrying = tokio::spawn(port_loop.run());
         Self {
             handoffs,
-            ledger,
+            ledgers,
             channel,
             counters,
             epoch,
@@ -161,7 +161,9 @@ impl Fixture {
             address: "127.0.0.1:1".into(),
             certificate_fingerprint: [1; 32],
         };
-        self.handoffs.consume(name, Producer { address, epoch: Epoch::from_u128(5) }).unwrap()
+        self.handoffs
+            .consume(name, Producer { address, epoch: Epoch::from_u128(5), compatibility: None })
+            .unwrap()
     }
 
     async fn subscribe(&self, name: Name, first_block: u32) {
@@ -450,7 +452,7 @@ async fn exported_blocks_reach_their_consumer_and_their_slots_come_back() {
     fixture.tell(sealed).await;
 
     let wanted = fixture.subscription(name, 1);
-    let mut stream = timeout(fixture.ledger.attach(&wanted, CONSUMER)).await.unwrap();
+    let mut stream = timeout(fixture.ledgers.attach(&wanted, CONSUMER)).await.unwrap();
     let mut came = Vec::new();
     let seal = loop {
         match timeout(stream.next()).await {

@@ -5,8 +5,8 @@ use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use baton_config::{ArenaConfig, EngineConfig, SimConfig, TransferConfig, WorkerConfig};
 use baton_proto::{
-    Commands, CoordinatorFrame, Event, Handoff, Hello, Leg, Report, StartJob, Welcome, WorkerFrame,
-    coordinator_frame, fleet_server, worker_frame,
+    Commands, CoordinatorFrame, Event, Handoff, Hello, Leg, Peer, Report, StartJob, Welcome,
+    WorkerFrame, coordinator_frame, fleet_server, worker_frame,
 };
 use baton_types::{HandoffId, Role};
 use bytes::Bytes;
@@ -320,11 +320,15 @@ pub fn job(number: u64, leg: Leg, body: &Bytes) -> StartJob {
 /// Both legs of a request under one handoff.
 pub fn split(number: u64, body: &Bytes, prefill: &Hello, decode: &Hello) -> (StartJob, StartJob) {
     let id = HandoffId::random();
+    let differs = prefill.compatibility != decode.compatibility;
     let leg = |leg, peer: &Hello| StartJob {
         handoff: Some(Handoff {
             id: Bytes::copy_from_slice(id.as_bytes()),
             generation: 0,
-            peer: peer.peer.clone(),
+            peer: peer.peer.clone().map(|known| Peer {
+                compatibility: peer.compatibility.clone().filter(|_| differs),
+                ..known
+            }),
         }),
         ..job(number, leg, body)
     };

@@ -1,10 +1,11 @@
 // Asks the coordinator once a second, and takes orders to it.
-import { duration, quantile, between } from "./measure.js";
+import { clock, duration, quantile, between } from "./measure.js";
 import { drawDecisions, drawHandoffs, drawPools, drawRequests, drawTiles, drawWorkers, received }
   from "./panels.js";
 
 const find = (selector) => document.querySelector(selector);
 const EVERY_MS = 1000;
+const PATIENCE_MS = 5000;
 const KEPT_READINGS = 120;
 const WINDOW_READINGS = 30;
 
@@ -20,7 +21,7 @@ class WrongToken extends Error {}
 
 async function ask(path, options = {}) {
   const response = await fetch(path,
-    { ...options, cache: "no-store", headers: { authorization: `Bearer ${token}`, ...options.headers } });
+    { ...options, cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS), headers: { authorization: `Bearer ${token}`, ...options.headers } });
   if (response.status === 401) throw new WrongToken();
   const body = await response.json();
   if (!response.ok) throw new Error(body.error?.message ?? `${response.status}`);
@@ -30,6 +31,7 @@ async function ask(path, options = {}) {
 function stand(className, text) {
   find("#standing").className = className;
   find("#standing .text").textContent = text;
+  document.body.classList.toggle("old", className === "lost");
 }
 
 async function look() {
@@ -42,7 +44,9 @@ async function look() {
       await askForToken(token !== "");
       return look();
     }
-    stand("lost", "the coordinator does not answer");
+    // What is shown is old, and looks it.
+    stand("lost", state === null ? "the coordinator does not answer"
+      : `the coordinator does not answer: as it was at ${clock(state.at_unix_ms)}`);
   }
 }
 

@@ -19,11 +19,15 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
+        Self::with_import_slots(3)
+    }
+
+    fn with_import_slots(slots: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let arena = ArenaConfig {
             directory: dir.path().into(),
             export_bytes: 4 * 8192,
-            import_bytes: 3 * 8192,
+            import_bytes: slots * 8192,
         };
         let (sender, ports) = mpsc::channel(1);
         let socket = dir.path().join("kv.sock");
@@ -67,7 +71,7 @@ async fn timeout<T>(future: impl Future<Output = T>) -> T {
 fn hello() -> Value {
     json!({
         "type": "hello",
-        "protocol": 3,
+        "protocol": 4,
         "connector_version": "0.1.0",
         "vllm_version": "0.32.0",
         "compatibility": {
@@ -88,8 +92,9 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
     assert_eq!(
         welcome,
         json!({
-            "type": "welcome", "protocol": 3, "arena": port.arena.path(),
-            "slot_bytes": 8192, "export_slots": 4, "import_slots": 3,
+            "type": "welcome", "protocol": 4, "arena": port.arena.path(),
+            "slot_bytes": 8192, "first_export_slot": 0, "export_slots": 4,
+            "first_import_slot": 4, "import_slots": 3,
         })
     );
     assert_eq!(port.compatibility.block_bytes, 5000);
@@ -112,11 +117,11 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
         .await;
     let blocks = vec![BlockInSlot { index: 0, slot: Slot(3) }];
     assert_eq!(
-        timeout(port.from_engine.recv()).await.unwrap(),
+        timeout(port.ranks[0].from_engine.recv()).await.unwrap(),
         FromEngine::Exported { handoff, generation, blocks: blocks.clone() }
     );
     assert_eq!(
-        timeout(port.from_engine.recv()).await.unwrap(),
+        timeout(port.ranks[0].from_engine.recv()).await.unwrap(),
         FromEngine::Sealed {
             handoff,
             generation,
@@ -126,14 +131,14 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
         }
     );
 
-    port.to_engine.send(ToEngine::Release { slots: vec![Slot(3)] }).await.unwrap();
+    port.ranks[0].to_engine.send(ToEngine::Release { slots: vec![Slot(3)] }).await.unwrap();
     let blocks = vec![BlockToLoad { index: 0, slot: Slot(3), crc32: 7 }];
-    port.to_engine.send(ToEngine::Load { handoff, generation, blocks }).await.unwrap();
+    port.ranks[0].to_engine.send(ToEngine::Load { handoff, generation, blocks }).await.unwrap();
     assert_eq!(connector.receive().await.unwrap(), json!({"type": "release", "slots": [3]}));
     assert_eq!(connector.receive().await.unwrap()["type"], "load");
 
     drop(connector);
-    assert_eq!(timeout(port.from_engine.recv()).await, None);
+    assert_eq!(timeout(port.ranks[0].from_engine.recv()).await, None);
 }
 
 #[tokio::test]
@@ -148,10 +153,61 @@ async fn a_newer_connector_ends_the_older() {
     let mut newer = fixture.connect().await;
     newer.send(&hello()).await;
     let newer_port = fixture.port().await;
-    assert_eq!(timeout(older_port.from_engine.recv()).await, None);
+    assert_eq!(timeout(older_port.ranks[0].from_engine.recv()).await, None);
     assert!(older.is_closed().await);
     drop(older_port);
     assert!(!older_arena.exists() && newer_port.arena.path().exists());
+}
+
+fn rank_of_two(rank: u32) -> Value {
+    let mut hello = hello();
+    hello["compatibility"]["block_bytes"] = json!(4000);
+    hello["compatibility"]["tensor_parallel_size"] = json!(2);
+    hello["compatibility"]["tensor_parallel_rank"] = json!(rank);
+    hello
+}
+
+#[tokio::test]
+async fn ranks_are_one_port_and_have_slots_of_their_own() {
+    let mut fixture = Fixture::with_import_slots(4);
+    let (mut first, mut second) = (fixture.connect().await, fixture.connect().await);
+    second.send(&rank_of_two(1)).await;
+    let welcome = second.receive().await.unwrap();
+    assert!(fixture.ports.try_recv().is_err(), "the other is missing");
+    first.send(&rank_of_two(0)).await;
+    let mut port = fixture.port().await;
+    assert_eq!((port.ranks.len(), port.compatibility.tensor_parallel_rank), (2, 0));
+    let other = first.receive().await.unwrap();
+    assert_eq!(welcome["arena"], other["arena"]);
+    let slots = |welcome: &Value| {
+        ["first_export_slot", "export_slots", "first_import_slot", "import_slots"]
+            .map(|field| welcome[field].as_u64().unwrap())
+    };
+    // Eight blocks of a page for export, and as many for import.
+    assert_eq!((slots(&other), slots(&welcome)), ([0, 4, 8, 4], [4, 4, 12, 4]));
+
+    let handoff = HandoffId::random();
+    let aborted = FromEngine::Aborted { handoff, generation: Generation(0) };
+    second.send(&serde_json::to_value(&aborted).unwrap()).await;
+    assert_eq!(timeout(port.ranks[1].from_engine.recv()).await, Some(aborted));
+    port.ranks[0].to_engine.send(ToEngine::Release { slots: vec![Slot(3)] }).await.unwrap();
+    assert_eq!(first.receive().await.unwrap()["slots"], json!([3]));
+
+    // One that is not like the others is refused, and one that goes takes all with it.
+    let mut unlike = rank_of_two(1);
+    unlike["compatibility"]["kv_layout"] = json!("HND");
+    drop(second);
+    assert_eq!(timeout(port.ranks[0].from_engine.recv()).await, None);
+    assert!(first.is_closed().await);
+    let (mut first, mut second) = (fixture.connect().await, fixture.connect().await);
+    first.send(&rank_of_two(0)).await;
+    assert_eq!(first.receive().await.unwrap()["type"], "welcome");
+    second.send(&unlike).await;
+    let refused = second.receive().await.unwrap()["reason"].to_string();
+    assert!(refused.contains("kv_layout differs: NHD here, HND at the peer"), "{refused}");
+    let mut second = fixture.connect().await;
+    second.send(&rank_of_two(1)).await;
+    assert_eq!(fixture.port().await.ranks.len(), 2);
 }
 
 #[tokio::test]
@@ -165,6 +221,8 @@ async fn what_does_not_fit_is_refused_with_a_reason() {
     for (hello, reason) in [
         (change("/protocol", json!(9)), "protocol 9"),
         (change("/compatibility/block_bytes", json!(0)), "block_bytes"),
+        (change("/compatibility/tensor_parallel_size", json!(0)), "tensor_parallel_size"),
+        (change("/compatibility/tensor_parallel_rank", json!(1)), "rank is 1, of 1"),
         (change("/compatibility/block_bytes", json!(16_000)), "arena.import_bytes"),
         (change("/compatibility/block_bytes", json!(u64::MAX)), "arena.export_bytes"),
     ] {
@@ -191,7 +249,7 @@ async fn garbage_closes_the_connection_and_disturbs_nobody_after() {
     let mut port = fixture.port().await;
     connector.receive().await.unwrap();
     connector.send(&json!({"type": "exported", "handoff": "no id"})).await;
-    assert_eq!(timeout(port.from_engine.recv()).await, None);
+    assert_eq!(timeout(port.ranks[0].from_engine.recv()).await, None);
     assert!(connector.is_closed().await);
 }
 
@@ -218,10 +276,10 @@ async fn a_scheduler_tells_its_steps_and_is_told_its_pace() {
     let mut fixture = Fixture::new();
     // Both come at once, and neither ends the other.
     let (mut connector, mut scheduler) = (fixture.connect().await, fixture.connect().await);
-    scheduler.send(&json!({"type": "scheduler", "protocol": 3})).await;
+    scheduler.send(&json!({"type": "scheduler", "protocol": 4})).await;
     connector.send(&hello()).await;
     let _port = fixture.port().await;
-    assert_eq!(scheduler.receive().await.unwrap(), json!({"type": "attached", "protocol": 3}));
+    assert_eq!(scheduler.receive().await.unwrap(), json!({"type": "attached", "protocol": 4}));
 
     fixture.pacing.set_itl_target_ms(40.0);
     let step = json!({

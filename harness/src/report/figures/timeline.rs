@@ -4,7 +4,7 @@ use maud::{Markup, html};
 
 use super::{
     super::{
-        Contender, Moment, Scenario,
+        Contender, Moment, RunFindings, Scenario,
         number::{figures, percent, tick},
         plot::{Area, Axis, Chart, Series, chars_px, n},
     },
@@ -21,12 +21,10 @@ pub(crate) fn timeline_title(scenario: &Scenario) -> String {
     });
     let mut peaks: Vec<_> = peaks.collect();
     peaks.sort_by(|a, b| b.1.fleet.requests_queued.total_cmp(&a.1.fleet.requests_queued));
-    let count = |moment: &Moment| figures(moment.fleet.requests_queued.ceil());
+    let count = |moment: &Moment| tick(moment.fleet.requests_queued.ceil());
     match peaks.as_slice() {
         [] => "Over time: no data".to_owned(),
-        [(most, peak), ..] if peak.fleet.requests_queued < 1.0 => {
-            format!("Hardly a request waits, in {} or elsewhere", most.mode)
-        }
+        [(_, peak), ..] if peak.fleet.requests_queued <= 1.0 => "Hardly a request waits".to_owned(),
         [(only, peak)] => format!("The queue of {} peaks at {} requests", only.mode, count(peak)),
         [(most, peak), .., (least, low)] => format!(
             "The queue peaks at {} requests with {}, at {} with {}",
@@ -66,9 +64,8 @@ pub(crate) fn timeline(scenario: &Scenario, styles: &Styles, width: Width) -> Ma
         points: moments.iter().map(|moment| (moment.at_s / unit_s, of(moment))).collect(),
         marks: peak(contender, moments, of, unit_s, unit).into_iter().collect(),
     };
-    let lines = |of: fn(&Moment) -> f64| -> Vec<Series> {
-        runs().map(|(c, moments)| line(c, moments, of)).collect()
-    };
+    let knows_workers = |c: &Contender| c.run.as_ref().is_some_and(RunFindings::knows_workers);
+    let fleets: Vec<_> = runs().filter(|(contender, _)| knows_workers(contender)).collect();
     let mut stack = Stack {
         left: 50.0,
         right: total - name_px,
@@ -79,16 +76,22 @@ pub(crate) fn timeline(scenario: &Scenario, styles: &Styles, width: Width) -> Ma
 
     let mut panels = Vec::new();
     panels.push(stack.arrivals(longest, unit_s));
-    let queues = lines(|moment| moment.fleet.requests_queued);
-    panels.push(stack.lines("requests without a first token yet", 100.0, &queues, None, &tick));
-    let kv = lines(|moment| moment.fleet.kv_used_ratio);
-    let fullest = kv.iter().flat_map(|s| &s.points).map(|(_, used)| *used).fold(0.04, f64::max);
-    // What is near to full is shown against full.
-    let most = if fullest > 0.5 { 1.0 } else { fullest };
-    panels.push(stack.lines("KV blocks in use, of all workers", 100.0, &kv, Some(most), &percent));
-    let runs: Vec<_> = runs().collect();
-    for (i, (contender, moments)) in runs.iter().enumerate() {
-        panels.push(stack.pools(contender, moments, unit_s, i + 1 == runs.len()));
+    let queues: Vec<_> =
+        runs().map(|(c, moments)| line(c, moments, |m| m.fleet.requests_queued)).collect();
+    let axis = fleets.is_empty().then_some(&tick as Label<'_>);
+    let title = "requests without a first token yet";
+    panels.push(stack.lines(title, &queues, None, axis, &tick));
+    if !fleets.is_empty() {
+        let kv: Vec<_> =
+            fleets.iter().map(|(c, moments)| line(c, moments, |m| m.fleet.kv_used_ratio)).collect();
+        let fullest = kv.iter().flat_map(|s| &s.points).map(|(_, used)| *used).fold(0.04, f64::max);
+        // What is near to full is shown against full.
+        let most = if fullest > 0.5 { 1.0 } else { fullest };
+        let title = "KV blocks in use, of all workers";
+        panels.push(stack.lines(title, &kv, Some(most), None, &percent));
+    }
+    for (i, (contender, moments)) in fleets.iter().enumerate() {
+        panels.push(stack.pools(contender, moments, unit_s, i + 1 == fleets.len()));
     }
     let bottom = stack.y + 22.0;
     svg(
@@ -127,6 +130,11 @@ fn peak(
 }
 
 type OfMoment = fn(&Moment) -> f64;
+type Label<'a> = &'a dyn Fn(f64) -> String;
+
+fn workers(moment: &Moment) -> f64 {
+    moment.fleet.workers_prefill + moment.fleet.workers_decode + moment.fleet.workers_mixed
+}
 
 /// Panels below each other over one time axis.
 struct Stack<'a> {
@@ -179,19 +187,19 @@ impl Stack<'_> {
     fn lines(
         &mut self,
         title: &str,
-        height: f64,
         series: &[Series],
         most: Option<f64>,
-        label: &dyn Fn(f64) -> String,
+        x_label: Option<Label<'_>>,
+        label: Label<'_>,
     ) -> Markup {
-        let area = self.next(height);
+        let area = self.next(100.0);
         let highest = series.iter().flat_map(|s| &s.points).map(|(_, y)| *y).fold(0.0, f64::max);
         let y =
             most.map_or_else(|| Axis::linear(highest.max(4.0), 4), |most| Axis::linear(most, 2));
         let chart = Chart { area, x: self.x, y: &y, series };
         html! {
             (self.title(area, title))
-            (chart.grid(None, label))
+            (chart.grid(x_label, label))
             (chart.curves())
             @if self.has_names { (chart.names()) }
         }
@@ -206,9 +214,6 @@ impl Stack<'_> {
         is_last: bool,
     ) -> Markup {
         let area = self.next(44.0);
-        let workers = |moment: &Moment| {
-            moment.fleet.workers_prefill + moment.fleet.workers_decode + moment.fleet.workers_mixed
-        };
         let y = Axis::linear_to(moments.iter().map(workers).fold(0.0, f64::max), 2);
         let chart = Chart { area, x: self.x, y: &y, series: &[] };
         let layers: [(&str, OfMoment); 3] = [
@@ -240,14 +245,14 @@ impl Stack<'_> {
             })
             .collect();
         // "Under" says which shade is which role, to those too who tell no shades apart.
-        let workers = match summary.as_slice() {
+        let shown = match summary.as_slice() {
             [all] => format!("{}: {all} workers", contender.mode),
             pools => format!("{}: {}", contender.mode, pools.join(" under ")),
         };
         html! {
-            (self.title(area, &workers))
+            (self.title(area, &shown))
             @for layer in &drawn { (layer) }
-            (chart.grid(is_last.then_some(&tick as &dyn Fn(f64) -> String), &tick))
+            (chart.grid(is_last.then_some(&tick as Label<'_>), &tick))
         }
     }
 
