@@ -64,6 +64,8 @@ class Nixl:
 
 class Mooncake:
     ENVIRONMENT = {}
+    # Its queue turns a longer batch away ("TCP lane queue-full"), and the whole of it fails.
+    BATCH_BLOCKS = 1024
 
     def __init__(self, _name, bytes_):
         from mooncake.engine import TransferEngine
@@ -85,8 +87,13 @@ class Mooncake:
         lengths = [block] * blocks
 
         def write():
-            if self.engine.batch_transfer_sync_write(name, sources, targets, lengths) != 0:
-                raise SystemExit("Mooncake does not write")
+            for first in range(0, blocks, self.BATCH_BLOCKS):
+                batch = slice(first, first + self.BATCH_BLOCKS)
+                written = self.engine.batch_transfer_sync_write(
+                    name, sources[batch], targets[batch], lengths[batch]
+                )
+                if written != 0:
+                    raise SystemExit(f"Mooncake does not write: {written}")
 
         return write
 

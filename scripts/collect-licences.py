@@ -3,7 +3,7 @@
 
     scripts/collect-licences.py FOLDER
 
-Needs the crates' sources, as a build leaves them, and no network.
+Needs the crates' sources, as a build leaves them; what only tests need cargo fetches beside them.
 """
 
 import json
@@ -17,7 +17,7 @@ NAMES = ("license", "licence", "copying", "notice", "unlicense", "copyright")
 
 
 def metadata() -> dict:
-    command = ["cargo", "metadata", "--format-version=1", "--locked", "--offline"]
+    command = ["cargo", "metadata", "--format-version=1", "--locked"]
     target = subprocess.run(["rustc", "--print=host-tuple"], stdout=subprocess.PIPE, text=True, check=True)
     command.append(f"--filter-platform={target.stdout.strip()}")
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT).stdout)

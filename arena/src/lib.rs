@@ -23,7 +23,7 @@ pub use peer::{ArenaFile, PeerArena};
 pub use slots::{ReserveError, ReservedSlot, SlotPool};
 
 /// What is copied, or read, before it is read again: so little is then still in the nearest cache.
-pub const PIECE_BYTES: usize = 16 << 10;
+pub const PIECE_BYTES: usize = 32 << 10;
 
 /// One block's place in the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

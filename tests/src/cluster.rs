@@ -43,6 +43,8 @@ pub struct ClusterBuilder {
     prefix: String,
     starts_workers: bool,
     environment: Vec<(&'static str, String)>,
+    /// By role.
+    vllm_ranks: BTreeMap<&'static str, usize>,
 }
 
 /// One identity, and whom it trusts, as PEM texts.
@@ -115,6 +117,7 @@ impl ClusterBuilder {
             prefix: String::new(),
             starts_workers: true,
             environment: Vec::new(),
+            vllm_ranks: BTreeMap::new(),
         }
     }
 
@@ -132,6 +135,12 @@ impl ClusterBuilder {
             toml.push_str(keys);
             toml.push('\n');
         }
+        self
+    }
+
+    /// Tensor parallel ranks of the engines of one role (real vLLM only).
+    pub fn vllm_ranks(mut self, role: &'static str, ranks: usize) -> Self {
+        self.vllm_ranks.insert(role, ranks);
         self
     }
 
@@ -335,12 +344,16 @@ impl ClusterBuilder {
                     "268435456",
                     "--enable-prompt-tokens-details",
                 ];
+                let ranks = self.vllm_ranks.get(role).copied().unwrap_or(1);
                 let command: Vec<String> = [program.to_string_lossy().into_owned()]
                     .into_iter()
                     .chain(base.into_iter().map(str::to_owned))
+                    .chain((ranks > 1).then(|| format!("--tensor-parallel-size={ranks}")))
                     .chain(arguments.iter().cloned())
                     .collect();
                 let cores = std::thread::available_parallelism().map_or(1, usize::from);
+                let bound: Vec<_> =
+                    (index..index + ranks).map(|rank| (rank % cores).to_string()).collect();
                 writeln!(
                     toml,
                     "[worker.engine]\nkind = \"vllm\"\ncommand = {command:?}\nport = {}\n\
@@ -348,7 +361,7 @@ impl ClusterBuilder {
                      environment = {{ HF_HUB_OFFLINE = \"1\", VLLM_NO_USAGE_STATS = \"1\", \
                      VLLM_SERVER_DEV_MODE = \"1\", VLLM_CPU_OMP_THREADS_BIND = \"{}\" }}",
                     engine_port,
-                    index % cores,
+                    bound.join("|"),
                 )?;
             }
         }

@@ -122,7 +122,7 @@ impl ShmChannel {
             path,
             handoffs: Semaphore::new(CONCURRENT_HANDOFFS),
             mapped: Mutex::default(),
-            copiers: Copiers::default(),
+            copiers: Copiers::new(),
             _serving: serving,
         }))
     }

@@ -6,7 +6,7 @@ use crate::{
     heads::{Axis, HeadLayout, HeadLayoutError, Pages},
 };
 
-/// A block in more pieces than this is not worth cutting up.
+/// A block that has more pieces than this, on all ranks together, is not worth cutting up.
 const MAX_CELLS: u64 = 1 << 20;
 /// More than any engine has.
 const MAX_RANKS: u32 = 1 << 10;
@@ -42,7 +42,7 @@ pub enum ResliceError {
     Heads { layout: String, heads: u32, total: u32, ranks: u32 },
     #[error("{layout} has not the {block_bytes} bytes that a block is said to have")]
     Bytes { layout: String, block_bytes: u64 },
-    #[error("a block of {layout} has more than {MAX_CELLS} pieces")]
+    #[error("a block of {layout} has more than {MAX_CELLS} pieces on all ranks together")]
     TooFine { layout: String },
 }
 
@@ -91,7 +91,8 @@ impl Split {
             return Err(ResliceError::Bytes { layout, block_bytes });
         }
         let cells = |pages: &Pages| u64::from(pages.layers) * cells_of_page(pages);
-        if layout.pages().iter().map(cells).sum::<u64>() > MAX_CELLS {
+        let on_rank: u64 = layout.pages().iter().map(cells).sum();
+        if on_rank.saturating_mul(ranks.into()) > MAX_CELLS {
             return Err(ResliceError::TooFine { layout: layout.to_string() });
         }
         Ok(Self { layout, ranks, replicas })

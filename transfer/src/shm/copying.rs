@@ -67,8 +67,10 @@ struct Portion {
 }
 
 /// The threads, of which there are none while there is nothing to copy.
-#[derive(Default)]
-pub(super) struct Copiers(Arc<Mutex<Line>>);
+pub(super) struct Copiers {
+    line: Arc<Mutex<Line>>,
+    most_threads: usize,
+}
 
 #[derive(Default)]
 struct Line {
@@ -77,13 +79,18 @@ struct Line {
 }
 
 impl Copiers {
+    pub(super) fn new() -> Self {
+        // Asked once: it reads files.
+        let cores = available_parallelism().map_or(1, NonZero::get);
+        Self { line: Arc::default(), most_threads: cores.min(MOST_THREADS) }
+    }
+
     fn give(&self, portion: Portion) {
-        let most = available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
-        let mut line = self.0.lock();
+        let mut line = self.line.lock();
         line.waiting.push_back(portion);
-        if line.threads < most {
+        if line.threads < self.most_threads {
             line.threads += 1;
-            let line = Arc::clone(&self.0);
+            let line = Arc::clone(&self.line);
             spawn_blocking(move || copy_all(&line));
         }
     }
