@@ -91,6 +91,9 @@ struct RobustnessOptions {
     /// Copies of one sender, and those of one receiver, take turns.
     #[arg(long)]
     link_shared: bool,
+    /// The coordinator is not told what workers have cached, and guesses it by what was routed where.
+    #[arg(long)]
+    imprecise: bool,
 }
 
 #[derive(clap::Args)]
@@ -134,7 +137,9 @@ impl FleetOptions {
             link_us_per_token,
             link_latency_ms,
             link_shared,
+            imprecise,
         } = self.robustness;
+        plain.precise = !imprecise;
         plain.step_noise = step_noise;
         plain.predicted_part = 1.0 - model_bias;
         plain.link = Link {

@@ -117,6 +117,8 @@ pub struct PlacementConfig {
     pub policy: Option<String>,
     pub on_no_prefill: OnNoPrefill,
     pub late: LateRequests,
+    /// Prefix caches are followed by what workers tell; otherwise they are guessed.
+    pub precise: bool,
 }
 
 impl Default for PlacementConfig {
@@ -126,6 +128,7 @@ impl Default for PlacementConfig {
             policy: None,
             on_no_prefill: OnNoPrefill::Local,
             late: LateRequests::Last,
+            precise: true,
         }
     }
 }

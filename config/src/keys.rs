@@ -147,6 +147,9 @@ keys! {
         /// "last": requests wait here rather than in an engine, by the time at which their first token
         /// is due, and those that are predicted to miss it come after all others. "fifo": as they come.
         late => late: OneOf<LateRequests> = ByDefault;
+        /// What each worker has cached is known by what it tells. false: it is guessed, by which prompts
+        /// were sent where.
+        precise => precise: Flag = ByDefault;
     }
 }
 

@@ -300,6 +300,7 @@ proptest! {
             policy: Some("random".to_owned()),
             on_no_prefill: OnNoPrefill::Reject,
             late: LateRequests::Fifo,
+            precise: !insecure_plaintext,
         };
         cluster.admission.wait_for_worker = Duration::from_millis(milliseconds % 2);
         cluster.admission.early_rejection_priority = Some(-3);

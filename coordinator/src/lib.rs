@@ -79,6 +79,7 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), CoordinatorError> {
     let policy = settings::placement_policy(&config)?;
+    let precise = config.placement.precise;
     let settings = settings::core_settings(&config);
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
@@ -102,7 +103,8 @@ pub async fn run(
     let tokenizer = coordinator.tokenizer.as_deref().map(PromptTokenizer::open).transpose()?;
     let tracer = Tracer::open(&config.telemetry)?;
     let shell =
-        Shell::new(settings, policy, balancing, config.slo, limits.max_unread_bytes).traced(tracer);
+        Shell::new(settings, policy, balancing, config.slo, limits.max_unread_bytes, precise)
+            .traced(tracer);
     info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
 
     let tls = config.tls.as_ref().map(tls::for_workers).transpose();

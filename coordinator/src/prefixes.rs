@@ -1,9 +1,9 @@
-//! What of a prompt the workers have cached: the index of what they tell, and beside it the guess for
-//! those that do not.
+//! By what names the workers' caches know a prompt, for the core, which follows what they tell; and the guess for
+//! those that do not tell.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use baton_core::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits, WorkerKey};
+use baton_core::{KvUpdate, PrefixIndex, PromptBlocks, RoutedIndex, RoutedLimits, WorkerKey};
 use baton_proto as wire;
 use baton_types::{BlockHash, BlockHasher, BlockScope, BlockUnit};
 
@@ -20,7 +20,8 @@ const GUESSED_BLOCK_TOKENS: u32 = 64;
 
 #[derive(Debug)]
 pub(crate) struct Prefixes {
-    told: PrefixIndex<WorkerKey>,
+    /// What workers tell is believed.
+    precise: bool,
     routed: RoutedIndex<WorkerKey>,
     /// Each kind of worker once.
     families: Vec<Family>,
@@ -47,12 +48,14 @@ struct Updates {
     stored: Vec<BlockHash>,
 }
 
-/// What workers hold of one prompt.
+/// What one prompt is looked up by.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CachedPrefix {
     /// Of the whole prompt; a guess where its tokens are not known.
     pub(crate) prompt_tokens: u32,
-    /// Tokens from the first on, of each worker that holds any, in the workers' order.
+    /// As those who tell of their caches name its blocks.
+    pub(crate) blocks: Arc<[PromptBlocks]>,
+    /// A guess at the tokens, from the first on, that each of the others holds.
     pub(crate) held_tokens: Arc<[(WorkerKey, u32)]>,
     /// Of a prompt whose tokens are not known.
     bytes: Option<usize>,
@@ -60,17 +63,11 @@ pub(crate) struct CachedPrefix {
     guessed: Vec<(usize, Vec<BlockHash>)>,
 }
 
-impl CachedPrefix {
-    pub(crate) fn held_by(&self, worker: WorkerKey) -> u32 {
-        let place = self.held_tokens.binary_search_by_key(&worker, |(holder, _)| *holder);
-        place.map_or(0, |place| self.held_tokens[place].1)
-    }
-}
-
-impl Default for Prefixes {
-    fn default() -> Self {
+impl Prefixes {
+    /// Without `precise` nothing is believed of what workers tell, and all is guessed.
+    pub(crate) fn new(precise: bool) -> Self {
         Self {
-            told: PrefixIndex::default(),
+            precise,
             routed: RoutedIndex::new(RoutedLimits::default()),
             families: Vec::new(),
             members: HashMap::new(),
@@ -78,9 +75,7 @@ impl Default for Prefixes {
             bytes_per_token: BytesPerToken::default(),
         }
     }
-}
 
-impl Prefixes {
     pub(crate) fn worker_attached(&mut self, worker: WorkerKey, hello: &wire::Hello) {
         let cache = hello.kv_cache.as_ref();
         let family = Family {
@@ -88,7 +83,7 @@ impl Prefixes {
             adapters: cache.map(|cache| cache.adapters.clone()).unwrap_or_default(),
             block_size_tokens: cache
                 .map_or(USUAL_BLOCK_SIZE_TOKENS, |cache| cache.block_size_tokens.max(1)),
-            tells: cache.is_some(),
+            tells: self.precise && cache.is_some(),
         };
         let known = self.families.iter().position(|known| *known == family);
         let family = known.unwrap_or_else(|| {
@@ -96,39 +91,40 @@ impl Prefixes {
             self.families.len() - 1
         });
         self.members.insert(worker, family);
-        self.told.worker_joined(worker);
     }
 
     pub(crate) fn worker_gone(&mut self, worker: WorkerKey) {
         self.members.remove(&worker);
-        self.told.worker_gone(worker);
         self.routed.worker_gone(worker);
     }
 
-    /// Takes a worker's news. Whether it must tell everything anew.
-    pub(crate) fn kv_events(&mut self, worker: WorkerKey, events: &wire::KvEvents) -> bool {
+    /// A worker's news, as the core takes them; none of one that is not believed.
+    pub(crate) fn news(
+        &mut self,
+        worker: WorkerKey,
+        events: &wire::KvEvents,
+    ) -> Option<KvUpdate<'_>> {
+        if !self.tells(worker) {
+            return None;
+        }
         let Updates { removed, stored } = &mut self.updates;
         for (names, numbers) in [(&mut *removed, &events.removed), (&mut *stored, &events.stored)] {
             names.clear();
             names.extend(numbers.iter().copied().filter_map(BlockHash::new));
         }
-        let update =
-            KvUpdate { sequence: events.sequence, restart: events.restart, removed, stored };
-        self.told.apply(worker, &update) == Heard::NeedsRestart
+        Some(KvUpdate { sequence: events.sequence, restart: events.restart, removed, stored })
     }
 
     /// Whether a worker tells of its cache and was not heard: it is to be asked again.
-    pub(crate) fn is_unheard(&self, worker: WorkerKey) -> bool {
-        let family = self.members.get(&worker).map(|family| &self.families[*family]);
-        family.is_some_and(|family| family.tells) && !self.told.is_heard(worker)
+    pub(crate) fn is_unheard(&self, worker: WorkerKey, told: &PrefixIndex<WorkerKey>) -> bool {
+        self.tells(worker) && !told.is_heard(worker)
     }
 
-    /// Blocks that a worker is known to hold.
-    pub(crate) fn blocks_of(&self, worker: WorkerKey) -> usize {
-        self.told.blocks_of(worker)
+    fn tells(&self, worker: WorkerKey) -> bool {
+        self.members.get(&worker).is_some_and(|family| self.families[*family].tells)
     }
 
-    /// What each worker that serves the model holds of the prompt.
+    /// What the prompt is looked up by at the workers that serve the model.
     pub(crate) fn cached(
         &mut self,
         model: Option<&str>,
@@ -136,34 +132,37 @@ impl Prefixes {
         now: Duration,
     ) -> CachedPrefix {
         let prompt_tokens = self.prompt_tokens(&prompt.content);
-        let mut held_tokens = Vec::new();
+        let (mut told, mut held_tokens) = (Vec::<PromptBlocks>::new(), Vec::new());
         let mut held = Vec::new();
         let mut guessed = Vec::new();
         for (index, family) in self.families.iter().enumerate() {
             if !family.serves(model) {
                 continue;
             }
-            let blocks = family.blocks(model, prompt);
-            held.clear();
+            let names = family.blocks(model, prompt);
+            let tokens = family.known_by_tokens(&prompt.content);
             if family.follows(&prompt.content) {
-                self.told.matched(&blocks, &mut held);
-            } else {
-                self.routed.matched(&blocks, now, &mut held);
-                guessed.push((index, blocks));
+                let is_known = |blocks: &PromptBlocks| *blocks.names == *names;
+                if !told.iter().any(is_known) {
+                    told.push(PromptBlocks { tokens, names: names.into() });
+                }
+                continue;
             }
+            held.clear();
+            self.routed.matched(&names, now, &mut held);
+            guessed.push((index, names));
             let members =
                 held.iter().filter(|(worker, _)| self.members.get(worker) == Some(&index));
             held_tokens.extend(members.map(|(worker, blocks)| {
-                let tokens = blocks.saturating_mul(family.known_by_tokens(&prompt.content));
-                (*worker, tokens.min(prompt_tokens))
+                (*worker, blocks.saturating_mul(tokens).min(prompt_tokens))
             }));
         }
-        held_tokens.sort_unstable_by_key(|(worker, _)| *worker);
         let bytes = match &prompt.content {
             PromptContent::Tokens(_) => None,
             PromptContent::Bytes(bytes) => Some(bytes.len()),
         };
-        CachedPrefix { prompt_tokens, held_tokens: held_tokens.into(), bytes, guessed }
+        let (blocks, held_tokens) = (told.into(), held_tokens.into());
+        CachedPrefix { prompt_tokens, blocks, held_tokens, bytes, guessed }
     }
 
     fn prompt_tokens(&self, content: &PromptContent) -> u32 {
@@ -197,7 +196,6 @@ impl Prefixes {
 
     /// Gives back what is no longer needed, a little at a time.
     pub(crate) fn tidy(&mut self, now: Duration) {
-        self.told.tidy();
         self.routed.tidy(now);
     }
 }
@@ -272,16 +270,16 @@ impl BytesPerToken {
 
 #[cfg(test)]
 mod tests {
-    use baton_core::{Core, HandoffMode, Settings, WorkerDescription};
-    use baton_types::{Epoch, Role};
+    use baton_core::{Core, HandoffMode, Heard, RequestShape, Settings, WorkerDescription};
+    use baton_types::{Epoch, HandoffId, Role};
 
     use super::*;
 
-    /// Keys of workers that are attached.
-    fn workers(names: &[&str]) -> Vec<WorkerKey> {
+    /// A core, and the keys of workers that are attached to it.
+    fn workers(names: &[&str]) -> (Core, Vec<WorkerKey>) {
         let mut core = Core::new(Settings::default());
         let mut actions = Vec::new();
-        names
+        let workers = names
             .iter()
             .map(|name| {
                 let description = WorkerDescription {
@@ -296,7 +294,24 @@ mod tests {
                 };
                 core.attach(description, Duration::ZERO, &mut actions)
             })
-            .collect()
+            .collect();
+        (core, workers)
+    }
+
+    /// What the core finds of a prompt on each of these workers.
+    fn held<const N: usize>(
+        core: &mut Core,
+        workers: [WorkerKey; N],
+        prompt: &CachedPrefix,
+    ) -> [u32; N] {
+        let shape = RequestShape {
+            prompt_tokens: prompt.prompt_tokens,
+            blocks: prompt.blocks.clone(),
+            held_tokens: prompt.held_tokens.clone(),
+            ..RequestShape::default()
+        };
+        let request = core.arrive(shape, HandoffId::random(), Duration::ZERO, &mut Vec::new());
+        workers.map(|worker| core.held_tokens(request, worker))
     }
 
     fn hello(models: &[&str], block_size_tokens: Option<u32>, adapters: &[&str]) -> wire::Hello {
@@ -330,47 +345,72 @@ mod tests {
 
     #[test]
     fn what_workers_tell_is_found_whatever_their_block_size() {
-        let [a, b, c] = workers(&["a", "b", "c"])[..] else { panic!() };
-        let mut prefixes = Prefixes::default();
+        let (mut core, workers) = workers(&["a", "b", "c"]);
+        let all @ [a, b, c] = <[_; 3]>::try_from(workers).unwrap();
+        let mut prefixes = Prefixes::new(true);
         prefixes.worker_attached(a, &hello(&["m", "alias", "lora"], Some(16), &["lora"]));
         prefixes.worker_attached(b, &hello(&["m"], Some(32), &[]));
         prefixes.worker_attached(c, &hello(&["m"], None, &[]));
-        assert!(prefixes.is_unheard(a) && prefixes.is_unheard(b) && !prefixes.is_unheard(c));
+        let unheard = all.map(|worker| prefixes.is_unheard(worker, core.told()));
+        assert_eq!(unheard, [true, true, false]);
         let prompt: Vec<u32> = (0..100).collect();
-        assert!(!prefixes.kv_events(a, &told("", 16, &prompt)));
-        assert!(!prefixes.kv_events(b, &told("", 32, &prompt)));
-        assert_eq!((prefixes.blocks_of(a), prefixes.blocks_of(b)), (6, 3));
+        for (worker, block_size) in [(a, 16), (b, 32)] {
+            let events = told("", block_size, &prompt);
+            let news = prefixes.news(worker, &events).unwrap();
+            assert_eq!(core.kv_told(worker, &news), Heard::Applied);
+        }
+        assert!(prefixes.news(c, &told("", 16, &prompt)).is_none(), "it said that it does not");
+        assert_eq!((core.told().blocks_of(a), core.told().blocks_of(b)), (6, 3));
 
         let longer = tokens(0..1000);
         let cached = prefixes.cached(Some("m"), &longer, Duration::ZERO);
         assert_eq!(cached.prompt_tokens, 1000);
-        assert_eq!([a, b, c].map(|worker| cached.held_by(worker)), [96, 96, 0]);
+        assert_eq!(held(&mut core, all, &cached), [96, 96, 0]);
         let cached = prefixes.cached(Some("alias"), &longer, Duration::ZERO);
-        assert_eq!([a, b, c].map(|worker| cached.held_by(worker)), [96, 0, 0]);
+        assert_eq!(held(&mut core, [a, c], &cached), [96, 0]);
         // What was computed without the adapter is of no use with it.
-        assert_eq!(prefixes.cached(Some("lora"), &longer, Duration::ZERO).held_by(a), 0);
+        let cached = prefixes.cached(Some("lora"), &longer, Duration::ZERO);
+        assert_eq!(held(&mut core, all, &cached), [0, 0, 0]);
 
         // c does not tell: what was routed to it is there.
         let of_m = prefixes.cached(Some("m"), &longer, Duration::ZERO);
         prefixes.routed(a, &of_m, Duration::ZERO);
         prefixes.routed(c, &of_m, Duration::ZERO);
         let cached = prefixes.cached(Some("m"), &longer, Duration::ZERO);
-        assert_eq!([a, b, c].map(|worker| cached.held_by(worker)), [96, 96, 960]);
+        assert_eq!(held(&mut core, all, &cached), [96, 96, 960]);
 
         // A gap.
         let mut later = told("", 16, &prompt);
         (later.sequence, later.restart) = (3, false);
-        assert!(prefixes.kv_events(a, &later));
-        assert!(prefixes.is_unheard(a));
-        prefixes.worker_gone(b);
+        let news = prefixes.news(a, &later).unwrap();
+        assert_eq!(core.kv_told(a, &news), Heard::NeedsRestart);
+        assert!(prefixes.is_unheard(a, core.told()));
         let cached = prefixes.cached(Some("m"), &longer, Duration::ZERO);
-        assert_eq!([a, b, c].map(|worker| cached.held_by(worker)), [0, 0, 960]);
+        assert_eq!(held(&mut core, all, &cached), [0, 96, 960]);
+    }
+
+    #[test]
+    fn where_it_is_not_to_be_precise_what_was_routed_stands_in() {
+        let (mut core, workers) = workers(&["a", "b"]);
+        let both @ [a, b] = <[_; 2]>::try_from(workers).unwrap();
+        let mut prefixes = Prefixes::new(false);
+        prefixes.worker_attached(a, &hello(&["m"], Some(16), &[]));
+        prefixes.worker_attached(b, &hello(&["m"], Some(16), &[]));
+        let prompt: Vec<u32> = (0..320).collect();
+        assert!(prefixes.news(a, &told("", 16, &prompt)).is_none());
+        assert!(!prefixes.is_unheard(a, core.told()), "nobody asks it to tell");
+        let cached = prefixes.cached(Some("m"), &tokens(0..320), Duration::ZERO);
+        assert_eq!(held(&mut core, both, &cached), [0, 0]);
+        prefixes.routed(b, &cached, Duration::ZERO);
+        let cached = prefixes.cached(Some("m"), &tokens(0..400), Duration::ZERO);
+        assert_eq!(held(&mut core, both, &cached), [0, 320]);
     }
 
     #[test]
     fn bytes_stand_in_for_tokens() {
-        let [a, b] = workers(&["a", "b"])[..] else { panic!() };
-        let mut prefixes = Prefixes::default();
+        let (mut core, workers) = workers(&["a", "b"]);
+        let both @ [a, b] = <[_; 2]>::try_from(workers).unwrap();
+        let mut prefixes = Prefixes::new(true);
         prefixes.worker_attached(a, &hello(&["m"], Some(16), &[]));
         prefixes.worker_attached(b, &hello(&["m"], Some(16), &[]));
         let prompt = |text: &str| Prompt {
@@ -383,7 +423,7 @@ mod tests {
         let more = prompt(&format!("{text} And so on."));
         let cached = prefixes.cached(None, &more, Duration::ZERO);
         assert_eq!(cached.prompt_tokens, 113);
-        assert_eq!([a, b].map(|worker| cached.held_by(worker)), [64, 0]);
+        assert_eq!(held(&mut core, both, &cached), [64, 0]);
 
         // They turn out to be a third as many.
         let long = prefixes.cached(None, &prompt(&"x".repeat(1200)), Duration::ZERO);

@@ -108,6 +108,7 @@ impl Shell {
         balancing: Option<BalancerSettings>,
         slo: SloConfig,
         max_unread_bytes: u64,
+        precise: bool,
     ) -> Self {
         let core = Core::with_policy(settings, policy);
         let core = match balancing {
@@ -117,7 +118,7 @@ impl Shell {
         Self {
             state: Arc::new(Mutex::new(State {
                 core,
-                prefixes: Prefixes::default(),
+                prefixes: Prefixes::new(precise),
                 tidy_at: Duration::ZERO,
                 placed: PlacedRequests::default(),
                 clients: HashMap::new(),
@@ -165,6 +166,7 @@ impl Shell {
             let model = incoming.shape.model.clone();
             let cached = state.prefixes.cached(model.as_deref(), &prompt, now);
             incoming.shape.prompt_tokens = cached.prompt_tokens;
+            incoming.shape.blocks = cached.blocks.clone();
             incoming.shape.held_tokens = cached.held_tokens.clone();
             cached
         });
@@ -228,6 +230,7 @@ impl Shell {
         let now = self.started.elapsed();
         if now >= state.tidy_at {
             state.prefixes.tidy(now);
+            state.core.tidy();
             state.tidy_at = now + TIDY_INTERVAL;
         }
         self.tell_core(&mut state, Event::Tick, None);
@@ -361,10 +364,11 @@ impl Shell {
 
     /// A leg reads the prompt on this worker.
     fn prompt_goes_to(&self, state: &mut State, worker: WorkerKey, request: RequestKey, leg: Leg) {
-        let State { clients, prefixes, .. } = state;
+        let State { core, clients, prefixes, .. } = state;
         let client = clients.get(&request);
         let Some(prompt) = client.and_then(|client| client.prompt.as_ref()) else { return };
         prefixes.routed(worker, prompt, self.started.elapsed());
-        self.metrics.prefixes.prompt(leg, prompt.prompt_tokens, prompt.held_by(worker));
+        let held_tokens = core.held_tokens(request, worker);
+        self.metrics.prefixes.prompt(leg, prompt.prompt_tokens, held_tokens);
     }
 }

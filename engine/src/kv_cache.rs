@@ -149,7 +149,8 @@ impl KvCacheFollower {
         }
     }
 
-    fn take(&mut self, most: usize) -> Option<KvCacheChanges> {
+    /// Up to `most` changes, if there were any. Does not wait.
+    pub fn take(&mut self, most: usize) -> Option<KvCacheChanges> {
         let state = self.shared.state.lock();
         self.ends.borrow_and_update();
         let mut changes = KvCacheChanges::default();

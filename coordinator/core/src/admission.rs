@@ -130,7 +130,7 @@ impl Accounts {
 pub(crate) struct Waits {
     pub(crate) priority: i32,
     pub(crate) tenant: Arc<str>,
-    /// When its first token is due.
+    /// When its first token is due; when it came, where all are served as they come.
     pub(crate) due: Duration,
     /// What its prefill takes alone, predicted.
     pub(crate) alone_ms: f64,

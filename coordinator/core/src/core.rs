@@ -14,14 +14,15 @@ use baton_types::{Fault, FaultKind, Generation, HandoffId, Leg, Origin, Role};
 
 use crate::{
     admission::{Accounts, AdmissionSettings, WaitingRoom},
+    caches::{Caches, Found},
     event::{Action, Event, Rejection},
     fleet::{Fleet, Worker, WorkerDescription, WorkerKey, WorkerView},
     keyed::Keyed,
     late_shares::LateShares,
     placement::{Plan, Split},
     policy::{POLICIES, Policy, Targets},
+    prefix_index::{Heard, KvUpdate, PrefixIndex},
     queue::Order,
-    recent_prefixes::RecentPrefixes,
     request::{Job, JobId, Phase, Request, RequestKey, RequestShape, RequestView},
 };
 
@@ -103,6 +104,7 @@ pub struct Core {
     /// For requests whose paths cannot be predicted.
     fallback: Box<dyn Policy>,
     fleet: Fleet,
+    caches: Caches,
     requests: Keyed<Request>,
     jobs: Keyed<Job>,
     /// Of the requests that have no answer yet.
@@ -141,6 +143,7 @@ impl Core {
             late_shares: LateShares::default(),
             demoted: Vec::new(),
             fleet: Fleet::default(),
+            caches: Caches::default(),
             requests: Keyed::default(),
             jobs: Keyed::default(),
             deadlines: BTreeSet::new(),
@@ -165,6 +168,7 @@ impl Core {
             self.handle(Event::WorkerLost { worker: former }, now, actions);
         }
         let worker = self.fleet.attach(description, now);
+        self.caches.worker_joined(worker);
         self.admit(now, actions);
         worker
     }
@@ -182,7 +186,7 @@ impl Core {
         let key = RequestKey(self.requests.insert(Request {
             shape,
             due,
-            turn: due,
+            turn: if self.settings.order == Order::LateLast { due } else { now },
             arrived: now,
             is_counted: false,
             avoid: Vec::new(),
@@ -193,6 +197,8 @@ impl Core {
             queued_ms: 0.0,
             decision: None,
             waits_for: None,
+            found: Found::default(),
+            expected_on: None,
             handoff,
             generation: Generation::default(),
             retries_left: self.settings.retries,
@@ -203,6 +209,7 @@ impl Core {
             answering: None,
         }));
         self.deadlines.insert((first_token_deadline, key));
+        self.look_up(key);
         if !self.rejects_early(key, now, actions) {
             self.start_attempt(key, now, actions);
         }
@@ -237,6 +244,26 @@ impl Core {
                 self.watch_role_changes(now, actions);
             }
         }
+    }
+
+    /// News of a worker's prefix cache.
+    pub fn kv_told(&mut self, worker: WorkerKey, update: &KvUpdate<'_>) -> Heard {
+        self.caches.hear(worker, update)
+    }
+
+    /// Which blocks the workers told that they hold.
+    pub fn told(&self) -> &PrefixIndex<WorkerKey> {
+        self.caches.told()
+    }
+
+    /// Gives back some of the memory that is kept for workers that are gone: for when nothing else happens.
+    pub fn tidy(&mut self) {
+        self.caches.tidy();
+    }
+
+    /// Tokens of a prompt's start that a worker holds, as was known when the request was last placed.
+    pub fn held_tokens(&self, request: RequestKey, worker: WorkerKey) -> u32 {
+        self.requests.get(request.0).map_or(0, |request| request.found.held_by(worker))
     }
 
     pub fn split(&self) -> Split {
@@ -279,6 +306,30 @@ impl Core {
         self.requests.len()
     }
 
+    /// What the workers hold of a request's prompt now.
+    fn look_up(&mut self, key: RequestKey) {
+        if let Some(request) = self.requests.get_mut(key.0) {
+            self.caches.find(&request.shape, &mut request.found);
+        }
+    }
+
+    /// A request's prompt will be computed there, and nowhere else.
+    fn expect(&mut self, key: RequestKey, worker: WorkerKey) {
+        if let Some(request) = self.requests.get_mut(key.0) {
+            self.caches.expect(worker, &request.shape);
+            request.expected_on = Some(worker);
+        }
+    }
+
+    /// It is computed, or will not be.
+    fn expect_no_more(&mut self, key: RequestKey) {
+        if let Some(request) = self.requests.get_mut(key.0)
+            && let Some(worker) = request.expected_on.take()
+        {
+            self.caches.expect_no_more(worker, &request.shape);
+        }
+    }
+
     /// By the SLO.
     fn due(&self, shape: &RequestShape, now: Duration) -> Duration {
         let Settings { ttft, ttft_prefill_factor, .. } = self.settings;
@@ -289,6 +340,7 @@ impl Core {
 
     fn worker_lost(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
         let Some(lost) = self.fleet.detach(worker) else { return };
+        self.caches.worker_gone(worker);
         let jobs: Vec<JobId> = self
             .jobs
             .iter()
@@ -422,6 +474,10 @@ impl Core {
         }
         let open = self.requests.iter().filter(|(_, request)| request.phase == Phase::Open).count();
         assert_eq!(self.deadlines.len(), open, "who has no answer has a deadline");
+        let expects = |(_, request): (u64, &Request)| request.expected_on.is_some();
+        if !self.requests.iter().any(expects) {
+            assert!(self.caches.expects_nothing(), "what is expected is expected of somebody");
+        }
     }
 }
 
@@ -436,21 +492,6 @@ fn view(key: WorkerKey, worker: &Worker) -> WorkerView<'_> {
         follows: worker.follows,
         load: &worker.load,
     }
-}
-
-/// Tokens of the prompt's start whose KV a worker is believed to hold.
-pub(crate) fn hit_tokens(
-    worker: WorkerKey,
-    prefixes: &RecentPrefixes,
-    shape: &RequestShape,
-) -> u32 {
-    let told = shape.held_by(worker);
-    if shape.prefix_blocks.is_empty() {
-        return told.min(shape.prompt_tokens.saturating_sub(1));
-    }
-    let blocks = u32::try_from(prefixes.matched(&shape.prefix_blocks)).unwrap_or(u32::MAX);
-    let tokens = blocks.saturating_mul(shape.prefix_block_tokens).max(told);
-    tokens.min(shape.prompt_tokens.saturating_sub(1))
 }
 
 fn least_load() -> Box<dyn Policy> {

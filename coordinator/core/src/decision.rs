@@ -84,13 +84,9 @@ pub struct Prediction {
 }
 
 impl Considered {
-    pub(crate) fn to_prefill(
-        candidate: &Candidate<'_>,
-        prompt_tokens: u32,
-        targets: &Targets,
-    ) -> Self {
+    pub(crate) fn to_prefill(candidate: &Candidate<'_>, prompt_tokens: u32, _: &Targets) -> Self {
         Self::new(candidate, prompt_tokens, |load, fixed_ms| {
-            let rate = load.prefill_rate(targets);
+            let rate = candidate.prefill_rate;
             let work_ms = load.prefill_ms(candidate.hit_tokens, prompt_tokens);
             Prediction {
                 queue_ms: candidate.work_ahead_ms / rate,
@@ -142,29 +138,32 @@ impl Considered {
 
 impl Chosen {
     /// `place` is that of the chosen one.
-    pub(crate) fn new(mut considered: Vec<Considered>, place: usize) -> Option<Self> {
-        let candidates = considered.len();
-        if place >= candidates {
-            return None;
+    pub(crate) fn new(all: impl Iterator<Item = Considered>, place: usize) -> Option<Self> {
+        let (mut candidates, mut chosen) = (0, None);
+        let mut others: Vec<(f64, Considered)> = Vec::with_capacity(2 + REMEMBERED);
+        for considered in all {
+            candidates += 1;
+            if candidates - 1 == place {
+                chosen = Some(considered);
+                continue;
+            }
+            let delay_ms = considered.delay_ms();
+            let comes_before = |(other_ms, _): &(f64, Considered)| *other_ms <= delay_ms;
+            if others.len() == REMEMBERED && others.last().is_some_and(comes_before) {
+                continue;
+            }
+            others.insert(others.partition_point(comes_before), (delay_ms, considered));
+            others.truncate(REMEMBERED);
         }
-        considered.swap(0, place);
-        let others = &mut considered[1..];
-        if others.len() > REMEMBERED {
-            others.select_nth_unstable_by(REMEMBERED, by_delay);
-            considered.truncate(1 + REMEMBERED);
-        }
-        considered[1..].sort_by(by_delay);
-        considered.shrink_to_fit();
-        Some(Self { worker: considered[0].worker, candidates, considered })
+        let chosen = chosen?;
+        let others = others.into_iter().map(|(_, considered)| considered);
+        let considered = std::iter::once(chosen).chain(others).collect();
+        Some(Self { worker: chosen.worker, candidates, considered })
     }
 
     pub fn predicted(&self) -> Option<Prediction> {
         self.considered.first()?.predicted
     }
-}
-
-fn by_delay(a: &Considered, b: &Considered) -> std::cmp::Ordering {
-    a.delay_ms().total_cmp(&b.delay_ms())
 }
 
 impl PlacementDecision {

@@ -7,7 +7,6 @@ use crate::{
     keyed::Keyed,
     policy::Targets,
     queue::Queue,
-    recent_prefixes::RecentPrefixes,
     request::{Job, Stage},
 };
 
@@ -169,9 +168,11 @@ impl Load {
     }
 
     /// Of what was dispatched, what is left by now.
-    pub(crate) fn dispatched_left_ms(&self, now: Duration, targets: &Targets) -> f64 {
+    ///
+    /// `rate` is its [`Self::prefill_rate`].
+    pub(crate) fn dispatched_left_ms(&self, now: Duration, rate: f64) -> f64 {
         let elapsed_ms = now.saturating_sub(self.working_since).as_secs_f64() * 1000.0;
-        let done_ms = elapsed_ms * self.prefill_rate(targets);
+        let done_ms = elapsed_ms * rate;
         (self.dispatched_work_ms - done_ms).max(0.05 * self.dispatched_work_ms)
             + self.work_elsewhere_ms()
     }
@@ -247,7 +248,6 @@ pub(crate) struct Worker {
     pub(crate) queue: Queue,
     /// Milliseconds of prefill of all who wait in it, those who are late too.
     pub(crate) queued_ms: f64,
-    pub(crate) prefixes: RecentPrefixes,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
     /// Those, and prefills that only keep their exports.
@@ -269,8 +269,8 @@ impl Worker {
     /// Milliseconds until it is through with the prompts it has, as far as that can be predicted.
     pub(crate) fn backlog_ms(&self, now: Duration, targets: &Targets) -> Option<f64> {
         self.load.model?;
-        let work_ms = self.load.dispatched_left_ms(now, targets) + self.queued_ms;
-        Some(work_ms / self.load.prefill_rate(targets))
+        let rate = self.load.prefill_rate(targets);
+        Some((self.load.dispatched_left_ms(now, rate) + self.queued_ms) / rate)
     }
 
     /// Whether it may be given requests for this model.
@@ -326,7 +326,6 @@ impl Fleet {
             ..Load::default()
         };
         self.without_model += usize::from(load.model.is_none());
-        let prefixes = RecentPrefixes::new(description.kv_capacity_tokens);
         // One that only lost its stream is the same that was taken out.
         let drains = self.drained.get(&description.name) == Some(&description.epoch);
         if !drains {
@@ -337,7 +336,6 @@ impl Fleet {
             load,
             queue: Queue::default(),
             queued_ms: 0.0,
-            prefixes,
             jobs_running: 0,
             jobs_open: 0,
             drains,

@@ -10,6 +10,7 @@
 
 mod admission;
 pub mod balancer;
+mod caches;
 mod core;
 mod decision;
 mod event;
@@ -20,7 +21,6 @@ mod placement;
 pub mod policy;
 mod prefix_index;
 mod queue;
-mod recent_prefixes;
 mod request;
 
 pub use crate::{
@@ -33,5 +33,5 @@ pub use crate::{
     placement::{AggregatedReason, PrefixPull, Route, Split},
     prefix_index::{Heard, KvUpdate, PrefixIndex, RoutedIndex, RoutedLimits},
     queue::Order,
-    request::{JobId, RequestKey, RequestShape, RequestView},
+    request::{JobId, PromptBlocks, RequestKey, RequestShape, RequestView},
 };

@@ -6,7 +6,7 @@ use std::fmt;
 use baton_types::Role;
 
 use crate::{
-    core::hit_tokens,
+    caches::Found,
     fleet::{Fleet, HandoffMode, Worker, WorkerKey},
     request::RequestShape,
 };
@@ -230,14 +230,14 @@ struct Holder {
 }
 
 impl Holders {
-    pub(crate) fn of(fleet: &Fleet, shape: &RequestShape) -> Self {
+    pub(crate) fn of(fleet: &Fleet, shape: &RequestShape, found: &Found) -> Self {
         let mut holders = Self::default();
-        if shape.prefix_blocks.is_empty() && shape.held_tokens.is_empty() {
-            return holders;
-        }
-        for (key, worker) in fleet.iter().filter(|(_, worker)| worker.description.pulls_prefixes) {
-            let tokens = hit_tokens(key, &worker.prefixes, shape);
-            if tokens > 0 && worker.serves(shape.model.as_deref()) {
+        for (key, tokens) in found.holders() {
+            let worker = fleet.get(key).filter(|worker| worker.description.pulls_prefixes);
+            if let Some(worker) = worker
+                && tokens > 0
+                && worker.serves(shape.model.as_deref())
+            {
                 let handoff = worker.description.handoff;
                 holders.add(Holder { worker: key, handoff, tokens });
             }

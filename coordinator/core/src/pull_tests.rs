@@ -1,9 +1,9 @@
 //! Who copies a cached prefix from a peer, and who does not.
 
-use baton_types::{Epoch, StepModel};
+use baton_types::{BlockHash, Epoch, StepModel};
 
 use super::*;
-use crate::{HandoffMode, PrefixPull, policy};
+use crate::{HandoffMode, PrefixPull, PromptBlocks, policy};
 
 const FENCED: HandoffMode = HandoffMode::Fenced { compatibility: [1; 32] };
 const MODEL: StepModel = StepModel {
@@ -28,12 +28,11 @@ fn worker(index: u64, handoff: HandoffMode, pulls_prefixes: bool) -> WorkerDescr
 
 /// Sixteen blocks, the first of which are the same for all requests.
 fn shape(number: u64, shared: u64) -> RequestShape {
+    let name = |block| if block <= shared { block } else { number << 8 | block };
+    let names = (1..=16).map(|block| BlockHash::new(name(block)).expect("not 0")).collect();
     RequestShape {
         prompt_tokens: 16 * BLOCK_TOKENS,
-        prefix_blocks: (0..16)
-            .map(|block| if block < shared { block } else { number << 8 | block })
-            .collect(),
-        prefix_block_tokens: BLOCK_TOKENS,
+        blocks: [PromptBlocks { tokens: BLOCK_TOKENS, names }].into(),
         ..RequestShape::default()
     }
 }
@@ -46,8 +45,8 @@ fn core(order: Order, policy: &str, copy_ms_per_thousand_tokens: f64) -> Core {
     Core::with_policy(settings, (entry.make)(0))
 }
 
-/// So many prompts that begin alike, all at once, come to one worker; then there is another, and one prompt more:
-/// the workers, and the worker and the pull of that one.
+/// So many prompts that begin alike, all at once, come to one worker, which tells of the first; then there is another
+/// worker, and one prompt more: the workers, and the worker and the pull of that one.
 fn one_more(
     core: &mut Core,
     workers: [WorkerDescription; 2],
@@ -70,6 +69,8 @@ fn one_more(
     for number in 1..=prompts {
         arrive(core, number);
     }
+    let stored = &shape(1, shared).blocks[0].names;
+    core.kv_told(first, &KvUpdate { sequence: 1, restart: true, removed: &[], stored });
     let second = core.attach(second, Duration::ZERO, &mut Vec::new());
     let (key, pull) = arrive(core, prompts + 1);
     let request = core.requests.get(key.0).expect("it is open");

@@ -1,9 +1,10 @@
 use std::{sync::Arc, time::Duration};
 
-use baton_types::{Generation, HandoffId, Leg};
+use baton_types::{BlockHash, Generation, HandoffId, Leg};
 
 use crate::{
     admission::Tenant,
+    caches::Found,
     decision::PlacementDecision,
     fleet::WorkerKey,
     placement::{Plan, Route, Split},
@@ -27,11 +28,9 @@ pub struct RequestShape {
     pub max_output_tokens: Option<u64>,
     /// As far as it is known.
     pub prompt_tokens: u32,
-    /// Names of the prompt's full blocks, each of which stands for all tokens up to its end.
-    pub prefix_blocks: Arc<[u64]>,
-    /// Tokens of one of them.
-    pub prefix_block_tokens: u32,
-    /// Tokens from the prompt's first on that workers told they hold, in the order of the workers.
+    /// The prompt's full blocks, as the workers tell of them: once for each kind of worker.
+    pub blocks: Arc<[PromptBlocks]>,
+    /// Tokens from the prompt's first on that workers are taken to hold which do not tell.
     pub held_tokens: Arc<[(WorkerKey, u32)]>,
     /// The answer comes in one piece: nobody sees when its first token is there.
     pub answers_whole: bool,
@@ -40,11 +39,12 @@ pub struct RequestShape {
     pub tenant: Tenant,
 }
 
-impl RequestShape {
-    pub(crate) fn held_by(&self, worker: WorkerKey) -> u32 {
-        let place = self.held_tokens.binary_search_by_key(&worker, |(worker, _)| *worker);
-        place.map_or(0, |place| self.held_tokens[place].1)
-    }
+/// A prompt's full blocks, of so many tokens each.
+#[derive(Clone, Debug)]
+pub struct PromptBlocks {
+    pub tokens: u32,
+    /// In their order. Each stands for all tokens up to its end.
+    pub names: Arc<[BlockHash]>,
 }
 
 #[derive(Debug)]
@@ -75,6 +75,10 @@ pub(crate) struct Request {
     pub(crate) decision: Option<Box<PlacementDecision>>,
     /// The worker in whose queue it waits.
     pub(crate) waits_for: Option<WorkerKey>,
+    /// What the workers hold of its prompt, when that was last looked up.
+    pub(crate) found: Found,
+    /// The worker that is expected to hold its prompt, once it has computed it.
+    pub(crate) expected_on: Option<WorkerKey>,
     pub(crate) route: Option<Route>,
     pub(crate) phase: Phase,
     /// The jobs of the current attempt that have neither ended nor been cancelled.

@@ -271,7 +271,7 @@ fn worker_state(state: &State, view: &WorkerView<'_>, attached: &Attached) -> Wo
         },
         arena: ArenaState { slots: report.arena_slots, slots_used: report.arena_slots_used },
         handoffs: handoff_counters(report),
-        prefix_blocks: state.prefixes.blocks_of(view.key),
+        prefix_blocks: state.core.told().blocks_of(view.key),
         roles: state.journal.roles_of(&view.description.name),
     }
 }

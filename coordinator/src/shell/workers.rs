@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use baton_core::{AnnouncedChange, Elsewhere, Event, WorkerDescription, WorkerKey, WorkerReport};
+use baton_core::{
+    AnnouncedChange, Elsewhere, Event, Heard, WorkerDescription, WorkerKey, WorkerReport,
+};
 use baton_proto as wire;
 use baton_types::{Role, StepModel};
 use tracing::{info, warn};
@@ -117,7 +119,7 @@ impl Shell {
 
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
-        let is_unheard = state.prefixes.is_unheard(worker);
+        let is_unheard = state.prefixes.is_unheard(worker, state.core.told());
         let elsewhere =
             Elsewhere { prefills: report.prefills_elsewhere, decodes: report.decodes_elsewhere };
         self.tell_core(&mut state, Event::BusyElsewhere { worker, elsewhere }, None);
@@ -157,7 +159,9 @@ impl Shell {
     /// What a worker says of its prefix cache.
     pub(crate) fn kv_events(&self, worker: WorkerKey, events: &wire::KvEvents) {
         let mut state = self.state.lock();
-        if state.prefixes.kv_events(worker, events)
+        let State { core, prefixes, .. } = &mut *state;
+        let news = prefixes.news(worker, events);
+        if news.is_some_and(|news| core.kv_told(worker, &news) == Heard::NeedsRestart)
             && let Some(attached) = state.links.get(&worker)
         {
             warn!("news of a worker's prefix cache were missed: it is asked to tell it anew");
@@ -196,7 +200,7 @@ impl Shell {
                     name: view.description.name.clone(),
                     role: view.description.role,
                     jobs_running: view.jobs_running,
-                    prefix_blocks: state.prefixes.blocks_of(view.key),
+                    prefix_blocks: state.core.told().blocks_of(view.key),
                     report: attached.report.clone(),
                 })
             })

@@ -59,6 +59,8 @@ pub struct Conditions {
     /// The model by which is decided is so much too optimistic, as a part.
     pub model_bias: f64,
     pub link: Link,
+    /// The coordinator is not told what workers have cached.
+    pub imprecise: bool,
 }
 
 impl Conditions {
@@ -66,6 +68,7 @@ impl Conditions {
         setup.step_noise = self.step_noise;
         setup.predicted_part = 1.0 - self.model_bias;
         setup.link = self.link;
+        setup.precise = !self.imprecise;
     }
 }
 
@@ -85,7 +88,7 @@ pub enum What {
     Simulate { scale: f64 },
 }
 
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 20] = [
     "title",
     "what",
     "scale",
@@ -105,6 +108,7 @@ const KEYS: [&str; 19] = [
     "model_bias",
     "link_us_per_token",
     "link_shared",
+    "precise",
 ];
 const SLO_KEYS: [&str; 4] = ["ttft_ms", "itl_ms", "ttft_prefill_factor", "traces"];
 const GOAL_KEYS: [&str; 2] = ["late", "min_decile"];
@@ -134,6 +138,7 @@ struct Written {
     link_us_per_token: Option<Spanned<f64>>,
     #[serde(default)]
     link_shared: bool,
+    precise: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -419,6 +424,7 @@ impl Reader<'_> {
                 shared: written.link_shared,
                 ..plain.link
             },
+            imprecise: written.precise == Some(false),
         }
     }
 

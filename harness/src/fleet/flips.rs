@@ -242,7 +242,9 @@ impl World<'_> {
         let mut actions = std::mem::take(&mut self.actions);
         let description = self.description(place, epoch);
         let key = self.core.attach(description, duration(self.now), &mut actions);
-        self.by_key.remove(&self.workers[place].key);
+        let former = self.workers[place].key;
+        self.knowledge.worker_renamed(place, former);
+        self.by_key.remove(&former);
         self.by_key.insert(key, place);
         self.workers[place].key = key;
         self.carry_out(actions);

@@ -1,12 +1,13 @@
 //! A fleet in virtual time: the production core over engines that plan their steps with the embedded
 //! engine's own scheduler, and take the time that a profile says.
 //!
-//! `world` is the loop over events; `worker` one engine; `flight` one request; `link` what a transfer
-//! of KV costs; `hope` says when to go on is of no use. Nothing here decides: the core places, the scheduler batches.
+//! `world` is the loop over events; `worker` one engine; `flight` one request; `knowledge` what is known of their
+//! caches; `link` what a transfer of KV costs; `hope` says when to go on is of no use. Nothing here decides: the core places, the scheduler batches.
 
 mod flight;
 mod flips;
 mod hope;
+mod knowledge;
 mod link;
 mod mode;
 mod pacer;

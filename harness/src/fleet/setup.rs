@@ -27,6 +27,9 @@ pub struct Setup {
     /// KV for prompt and answer is held from admission on, instead of as it is needed.
     pub reserves_output: bool,
     pub link: Link,
+    /// The coordinator follows what workers tell of their prefix caches; otherwise it guesses, by what was routed
+    /// where.
+    pub precise: bool,
     /// How often workers report to the coordinator.
     pub report_interval: Duration,
     /// Each step takes up to this part longer or shorter than the profile says.
@@ -117,6 +120,7 @@ impl Setup {
             max_seqs: 256,
             reserves_output: false,
             link: Link::default(),
+            precise: true,
             report_interval: Duration::from_millis(100),
             step_noise: 0.0,
             predicted_part: 1.0,

@@ -1,7 +1,6 @@
 use std::{
     cmp::Reverse,
     collections::{BinaryHeap, HashMap},
-    sync::Arc,
     time::Duration,
 };
 
@@ -17,6 +16,7 @@ use super::{
     Hope, Late, Mode, Nanos, Run, Setup, duration,
     flight::{Awaited, Flight},
     flips::Pools,
+    knowledge::Knowledge,
     pacer::{Pacer, STEP_HEADROOM},
     worker::Worker,
 };
@@ -44,6 +44,10 @@ pub(super) enum Happening {
         job: JobId,
     },
     Reports,
+    /// What a worker told of its prefix cache has come.
+    Told {
+        worker: usize,
+    },
     /// The coordinator looks at its pools.
     Balances,
     /// A worker says that it changes its role, or stays.
@@ -73,6 +77,7 @@ pub(super) struct World<'a> {
     pub(super) now: Nanos,
     pub(super) workers: Vec<Worker>,
     pub(super) pools: Pools,
+    pub(super) knowledge: Knowledge,
     pub(super) by_key: HashMap<WorkerKey, usize>,
     /// Equal times go in the order in which they were foreseen.
     happenings: BinaryHeap<Reverse<(Nanos, u64, Happening)>>,
@@ -102,6 +107,7 @@ impl<'a> World<'a> {
             now: 0,
             workers: Vec::new(),
             pools: Pools::new(setup),
+            knowledge: Knowledge::new(setup, trace),
             by_key: HashMap::new(),
             happenings: BinaryHeap::new(),
             foreseen: 0,
@@ -133,13 +139,14 @@ impl<'a> World<'a> {
         let description = self.description(index as usize, Epoch::from_u128(u128::from(index)));
         let key = self.core.attach(description, Duration::ZERO, &mut self.actions);
         let blocks = setup.kv_capacity_tokens / u64::from(setup.block_size_tokens);
-        let scheduler = Scheduler::new(SchedulerLimits {
+        let mut scheduler = Scheduler::new(SchedulerLimits {
             block_size_tokens: setup.block_size_tokens,
             kv_blocks: u32::try_from(blocks).unwrap_or(u32::MAX),
             max_seqs: setup.max_seqs,
             max_step_tokens: setup.chunk_tokens,
             reserves_output: setup.reserves_output,
         });
+        self.knowledge.worker_joined(&mut scheduler);
         let pacer = (setup.mode == Mode::Adaptive).then(|| Pacer::new(setup.slo.itl_ms, believed));
         let noise = (setup.step_noise > 0.0).then(|| {
             let seed = setup.seed.wrapping_mul(0x9e37_79b9).wrapping_add(u64::from(index));
@@ -241,6 +248,7 @@ impl<'a> World<'a> {
             }
             Happening::Pulled { worker, job } => self.pulled(worker, job),
             Happening::Reports => self.reports(),
+            Happening::Told { worker } => self.told(worker),
             Happening::Balances => self.balances(),
             Happening::Announces { worker } => self.announces(worker),
             Happening::Relabelled { worker } => self.relabelled(worker),
@@ -268,13 +276,12 @@ impl<'a> World<'a> {
             return;
         }
         self.outcomes.push(flight.outcome(request.phase, Some(Fate::Unfinished)));
-        let shape = RequestShape {
+        let mut shape = RequestShape {
             max_output_tokens: (request.output_tokens == 1).then_some(1),
             prompt_tokens: request.input_tokens,
-            prefix_blocks: Arc::from(&*request.prefix_blocks),
-            prefix_block_tokens: self.trace.prefix_block_tokens,
             ..RequestShape::default()
         };
+        self.knowledge.of_prompt(self.trace, request, duration(self.now), &mut shape);
         let handoff = HandoffId::from_u128(index as u128);
         let mut actions = std::mem::take(&mut self.actions);
         let key = self.core.arrive(shape, handoff, duration(self.now), &mut actions);
@@ -328,6 +335,8 @@ impl<'a> World<'a> {
         };
         let Some(flight) = &mut self.flights[place] else { return };
         flight.disaggregated |= leg == Leg::Decode;
+        let asked = &self.trace.requests[flight.index];
+        self.knowledge.routed(self.workers[worker].key, self.trace, asked, duration(self.now));
         let output_tokens = if leg == Leg::Prefill { 1 } else { flight.output_tokens };
         let new = NewSequence {
             prompt_tokens: flight.input_tokens,
@@ -425,6 +434,7 @@ impl<'a> World<'a> {
                 let starts = self.setup.trouble.stuck_until(worker, self.now).unwrap_or(self.now);
                 self.foresee(starts + time, Happening::StepEnds { worker });
             }
+            self.tell(worker);
         }
     }
 
@@ -495,6 +505,7 @@ impl<'a> World<'a> {
 
     fn reports(&mut self) {
         self.send_reports();
+        self.ask_who_is_unheard();
         let next = self.now + nanos_of(self.setup.report_interval);
         self.foresee(next, Happening::Reports);
     }
@@ -586,7 +597,7 @@ pub(super) fn nanos_of(duration: Duration) -> Nanos {
 }
 
 /// Names the engine's blocks by those of the trace, each of which covers several.
-fn block_hashes(
+pub(super) fn block_hashes(
     request: &TraceRequest,
     prefix_block_tokens: u32,
     block_size_tokens: u32,

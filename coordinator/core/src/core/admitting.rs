@@ -11,6 +11,7 @@ use crate::{
     event::{Action, Rejection},
     fleet::WorkerKey,
     placement::{self, AggregatedReason, Holders, NoRoute, Plan, Split},
+    queue::Order,
     request::{Job, JobId, Request, RequestKey, Stage},
 };
 
@@ -58,8 +59,16 @@ impl Core {
         !self.settings.wait_for_worker.is_zero()
     }
 
-    /// Whether a request is held in the worker's queue here. It is not where nothing could be gained.
+    /// Whether a request is held in the worker's queue here. It is not where nothing could be gained: of those that
+    /// are served as they come only that is held of which more may be cached, or copied, once it is its turn.
     pub(super) fn is_held(&self, key: RequestKey, worker: WorkerKey) -> bool {
+        let has_blocks = |request: &Request| !request.shape.blocks.is_empty();
+        if self.settings.order == Order::Arrival
+            && !(self.settings.split == Split::PerRequest
+                && self.requests.get(key.0).is_some_and(has_blocks))
+        {
+            return false;
+        }
         let has_model = self.fleet.get(worker).is_some_and(|on| on.load.model.is_some());
         let has_work = |request: &Request| request.shape.prompt_tokens > 0;
         has_model && self.requests.get(key.0).is_some_and(has_work)
@@ -206,7 +215,7 @@ impl Core {
             let waits = Waits {
                 priority: shape.priority,
                 tenant: shape.tenant.name.clone(),
-                due: request.due,
+                due: request.turn,
                 alone_ms: model.map_or(0.0, |model| model.prefill_alone_ms(0, shape.prompt_tokens)),
             };
             room.push(key, waits, &mut self.accounts);
@@ -278,8 +287,10 @@ impl Core {
     ) -> Option<RequestKey> {
         let split = self.split_now();
         let room = self.rooms.get_mut(model)?;
-        let key =
-            room.next(&self.accounts, |waits| now + milliseconds(waits.alone_ms) > waits.due)?;
+        let order = self.settings.order;
+        let key = room.next(&self.accounts, |waits| {
+            order == Order::LateLast && now + milliseconds(waits.alone_ms) > waits.due
+        })?;
         let Request { shape, avoid, .. } = self.requests.get(key.0)?;
         let plan = placement::plan(&self.fleet, shape, avoid, split, candidates).ok()?;
         let local = plan == Plan::Aggregated(AggregatedReason::NoPrefillWorker);
@@ -317,9 +328,9 @@ impl Core {
             && unseen
             && let Some(model) = on.load.model
         {
-            let targets = &self.settings.targets;
-            let work_ms = on.load.dispatched_left_ms(now, targets) + job.work_ms;
-            let delay_ms = model.prefill_ms[0] + work_ms / on.load.prefill_rate(targets);
+            let rate = on.load.prefill_rate(&self.settings.targets);
+            let work_ms = on.load.dispatched_left_ms(now, rate) + job.work_ms;
+            let delay_ms = model.prefill_ms[0] + work_ms / rate;
             self.unseen_prefills.insert((now + milliseconds(delay_ms), id));
         }
     }

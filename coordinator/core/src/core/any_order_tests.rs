@@ -1,12 +1,17 @@
 //! Whatever happens, in whatever order: requests end once, and every count returns to zero.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
-use baton_types::StepModel;
+use baton_types::{BlockHash, StepModel};
 use proptest::prelude::*;
 
 use super::{tests::*, *};
-use crate::{AnnouncedChange, HandoffMode, HandoffPlan, OnNoPrefill, Tenant, WorkerReport};
+use crate::{
+    AnnouncedChange, HandoffMode, HandoffPlan, OnNoPrefill, PromptBlocks, Tenant, WorkerReport,
+};
 
 /// A step of the world, drawn at random and applied to whatever is there.
 #[derive(Clone, Debug)]
@@ -20,6 +25,7 @@ enum Step {
     Fail(u8, bool),
     ClientGone(u8),
     Report(u8, u16),
+    Tell(u8, u8),
     Learn(u8, u8),
     Drain(u8, bool),
     SetRole(u8, Role),
@@ -40,6 +46,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (any::<u8>(), any::<bool>()).prop_map(|(job, retryable)| Step::Fail(job, retryable)),
         2 => any::<u8>().prop_map(Step::ClientGone),
         2 => (any::<u8>(), any::<u16>()).prop_map(|(worker, tokens)| Step::Report(worker, tokens)),
+        2 => (any::<u8>(), 0..8u8).prop_map(|(worker, prompt)| Step::Tell(worker, prompt)),
         1 => (any::<u8>(), 1..9u8).prop_map(|(worker, slower)| Step::Learn(worker, slower)),
         1 => any::<(u8, bool)>().prop_map(|(worker, drains)| Step::Drain(worker, drains)),
         1 => (any::<u8>(), role()).prop_map(|(worker, role)| Step::SetRole(worker, role)),
@@ -72,6 +79,12 @@ fn admissions() -> impl Strategy<Value = (Option<AdmissionSettings>, OnNoPrefill
     );
     let on_no_prefill = prop_oneof![Just(OnNoPrefill::Local), Just(OnNoPrefill::Reject)];
     (prop::option::weighted(0.7, admission), on_no_prefill, 0..100u64)
+}
+
+/// Of a prompt of one of four kinds, all of which begin alike.
+fn blocks(prompt: u128) -> Arc<[BlockHash]> {
+    let names = [1, 2, 3 + u64::try_from(prompt % 4).unwrap()];
+    names.map(|name| BlockHash::new(name).unwrap()).into()
 }
 
 proptest! {
@@ -131,8 +144,7 @@ proptest! {
                         model: Some(if unknown { "x" } else { "m" }.into()),
                         max_output_tokens: one_token.then_some(1),
                         prompt_tokens: 1 + u32::try_from(arrivals * 977 % 9000).unwrap(),
-                        prefix_blocks: [1, 2, 3 + u64::try_from(arrivals % 4).unwrap()].into(),
-                        prefix_block_tokens: 512,
+                        blocks: [PromptBlocks { tokens: 512, names: blocks(arrivals) }].into(),
                         answers_whole: arrivals % 3 == 0,
                         priority: i32::try_from(arrivals % 4).unwrap() - 2,
                         tenant: Tenant {
@@ -170,6 +182,13 @@ proptest! {
                     let report =
                         WorkerReport { decode_context_tokens: tokens, kv_used_tokens: tokens };
                     core.handle(Event::Report { worker: workers[at], report }, now, &mut actions);
+                },
+                Step::Tell(at, prompt) => if let Some(at) = pick(at, workers.len()) {
+                    // It begins anew, goes on, or goes on after a gap.
+                    let (sequence, restart) = (u64::from(prompt / 2 % 2), prompt < 4);
+                    let stored = &blocks(prompt.into());
+                    let update = KvUpdate { sequence, restart, removed: &[], stored };
+                    core.kv_told(workers[at], &update);
                 },
                 Step::Learn(at, slower) => if let Some(at) = pick(at, workers.len()) {
                     let decode_ms = MODEL.decode_ms.map(|value| value * f64::from(slower));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use baton_types::Leg;
 
-use super::{Core, Settings, hit_tokens, milliseconds};
+use super::{Core, Settings, milliseconds};
 use crate::{
     decision::{Chosen, Considered},
     event::{Action, HandoffPlan, Rejection},
@@ -29,6 +29,8 @@ impl Core {
         actions: &mut Vec<Action>,
     ) {
         let split = self.split_now();
+        self.expect_no_more(key);
+        self.look_up(key);
         let Some(request) = self.requests.get_mut(key.0) else { return };
         request.split = split;
         let mut candidates = std::mem::take(&mut self.candidates);
@@ -64,13 +66,11 @@ impl Core {
                 if let Some(request) = self.requests.get_mut(key.0) {
                     request.plan = plan;
                 }
-                match self.settings.order {
-                    _ if !self.is_held(key, worker) => self.dispatch(key, worker, now, actions),
-                    Order::Arrival => self.dispatch(key, worker, now, actions),
-                    Order::LateLast => {
-                        self.enqueue(key, worker, now);
-                        self.pump(worker, now, actions);
-                    }
+                if self.is_held(key, worker) {
+                    self.enqueue(key, worker, now);
+                    self.pump(worker, now, actions);
+                } else {
+                    self.dispatch(key, worker, now, actions);
                 }
             }
         }
@@ -92,7 +92,7 @@ impl Core {
         }
         let Some(request) = self.requests.get(key.0) else { return candidates[0] };
         let targets = &self.settings.targets;
-        let holders = Holders::of(&self.fleet, &request.shape);
+        let holders = Holders::of(&self.fleet, &request.shape, &request.found);
         let shown: Vec<Candidate<'_>> = candidates
             .iter()
             .filter_map(|worker| Some((*worker, self.fleet.get(*worker)?)))
@@ -112,7 +112,7 @@ impl Core {
         if keeps {
             let (tokens, prefills) = (request.shape.prompt_tokens, leg == Leg::Prefill);
             let predict = if prefills { Considered::to_prefill } else { Considered::to_decode };
-            let considered = shown.iter().map(|one| predict(one, tokens, targets)).collect();
+            let considered = shown.iter().map(|one| predict(one, tokens, targets));
             let chosen = Chosen::new(considered, place);
             if let Some(request) = self.requests.get_mut(key.0)
                 && let Some(decision) = &mut request.decision
@@ -135,7 +135,7 @@ impl Core {
             return (None, 0);
         };
         let targets = &self.settings.targets;
-        let holders = Holders::of(&self.fleet, &request.shape);
+        let holders = Holders::of(&self.fleet, &request.shape, &request.found);
         let shown = candidate(request, worker, on, None, &holders, targets, now);
         let choice = Choice {
             now,
@@ -159,8 +159,9 @@ impl Core {
         };
         let tokens = request.shape.prompt_tokens;
         let work_ms = on.load.prefill_ms(cached_tokens, tokens);
-        let due = request.turn;
-        if self.settings.admission.is_none() && self.late_shares.are_spent(tokens) {
+        let is_late_last = self.settings.order == Order::LateLast;
+        let due = if is_late_last { request.turn } else { Duration::MAX };
+        if is_late_last && self.settings.admission.is_none() && self.late_shares.are_spent(tokens) {
             let takes_ms = work_ms / on.load.prefill_rate(&self.settings.targets);
             request.turn = due.saturating_sub(milliseconds(HEAD_START * takes_ms));
         }
@@ -168,6 +169,7 @@ impl Core {
         on.queued_ms += work_ms;
         on.queue_changed();
         (request.waits_for, request.queued_ms) = (Some(worker), work_ms);
+        self.expect(key, worker);
     }
 
     /// Gives a worker's engine what it has room for.
@@ -178,8 +180,8 @@ impl Core {
         {
             let load = &on.load;
             let fixed_ms = load.model.map_or(0.0, |model| model.prefill_ms[0]);
-            let (ahead_ms, rate) =
-                (load.dispatched_left_ms(now, &targets), load.prefill_rate(&targets));
+            let rate = load.prefill_rate(&targets);
+            let ahead_ms = load.dispatched_left_ms(now, rate);
             let next = on.queue.pop(
                 |waiting| {
                     let left_ms = fixed_ms + (ahead_ms + waiting.work_ms) / rate;
@@ -302,13 +304,15 @@ pub(super) fn candidate<'a>(
     targets: &Targets,
     now: Duration,
 ) -> Candidate<'a> {
-    let hit_tokens = hit_tokens(key, &worker.prefixes, &request.shape);
+    let hit_tokens = request.found.hit_tokens(key);
+    let prefill_rate = worker.load.prefill_rate(targets);
     Candidate {
         worker: key,
         load: &worker.load,
         hit_tokens,
         pull: holders.pull_to(key, worker, hit_tokens),
-        work_ahead_ms: worker.load.dispatched_left_ms(now, targets)
+        prefill_rate,
+        work_ahead_ms: worker.load.dispatched_left_ms(now, prefill_rate)
             + worker.queue.work_before_ms(request.turn),
         is_here: here == Some(key),
     }

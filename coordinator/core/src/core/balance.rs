@@ -7,7 +7,7 @@ use std::{
 
 use baton_types::{Leg, Role};
 
-use super::{Core, hit_tokens, on_demand::Use};
+use super::{Core, on_demand::Use};
 use crate::{
     balancer::{
         Answer, Arrival, Balancer, BalancerSettings, Decision, Promise, Verdict, WorkerSight,
@@ -69,9 +69,10 @@ impl Core {
                 })
                 .map(|(key, worker)| {
                     let load = &worker.load;
-                    let ahead_ms = load.dispatched_left_ms(now, &targets) + worker.queue.work_ms();
+                    let rate = load.prefill_rate(&targets);
+                    let ahead_ms = load.dispatched_left_ms(now, rate) + worker.queue.work_ms();
                     let predicted_ms = match worker.description.role {
-                        Role::Prefill => ahead_ms / load.prefill_rate(&targets),
+                        Role::Prefill => ahead_ms / rate,
                         Role::Decode => 0.0,
                     };
                     let waited_ms = waits.get(&key).copied().unwrap_or_default();
@@ -127,11 +128,10 @@ impl Core {
         else {
             return;
         };
-        let on = || candidates.iter().filter_map(|key| Some((*key, self.fleet.get(*key)?)));
-        let Some((_, first)) = on().next() else { return };
+        let Some(first) = candidates.iter().find_map(|key| self.fleet.get(*key)) else { return };
         request.is_counted = true;
         // It will go where most of it is cached, as far as that matters.
-        let hits = on().map(|(key, worker)| hit_tokens(key, &worker.prefixes, &request.shape));
+        let hits = candidates.iter().map(|key| request.found.hit_tokens(*key));
         let hit_tokens = hits.max().unwrap_or_default();
         let arrival = Arrival { prompt_tokens: request.shape.prompt_tokens, hit_tokens };
         let WorkerDescription { models, handoff, .. } = &first.description;

@@ -34,13 +34,17 @@ impl Core {
         };
         let (pull, cached_tokens) = match leg {
             Leg::Decode => (None, 0),
-            Leg::Prefill | Leg::Aggregated => self.pull(key, worker, now),
+            Leg::Prefill | Leg::Aggregated => {
+                self.expect_no_more(key);
+                self.look_up(key);
+                self.expect(key, worker);
+                self.pull(key, worker, now)
+            }
         };
         if let (Some(request), Some(on)) = (self.requests.get(key.0), self.fleet.get_mut(worker)) {
             let shape = &request.shape;
             job.prompt_tokens = shape.prompt_tokens;
             job.work_ms = on.load.prefill_ms(cached_tokens, shape.prompt_tokens);
-            on.prefixes.used(&shape.prefix_blocks, shape.prefix_block_tokens);
         }
         let id = JobId(self.jobs.insert(job));
         self.foresee_unseen(id, &job, now);
@@ -91,6 +95,7 @@ impl Core {
             on.queue_changed();
         }
         self.stop_waiting(key);
+        self.expect_no_more(key);
         for job in jobs.into_iter().flatten() {
             self.cancel(job, now, actions);
         }
@@ -103,6 +108,7 @@ impl Core {
             return;
         };
         self.advance(id, Stage::Holding, now);
+        self.expect_no_more(key);
         self.pump(worker, now, actions);
         let Some(request) = self.requests.get(key.0) else { return };
         match request.route {
@@ -175,6 +181,7 @@ impl Core {
             self.cancel(sibling, now, actions);
         }
         self.advance(id, Stage::Decoding, now);
+        self.expect_no_more(key);
         actions.push(Action::Relay { request: key, job: id, route });
         self.pump(worker, now, actions);
     }

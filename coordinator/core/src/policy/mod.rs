@@ -54,6 +54,8 @@ pub struct Candidate<'a> {
     pub hit_tokens: u32,
     /// A peer holds more, and it could be copied here first.
     pub pull: Option<PrefixPull>,
+    /// The part of its time that it has for prefill.
+    pub prefill_rate: f64,
     /// Milliseconds of prefill that go before this request's, if it came here.
     pub work_ahead_ms: f64,
     /// The prompt is prefilled here: to decode here costs no handoff.

@@ -62,14 +62,14 @@ fn lost_ms(choice: &Choice<'_>, candidate: &Candidate<'_>, most_tokens: u32) -> 
     let (load, tokens) = (candidate.load, choice.request.prompt_tokens);
     let lost_ms =
         load.prefill_ms(candidate.hit_tokens, tokens) - load.prefill_ms(most_tokens, tokens);
-    lost_ms / load.prefill_rate(choice.targets)
+    lost_ms / candidate.prefill_rate
 }
 
 /// Until the prompt is computed there, all of it that is not cached.
 fn computed_ms(choice: &Choice<'_>, candidate: &Candidate<'_>) -> f64 {
     let tokens = choice.request.prompt_tokens;
     let work_ms = candidate.load.prefill_ms(candidate.hit_tokens, tokens);
-    (candidate.work_ahead_ms + work_ms) / candidate.load.prefill_rate(choice.targets)
+    (candidate.work_ahead_ms + work_ms) / candidate.prefill_rate
 }
 
 /// The same if what a peer holds is copied first, beside the work that goes before.
@@ -79,7 +79,7 @@ fn pulled_ms(choice: &Choice<'_>, candidate: &Candidate<'_>) -> Option<f64> {
     if copied_tokens < MIN_PULL_TOKENS {
         return None;
     }
-    let rate = candidate.load.prefill_rate(choice.targets);
+    let rate = candidate.prefill_rate;
     let copy_ms = choice.targets.copy_ms(copied_tokens);
     let work_ms = candidate.load.prefill_ms(pull.tokens, choice.request.prompt_tokens);
     Some((candidate.work_ahead_ms / rate).max(copy_ms) + work_ms / rate)
@@ -100,7 +100,7 @@ fn decode(choice: &Choice<'_>) -> usize {
             return f64::INFINITY;
         }
         let load = candidate.load;
-        load.decode_step_ms(1, tokens) + 0.02 * load.prefill_work_ms() / load.prefill_rate(targets)
+        load.decode_step_ms(1, tokens) + 0.02 * load.prefill_work_ms() / candidate.prefill_rate
     };
     if !pays_to_pack(choice) {
         return match here {
