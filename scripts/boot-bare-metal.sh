@@ -30,14 +30,14 @@ off() { # HOST
 }
 leave() {
     for host in "${!booted[@]}"; do off "$host" || true; done
-    for host in "${hosts[@]}"; do umount "$scratch/$host/root" 2> /dev/null || true; done
+    for host in "${hosts[@]}"; do umount "$scratch/$host/tree" 2> /dev/null || true; done
     ip link delete "$bridge" 2> /dev/null || true
     rm -rf --one-file-system "$scratch"
 }
 trap leave EXIT
 
 boot() { # HOST
-    systemd-nspawn --quiet --directory "$scratch/$1/root" --machine "$1" --register=no --keep-unit \
+    systemd-nspawn --quiet --directory "$scratch/$1/tree" --machine "$1" --register=no --keep-unit \
         --network-bridge="$bridge" --capability=all --system-call-filter=bpf --boot --console=passive \
         > "$scratch/$1/console" 2>&1 &
     booted[$1]=$!
@@ -48,7 +48,7 @@ boot() { # HOST
 }
 leader() { pgrep -P "${booted[$1]}" | head -1; }
 on() { # HOST COMMAND
-    nsenter -t "$(leader "$1")" -m -u -i -n -p -C -- env -i HOME=/root TERM=dumb \
+    nsenter -t "$(leader "$1")" -m -u -i -n -p -C -- env -i HOME=/srv TERM=dumb \
         PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin bash -c "cd; $2"
 }
 until_on() { # HOST COMMAND: within 30 s
@@ -84,24 +84,24 @@ PYTHON
 
 say "five hosts"
 for host in "${hosts[@]}"; do
-    mkdir -p "$scratch/$host"/{upper,work,root}
+    mkdir -p "$scratch/$host"/{upper,work,tree}
     mount -t overlay -o "lowerdir=$scratch/debian,upperdir=$scratch/$host/upper,workdir=$scratch/$host/work" \
-        overlay "$scratch/$host/root"
-    root=$scratch/$host/root
-    echo "$host" > "$root/etc/hostname"
-    mkdir -p "$root/etc/systemd/network"
+        overlay "$scratch/$host/tree"
+    tree=$scratch/$host/tree
+    echo "$host" > "$tree/etc/hostname"
+    mkdir -p "$tree/etc/systemd/network"
     printf '[Match]\nName=host0\n[Network]\nAddress=%s/24\nLinkLocalAddressing=no\n' "${address[$host]}" \
-        > "$root/etc/systemd/network/10-host0.network"
-    install -D -m 755 "$program" "$root/usr/local/bin/baton"
+        > "$tree/etc/systemd/network/10-host0.network"
+    install -D -m 755 "$program" "$tree/usr/local/bin/baton"
     boot "$host"
     on "$host" 'useradd --system --home-dir /nonexistent --shell /usr/sbin/nologin baton
         install -d -m 750 -g baton /etc/baton /etc/baton/tls'
-    cp "$scratch/certs/${address[$host]}"/* "$root/etc/baton/tls/"
+    cp "$scratch/certs/${address[$host]}"/* "$tree/etc/baton/tls/"
     on "$host" 'chgrp baton /etc/baton/tls/host.key && chmod 640 /etc/baton/tls/host.key'
-    install -m 644 "$scratch/baton.toml" "$root/etc/baton/baton.toml"
+    install -m 644 "$scratch/baton.toml" "$tree/etc/baton/baton.toml"
     unit=baton-worker@.service
     [ "$host" = coordinator ] && unit=baton-coordinator.service
-    install -m 644 "deploy/bare-metal/$unit" "$root/etc/systemd/system/"
+    install -m 644 "deploy/bare-metal/$unit" "$tree/etc/systemd/system/"
 done
 on coordinator 'install -d -m 750 -g baton /etc/baton/keys
     (umask 027; openssl rand -hex 32 > /etc/baton/keys/default; chgrp baton /etc/baton/keys/default)
@@ -123,11 +123,11 @@ held "none runs as root, none has a capability, all have their filter of system 
 
 say "requests"
 # Writes its answer, and the worker that decodes it, into files.
-cat > "$scratch/coordinator/root/root/ask" <<'ASK'
-curl -sN --cacert /etc/baton/tls/ca.pem https://10.77.0.10:8000/v1/completions -D "/root/$1.head" \
+cat > "$scratch/coordinator/tree/srv/ask" <<'ASK'
+curl -sN --cacert /etc/baton/tls/ca.pem https://10.77.0.10:8000/v1/completions -D "$1.head" \
     -H "authorization: Bearer $(cat /etc/baton/keys/default)" -H 'content-type: application/json' \
     -d '{"model": "baton-sim", "prompt": "The baton passes from hand to hand.", "stream": true,
-        "ignore_eos": true, "max_tokens": '"$2"'}' > "/root/$1.body"
+        "ignore_eos": true, "max_tokens": '"$2"'}' > "$1.body"
 ASK
 must on coordinator "bash ask first 8; grep -q DONE first.body"
 on coordinator "baton mode disaggregated --config /etc/baton/baton.toml > /dev/null; bash ask split 8"
@@ -157,7 +157,7 @@ until_on coordinator "$whole"
 must test "$former" = "$(for worker in "${workers[@]}"; do pid "$worker"; done)"
 held "workers come back to a coordinator that was started again, without a restart of their own"
 certs issue 10.77.0.11 --worker prefill-0 --ca "$scratch/certs" --renew
-install -m 640 "$scratch"/certs/10.77.0.11/* "$scratch/prefill-0/root/etc/baton/tls/"
+install -m 640 "$scratch"/certs/10.77.0.11/* "$scratch/prefill-0/tree/etc/baton/tls/"
 on prefill-0 'chgrp baton /etc/baton/tls/*'
 until_on prefill-0 "journalctl -o cat -u baton-worker@prefill-0 | grep 'certificates changed'"
 on prefill-0 "systemctl kill -s HUP baton-worker@prefill-0"
@@ -173,7 +173,7 @@ until_on coordinator "! $whole"
 boot decode-1
 until_on coordinator "$whole"
 held "a host that was switched off comes back by itself"
-cat > "$scratch/decode-1/root/root/reach" <<'REACH'
+cat > "$scratch/decode-1/tree/srv/reach" <<'REACH'
 echo $$ > "/sys/fs/cgroup/unified$1/cgroup.procs" 2> /dev/null || echo $$ > "/sys/fs/cgroup$1/cgroup.procs"
 timeout 2 bash -c "exec 3<> /dev/tcp/$2"
 REACH
