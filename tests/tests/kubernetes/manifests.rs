@@ -134,20 +134,22 @@ async fn what_it_mounts_is_there(client: &Client, pod: &Pod) {
     }
 }
 
+/// The server checks every field and keeps nothing.
+const STRICT_DRY_RUN: [&str; 7] = [
+    "apply",
+    "--server-side",
+    "--force-conflicts",
+    "--validate=strict",
+    "--dry-run=server",
+    "-f",
+    "-",
+];
+
 pub(super) fn component_is_taken(control_plane: &ControlPlane, component: &str) {
     let directory = with_component(control_plane, component);
     let text = control_plane.kubectl(&["kustomize", &directory.to_string_lossy()], "").unwrap().0;
-    // All but what its custom resources mean to those who read them, which no API server knows.
-    let arguments = [
-        "apply",
-        "--server-side",
-        "--force-conflicts",
-        "--validate=strict",
-        "--dry-run=server",
-        "-f",
-        "-",
-    ];
-    let (taken, warnings) = control_plane.kubectl(&arguments, &text).unwrap();
+    // All is checked but what its custom resources mean to those who read them, which no API server knows.
+    let (taken, warnings) = control_plane.kubectl(&STRICT_DRY_RUN, &text).unwrap();
     assert_eq!(warnings, "", "{component}");
     let expected = text.lines().filter(|line| line.starts_with("kind:")).count();
     assert_eq!(taken.lines().count(), expected, "{component}");
@@ -161,16 +163,7 @@ pub(super) fn a_slip_is_refused(control_plane: &ControlPlane) {
         let text =
             control_plane.kubectl(&["kustomize", &directory.to_string_lossy()], "").unwrap().0;
         assert!(text.contains(from), "{from}");
-        let arguments = [
-            "apply",
-            "--server-side",
-            "--force-conflicts",
-            "--validate=strict",
-            "--dry-run=server",
-            "-f",
-            "-",
-        ];
-        let error = control_plane.kubectl(&arguments, &text.replace(from, to)).unwrap_err();
+        let error = control_plane.kubectl(&STRICT_DRY_RUN, &text.replace(from, to)).unwrap_err();
         assert!(format!("{error:#}").contains(says), "{error:#}");
     };
     refused(
