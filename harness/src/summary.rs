@@ -127,14 +127,14 @@ impl FleetSample {
         }
     }
 
-    fn times(&self, factor: f64) -> Self {
+    fn divided_by(&self, count: f64) -> Self {
         Self {
-            workers_prefill: self.workers_prefill * factor,
-            workers_decode: self.workers_decode * factor,
-            workers_mixed: self.workers_mixed * factor,
-            requests_queued: self.requests_queued * factor,
-            requests_running: self.requests_running * factor,
-            kv_used_ratio: self.kv_used_ratio * factor,
+            workers_prefill: self.workers_prefill / count,
+            workers_decode: self.workers_decode / count,
+            workers_mixed: self.workers_mixed / count,
+            requests_queued: self.requests_queued / count,
+            requests_running: self.requests_running / count,
+            kv_used_ratio: self.kv_used_ratio / count,
         }
     }
 }

@@ -28,7 +28,7 @@ pub struct Slot {
 impl Slot {
     /// Mean of the samples; none where there is none.
     pub fn fleet(&self) -> Option<FleetSample> {
-        (self.samples > 0).then(|| self.sum.times(1.0 / self.samples as f64))
+        (self.samples > 0).then(|| self.sum.divided_by(self.samples as f64))
     }
 
     pub(super) fn sampled(&mut self, sample: &FleetSample) {
