@@ -106,7 +106,7 @@ impl Knowledge {
         if self.routed.is_some() {
             let names = self.names(request);
             if let Some(routed) = &mut self.routed {
-                routed.routed(worker, &names, now);
+                routed.routed(worker, &names, |names| names, now);
             }
         }
     }

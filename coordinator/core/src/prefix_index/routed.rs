@@ -52,6 +52,8 @@ impl Half {
 struct Younger {
     half: Half,
     since: Duration,
+    /// What its names stand for.
+    blocks: usize,
 }
 
 impl<W: Copy + Eq + Hash> RoutedIndex<W> {
@@ -59,26 +61,41 @@ impl<W: Copy + Eq + Hash> RoutedIndex<W> {
         Self { limits, index: PrefixIndex::default(), workers: HashMap::new() }
     }
 
-    /// A prompt of these blocks went to a worker.
-    pub fn routed(&mut self, worker: W, blocks: &[BlockHash], now: Duration) {
-        // A longer prompt than there is room for keeps its beginning.
+    /// A prompt went to a worker. Not each of its blocks need be named: the first n of `names` stand for
+    /// `blocks(n)` of them.
+    pub fn routed(
+        &mut self,
+        worker: W,
+        names: &[BlockHash],
+        blocks: impl Fn(usize) -> usize,
+        now: Duration,
+    ) {
         let room = self.limits.blocks_per_worker / 2;
-        let blocks = &blocks[..blocks.len().min(room)];
+        let mut kept = names.len();
+        // A longer prompt than there is room for keeps its beginning.
+        while blocks(kept) > room {
+            kept -= 1;
+        }
         if !self.workers.contains_key(&worker) {
-            self.workers.insert(worker, Younger { half: Half::One, since: now });
+            self.workers.insert(worker, Younger { half: Half::One, since: now, blocks: 0 });
             self.index.worker_joined((worker, Half::One));
             self.index.worker_joined((worker, Half::Other));
         }
         self.forget(worker, now);
         let Some(younger) = self.workers.get_mut(&worker) else { return };
-        if self.index.blocks_of((worker, younger.half)) + blocks.len() > room {
-            *younger = Younger { half: younger.half.other(), since: now };
+        if younger.blocks + blocks(kept) > room {
+            *younger = Younger { half: younger.half.other(), since: now, blocks: 0 };
             self.index.cleared((worker, younger.half));
         }
-        self.index.stored((worker, younger.half), blocks);
+        let half = (worker, younger.half);
+        let before = self.index.blocks_of(half);
+        self.index.stored(half, &names[..kept]);
+        // Those that were there are the prompt's first.
+        let new = self.index.blocks_of(half) - before;
+        younger.blocks += blocks(kept) - blocks(kept - new);
     }
 
-    /// As [`PrefixIndex::matched`], of what was routed and has not expired.
+    /// As [`PrefixIndex::matched`], in names, of what was routed and has not expired.
     pub fn matched(&mut self, prompt: &[BlockHash], now: Duration, held: &mut Vec<(W, u32)>) {
         let mut found = Vec::new();
         self.index.matched(prompt, &mut found);
@@ -105,7 +122,7 @@ impl<W: Copy + Eq + Hash> RoutedIndex<W> {
     }
 
     /// Those that stand in both halves count twice.
-    pub fn blocks_of(&self, worker: W) -> usize {
+    pub fn names_of(&self, worker: W) -> usize {
         self.index.blocks_of((worker, Half::One)) + self.index.blocks_of((worker, Half::Other))
     }
 
@@ -119,7 +136,7 @@ impl<W: Copy + Eq + Hash> RoutedIndex<W> {
 
     /// Forgets what has expired. Whether there was any.
     fn forget(&mut self, worker: W, now: Duration) -> bool {
-        let Some(Younger { half, since }) = self.workers.get(&worker).copied() else {
+        let Some(Younger { half, since, .. }) = self.workers.get(&worker).copied() else {
             return false;
         };
         let half_time = self.limits.expires_after / 2;
@@ -127,7 +144,7 @@ impl<W: Copy + Eq + Hash> RoutedIndex<W> {
         if age < half_time {
             return false;
         }
-        let before = self.blocks_of(worker);
+        let before = self.names_of(worker);
         self.index.cleared((worker, half.other()));
         // Counted from when it was due, however late this is: or the other half would stay for too long.
         let mut since = since + half_time;
@@ -135,7 +152,7 @@ impl<W: Copy + Eq + Hash> RoutedIndex<W> {
             self.index.cleared((worker, half));
             since = now;
         }
-        self.workers.insert(worker, Younger { half: half.other(), since });
-        self.blocks_of(worker) < before
+        self.workers.insert(worker, Younger { half: half.other(), since, blocks: 0 });
+        self.names_of(worker) < before
     }
 }
