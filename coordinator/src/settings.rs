@@ -5,11 +5,10 @@ use baton_core::{
     AdmissionSettings, Order, Settings, Split,
     policy::{self, POLICIES, Policy, Targets},
 };
+use baton_types::STEP_HEADROOM;
 
 use crate::CoordinatorError;
 
-/// Steps are kept a little below the target for ITL: what is predicted is not exact.
-const STEP_HEADROOM: f64 = 0.95;
 /// Requests are sent on to workers that have less than this part of the TTFT's target to do: enough
 /// that none is idle, and little enough that the rest is in time.
 const BACKLOG_PART: f64 = 0.5;

@@ -10,14 +10,14 @@ use baton_core::{
     policy::{self, Targets},
 };
 use baton_engine::sim::{BlockHash, NewSequence, Scheduler, SchedulerLimits};
-use baton_types::{Epoch, HandoffId, Leg, StepModel};
+use baton_types::{Epoch, HandoffId, Leg, STEP_HEADROOM, StepModel};
 
 use super::{
     Hope, Late, Mode, Nanos, Run, Setup, duration,
     flight::{Awaited, Flight},
     flips::Pools,
     knowledge::Knowledge,
-    pacer::{Pacer, STEP_HEADROOM},
+    pacer::Pacer,
     worker::Worker,
 };
 use crate::{
