@@ -9,10 +9,6 @@ use baton_types::STEP_HEADROOM;
 
 use crate::CoordinatorError;
 
-/// Requests are sent on to workers that have less than this part of the TTFT's target to do: enough
-/// that none is idle, and little enough that the rest is in time.
-const BACKLOG_PART: f64 = 0.5;
-
 pub(crate) fn core_settings(config: &ClusterConfig) -> Settings {
     let (placement, admission, slo) = (&config.placement, &config.admission, &config.slo);
     let ttft = std::time::Duration::from_secs_f64(slo.ttft_ms / 1000.0);
@@ -36,7 +32,7 @@ pub(crate) fn core_settings(config: &ClusterConfig) -> Settings {
         admission: Some(AdmissionSettings {
             max_waiting: admission.max_waiting_requests as usize,
             max_wait: admission.max_wait,
-            backlog: ttft.mul_f64(BACKLOG_PART),
+            backlog: AdmissionSettings::backlog_within(ttft),
             early_rejection: admission.early_rejection_priority,
         }),
         wait_for_worker: admission.wait_for_worker,
