@@ -5,19 +5,19 @@ use std::{
 };
 
 use baton_core::{
-    Action, Core, Event, HandoffMode, JobId, Order, PrefixPull, RequestKey, RequestShape, Settings,
-    Split, WorkerDescription, WorkerKey,
+    Action, AdmissionSettings, Core, Event, HandoffMode, JobId, Order, PrefixPull, RequestKey,
+    RequestShape, Settings, Split, WorkerDescription, WorkerKey,
     policy::{self, Targets},
 };
 use baton_engine::sim::{BlockHash, NewSequence, Scheduler, SchedulerLimits};
-use baton_types::{Epoch, HandoffId, Leg, StepModel};
+use baton_types::{Epoch, HandoffId, Leg, STEP_HEADROOM, StepModel};
 
 use super::{
     Hope, Late, Mode, Nanos, Run, Setup, duration,
     flight::{Awaited, Flight},
     flips::Pools,
     knowledge::Knowledge,
-    pacer::{Pacer, STEP_HEADROOM},
+    pacer::Pacer,
     worker::Worker,
 };
 use crate::{
@@ -553,6 +553,7 @@ fn is_overdue(setup: &Setup, flight: &Flight, now: Nanos) -> bool {
 }
 
 fn core(setup: &Setup) -> Core {
+    let ttft = Duration::from_nanos(super::nanos(setup.slo.ttft_ms));
     let settings = Settings {
         split: match setup.mode {
             Mode::Aggregated => Split::Never,
@@ -563,7 +564,7 @@ fn core(setup: &Setup) -> Core {
             Late::Fifo => Order::Arrival,
             Late::Last => Order::LateLast,
         },
-        ttft: Duration::from_nanos(super::nanos(setup.slo.ttft_ms)),
+        ttft,
         ttft_prefill_factor: setup.slo.ttft_prefill_factor,
         targets: Targets {
             step_ms: STEP_HEADROOM * setup.slo.itl_ms,
@@ -571,6 +572,13 @@ fn core(setup: &Setup) -> Core {
             handoff_ms_per_thousand_tokens: setup.link.us_per_token,
         },
         first_token_timeout: Duration::MAX / 4,
+        // As a live coordinator has it, but that nobody is turned away.
+        admission: Some(AdmissionSettings {
+            max_waiting: usize::MAX,
+            max_wait: Duration::MAX / 4,
+            backlog: AdmissionSettings::backlog_within(ttft),
+            early_rejection: None,
+        }),
         ..Settings::default()
     };
     let entry = policy::policy(setup.policy_name()).unwrap_or(&policy::POLICIES[0]);
