@@ -76,13 +76,12 @@ impl<W: Copy + Eq + Hash> RoutedIndex<W> {
         while blocks(kept) > room {
             kept -= 1;
         }
-        if !self.workers.contains_key(&worker) {
-            self.workers.insert(worker, Younger { half: Half::One, since: now, blocks: 0 });
+        self.forget(worker, now);
+        let younger = self.workers.entry(worker).or_insert_with(|| {
             self.index.worker_joined((worker, Half::One));
             self.index.worker_joined((worker, Half::Other));
-        }
-        self.forget(worker, now);
-        let Some(younger) = self.workers.get_mut(&worker) else { return };
+            Younger { half: Half::One, since: now, blocks: 0 }
+        });
         if younger.blocks + blocks(kept) > room {
             *younger = Younger { half: younger.half.other(), since: now, blocks: 0 };
             self.index.cleared((worker, younger.half));
