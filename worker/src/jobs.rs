@@ -88,7 +88,7 @@ impl Jobs {
 }
 
 /// As the coordinator writes it down; a client's own may be no text.
-fn request_id(start: &StartJob) -> String {
+pub(crate) fn request_id(start: &StartJob) -> String {
     let mut headers = start.headers.iter();
     headers
         .find(|header| header.name.eq_ignore_ascii_case("x-request-id"))
@@ -275,7 +275,9 @@ fn consume(start: &StartJob, life: &Life) -> Result<(Consuming, KvParameters), F
     Ok((consuming, kv))
 }
 
-fn handoff_of(start: &StartJob) -> Result<(crate::handoff::Name, &baton_proto::Peer), Fault> {
+pub(crate) fn handoff_of(
+    start: &StartJob,
+) -> Result<(crate::handoff::Name, &baton_proto::Peer), Fault> {
     let missing = |message, field| refused(&WireError::Missing { message, field });
     let handoff = start.handoff.as_ref().ok_or_else(|| missing("StartJob", "handoff"))?;
     let peer = handoff.peer.as_ref().ok_or_else(|| missing("Handoff", "peer"))?;
@@ -283,7 +285,7 @@ fn handoff_of(start: &StartJob) -> Result<(crate::handoff::Name, &baton_proto::P
 }
 
 /// What goes into a request's body must be one JSON object, whoever sent it.
-fn json_object(bytes: &Bytes) -> Result<Bytes, Fault> {
+pub(crate) fn json_object(bytes: &Bytes) -> Result<Bytes, Fault> {
     let is_object = serde_json::from_slice::<serde_json::Map<_, serde_json::Value>>(bytes).is_ok();
     if is_object {
         Ok(bytes.clone())
@@ -328,7 +330,7 @@ async fn ask_engine(life: &Life, start: StartJob, body: Bytes) -> Result<Answer,
     life.engine.run(request).await.map_err(|error| engine_fault(&error))
 }
 
-fn header_map(headers: Vec<Header>) -> HeaderMap {
+pub(crate) fn header_map(headers: Vec<Header>) -> HeaderMap {
     headers
         .into_iter()
         .filter_map(|header| {
