@@ -31,7 +31,7 @@ logger = init_logger("vllm.baton_connector.scheduler")
 
 BEFORE_ALL = -(1 << 62)
 """The priority of a request whose KV comes from elsewhere: its load takes no part of a step, and once
-it has come, it is a decode."""
+it has come, it is a decode. Of one, too, that lends what is cached: all that is computed of it is a token."""
 LOAD_STEPS = 4
 """Of so many steps one at most is given up by prompts, so that loads can begin."""
 
@@ -70,7 +70,7 @@ class _Paced(Scheduler):
 
     def add_request(self, request: "Request") -> None:
         part = read_part(request.kv_transfer_params)
-        if part is not None and part.role is Role.CONSUME:
+        if part is not None and part.role is not Role.PRODUCE:
             request.priority = BEFORE_ALL
         super().add_request(request)
 

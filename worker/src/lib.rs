@@ -13,6 +13,7 @@ mod kv_telling;
 mod legs;
 mod life;
 mod outbox;
+mod prefix;
 mod relay;
 mod role;
 mod run;

@@ -162,7 +162,7 @@ fn introduce(
             .as_ref()
             .map(|cache| cache.capacity_tokens)
             .filter(|capacity| *capacity > 0),
-        pulls_prefixes: false,
+        pulls_prefixes: hello.pulls_prefixes,
     };
     Ok((description, peer))
 }
