@@ -230,7 +230,7 @@ def test_what_is_cached_is_lent_beside_long_prompts_and_no_more(played: Played) 
     played.add("prompt", 1900)
     played.until("prompt")
     played.add("lent", 257, priority=9, lends="decode")
-    played.add("gone", 257, priority=9, lends="prompt")
+    played.add("gone", 1601, priority=9, lends="prompt")
     steps = [played.step() for _ in range(LOAD_STEPS + 1)]
     assert [step["lent"] for step in steps if "lent" in step][0] == 1
     assert all(step["decode"] == 1 for step in steps)

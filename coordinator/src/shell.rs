@@ -283,19 +283,17 @@ impl Shell {
                     self.prompt_goes_to(state, worker, request, leg);
                     if let Some(client) = state.clients.get_mut(&request) {
                         client.timeline.leg_given(leg, worker, Instant::now());
+                        if leg != Leg::Decode && pull.is_none() {
+                            // Of an attempt before this one.
+                            (client.pulling, client.placed.pull) = (None, None);
+                        }
                     }
                     if leg != Leg::Decode {
                         self.attempted(state, request);
                     }
-                    if let Some(start) = state.start_job(
-                        self.slo.ttft_ms,
-                        worker,
-                        job,
-                        request,
-                        leg,
-                        handoff,
-                        pull.is_some(),
-                    ) && let Some(attached) = state.links.get(&worker)
+                    if let Some(start) =
+                        state.start_job(self.slo.ttft_ms, worker, job, request, leg, handoff)
+                        && let Some(attached) = state.links.get(&worker)
                     {
                         attached.link.start(start);
                     }

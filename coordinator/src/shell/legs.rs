@@ -192,7 +192,6 @@ impl State {
         request: RequestKey,
         leg: Leg,
         handoff: Option<HandoffPlan>,
-        pulls: bool,
     ) -> Option<wire::StartJob> {
         let client = self.clients.get(&request)?;
         let mut forward = client.request.clone()?;
@@ -220,7 +219,7 @@ impl State {
             deadline_ms,
             pull: client
                 .pulling
-                .filter(|_| pulls)
+                .filter(|_| leg != Leg::Decode)
                 .and_then(|pulling| self.to_pull(client, pulling)),
         })
     }
