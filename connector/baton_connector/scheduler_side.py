@@ -239,6 +239,8 @@ class SchedulerSide:
     def finished(self, request: "Request") -> bool:
         """True where the request's blocks must stay until the other half reports it as sent."""
         if producer := self._producers.pop(request.request_id, None):
+            if producer.refused:
+                return False
             well = producer.sealed and request.status in _FINISHED_WELL
             held = well and not producer.surely_exported
             self._plan.export_ends.append(

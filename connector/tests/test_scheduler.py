@@ -232,7 +232,7 @@ def test_what_is_cached_is_lent_beside_long_prompts_and_no_more(played: Played) 
     played.add("lent", 257, priority=9, lends="decode")
     played.add("gone", 1601, priority=9, lends="prompt")
     steps = [played.step() for _ in range(LOAD_STEPS + 1)]
-    assert [step["lent"] for step in steps if "lent" in step][0] == 1
+    assert steps[0] == {"decode": 1, "prompt": 64, "lent": 1}
     assert all(step["decode"] == 1 for step in steps)
     assert not any("gone" in step for step in steps), "it is not computed for that"
     assert sum("prompt" not in step for step in steps) <= 1
