@@ -22,7 +22,7 @@ pub fn engine_answer(bytes: &[u8]) {
 /// A job of the coordinator's, as far as it is read before anything is done for it.
 pub fn started_job(start: StartJob) {
     let _ = (jobs::request_id(&start), Leg::try_from(start.leg()));
-    if let Ok((_, peer)) = jobs::handoff_of(&start) {
+    if let Ok((_, peer)) = jobs::named(start.handoff.as_ref()) {
         let epoch = baton_proto::epoch("Peer", &peer.epoch);
         assert_eq!(epoch.is_ok(), peer.epoch.len() == 16);
         let fingerprint = baton_proto::fingerprint("Peer", &peer.certificate_fingerprint);

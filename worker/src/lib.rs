@@ -15,6 +15,7 @@ mod kv_telling;
 mod legs;
 mod life;
 mod outbox;
+mod prefix;
 mod relay;
 mod role;
 mod run;

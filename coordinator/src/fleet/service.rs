@@ -164,7 +164,7 @@ pub(crate) fn introduce(
             .as_ref()
             .map(|cache| cache.capacity_tokens.min(MOST_KV_TOKENS))
             .filter(|capacity| *capacity > 0),
-        pulls_prefixes: false,
+        pulls_prefixes: hello.pulls_prefixes,
     };
     Ok((description, peer))
 }
