@@ -85,13 +85,11 @@ impl Core {
     /// Nothing is done for the request any more, and it waits for nobody.
     pub(super) fn withdraw(&mut self, key: RequestKey, now: Duration, actions: &mut Vec<Action>) {
         let Some(request) = self.requests.get_mut(key.0) else { return };
-        let (jobs, turn) = ([request.prefill, request.answering], request.turn);
-        let queued_ms = request.queued_ms;
+        let (jobs, place) = ([request.prefill, request.answering], request.place());
         if let Some(worker) = request.waits_for.take()
             && let Some(on) = self.fleet.get_mut(worker)
         {
-            on.queue.remove(key, turn);
-            on.queued_ms = if on.queue.len() == 0 { 0.0 } else { on.queued_ms - queued_ms };
+            on.queue.remove(key, place);
             on.queue_changed();
         }
         self.stop_waiting(key);
