@@ -71,8 +71,7 @@ impl Prometheus {
             .spawn()
             .context("cannot start prometheus")?;
         let http = reqwest::Client::builder().no_proxy().build()?;
-        let prometheus =
-            Self { child, http, base: format!("http://127.0.0.1:{port}"), directory };
+        let prometheus = Self { child, http, base: format!("http://127.0.0.1:{port}"), directory };
         let deadline = Instant::now() + Duration::from_secs(60);
         while prometheus.get("/-/ready", &[]).await.is_err() {
             ensure!(Instant::now() < deadline, "prometheus does not become ready");

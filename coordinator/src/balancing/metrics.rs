@@ -109,7 +109,9 @@ impl BalancerMetrics {
             let verdict = match decision.verdict {
                 Verdict::Hold => "hold",
                 Verdict::Flip { .. } => "flip",
-                Verdict::Scale { role, replicas } if replicas > decision.pool(role).workers => "more",
+                Verdict::Scale { role, replicas } if replicas > decision.pool(role).workers => {
+                    "more"
+                }
                 Verdict::Scale { .. } => "fewer",
             };
             let reason = decision.reason.as_str();
@@ -122,7 +124,8 @@ impl BalancerMetrics {
     fn set_pool(&self, role: Role, decisions: &[Decision]) {
         let labels = PoolLabels { role: role.as_str() };
         let pools = || decisions.iter().map(|decision| (decision, decision.pool(role)));
-        let known = pools().map(|(_, figures)| figures).filter(|figures| figures.demand.is_finite());
+        let known =
+            pools().map(|(_, figures)| figures).filter(|figures| figures.demand.is_finite());
         match known.max_by(|a, b| a.pressure.total_cmp(&b.pressure)) {
             Some(figures) => {
                 self.pressure.get_or_create(&labels).set(figures.pressure);

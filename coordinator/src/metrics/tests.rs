@@ -203,10 +203,9 @@ fn what_is_not_known_of_a_pool_is_not_shown() {
     };
     let unknown = known(2, f64::INFINITY);
     let shown = || metrics.render(0, &BTreeMap::new(), &[]);
-    metrics.balancer.decided(&[
-        decision(known(2, 1.5), known(1, 0.25)),
-        decision(known(1, 0.5), unknown),
-    ]);
+    metrics
+        .balancer
+        .decided(&[decision(known(2, 1.5), known(1, 0.25)), decision(known(1, 0.5), unknown)]);
     let text = shown();
     for line in [
         "baton_pool_pressure{role=\"prefill\"} 1.5",

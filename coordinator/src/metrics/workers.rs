@@ -232,7 +232,8 @@ impl WorkerMetrics {
             for (family, count) in counted.iter().zip(counts) {
                 family.get_or_create(&labels).inc_by(count);
             }
-            let (imports_used, imports) = (report.arena_import_slots_used, report.arena_import_slots);
+            let (imports_used, imports) =
+                (report.arena_import_slots_used, report.arena_import_slots);
             for (half, used, slots) in [
                 (
                     "export",

@@ -17,8 +17,12 @@ pub(crate) async fn a_healthy_cluster_is_quiet(watch: Watch) {
         .await
         .unwrap();
     watch.over(&cluster);
-    let asked =
-        Asked { prompt_tokens: 400, max_tokens: 20, pause: Duration::from_millis(50), ..Asked::default() };
+    let asked = Asked {
+        prompt_tokens: 400,
+        max_tokens: 20,
+        pause: Duration::from_millis(50),
+        ..Asked::default()
+    };
     let clients = Clients::start(&cluster, 6, asked);
     for _ in 0..45 {
         tokio::time::sleep(Duration::from_secs(1)).await;

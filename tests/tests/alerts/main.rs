@@ -2,7 +2,7 @@
 //! says is to be done. The rules are the deployed ones at sixty times their pace.
 //!
 //! `BATON_ALERT=BatonArenaFull` plays the scenes of one alert; `BATON_SEEN=DIRECTORY` keeps what operators see
-//! while it fires.
+//! while it fires, and `BATON_SCREENSHOTS=DIRECTORY` beside it what the live page shows.
 
 // A scenario says what must hold by panicking.
 #![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
@@ -14,12 +14,7 @@ mod room;
 mod slo;
 mod stage;
 
-use std::{
-    collections::BTreeSet,
-    path::Path,
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Instant};
 
 use baton_tests::{Prometheus, prometheus_or_skip};
 use tokio::{sync::Semaphore, task::JoinSet};
@@ -82,7 +77,8 @@ async fn each_alert_fires_for_what_it_means_and_ends_by_what_the_page_says() {
 
     let alerts = prometheus.alert_rules().await.unwrap();
     let all: BTreeSet<&str> = alerts.iter().filter_map(|alert| alert["name"].as_str()).collect();
-    let played: BTreeSet<&str> = scenes().iter().flat_map(|(_, alerts, _)| *alerts).copied().collect();
+    let played: BTreeSet<&str> =
+        scenes().iter().flat_map(|(_, alerts, _)| *alerts).copied().collect();
     assert_eq!(all, played, "each alert has its scene");
 
     let asked_for = std::env::var("BATON_ALERT").ok();

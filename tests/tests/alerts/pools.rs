@@ -112,7 +112,12 @@ pub(crate) async fn a_decode_worker_dies_again_and_again(watch: Watch) {
     let builder = ClusterBuilder::sim().pools(1, 2).engine("time_scale = 0.5");
     let mut cluster = builder.start().await.unwrap();
     watch.over(&cluster);
-    let long = Asked { prompt_tokens: 40, max_tokens: 300, pause: Duration::from_millis(100), ..Asked::default() };
+    let long = Asked {
+        prompt_tokens: 40,
+        max_tokens: 300,
+        pause: Duration::from_millis(100),
+        ..Asked::default()
+    };
     let clients = Clients::start(&cluster, 4, long);
     let fires = {
         let watch = watch.clone();
@@ -152,11 +157,8 @@ pub(crate) async fn a_certificate_is_about_to_expire(watch: Watch) {
     let read = |file: &str| fs::read_to_string(certs.join("127.0.0.1").join(file)).unwrap();
     make(&["init"]);
     make(&["issue", "127.0.0.1", "--days", "10"]);
-    let tls = TlsPem {
-        ca: read("ca.pem"),
-        certificate: read("host.pem"),
-        private_key: read("host.key"),
-    };
+    let tls =
+        TlsPem { ca: read("ca.pem"), certificate: read("host.pem"), private_key: read("host.key") };
     let cluster = ClusterBuilder::sim().tls(tls).start().await.unwrap();
     watch.over(&cluster);
     let alert = watch.fires("BatonCertificateExpires").await;
@@ -191,26 +193,30 @@ pub(crate) async fn a_worker_loses_its_news(watch: Watch) {
     let news = futures::stream::unfold(0, |number: u64| async move {
         tokio::time::sleep(Duration::from_millis(250)).await;
         let restart = number.is_multiple_of(2);
-        let news = wire::KvEvents { sequence: 1 + 2 * number, restart, ..wire::KvEvents::default() };
+        let news =
+            wire::KvEvents { sequence: 1 + 2 * number, restart, ..wire::KvEvents::default() };
         Some((news, number + 1))
     });
+    let (leave, leaves) = tokio::sync::oneshot::channel::<()>();
     let frames = futures::stream::once(async { wire::worker_frame::Frame::Hello(hello) })
         .chain(news.map(wire::worker_frame::Frame::KvEvents))
-        .map(said);
+        .map(said)
+        .take_until(leaves);
     let coordinator = format!("http://127.0.0.1:{}", cluster.workers_port());
     let channel = Endpoint::from_shared(coordinator).unwrap().connect().await.unwrap();
     let mut client = wire::fleet_client::FleetClient::new(channel);
     let mut stream = client.attach(frames).await.unwrap().into_inner();
-    let attached =
-        tokio::spawn(async move { while let Ok(Some(_)) = stream.message().await {} });
+    let attached = tokio::spawn(async move { while let Ok(Some(_)) = stream.message().await {} });
     cluster.wait_for_log("coordinator", "forgetful").await;
     cluster.wait_for_log("coordinator", "news of a worker's prefix cache were missed").await;
     watch.fires("BatonPrefixNewsMissed").await;
     watch.seen(&cluster, "fires").await;
     let log = cluster.log("coordinator");
-    let line = log.lines().find(|line| line.contains("news of a worker's prefix cache were missed"));
+    let line =
+        log.lines().find(|line| line.contains("news of a worker's prefix cache were missed"));
     assert!(line.is_some_and(|line| line.contains("forgetful")), "{line:?}");
 
-    attached.abort();
+    leave.send(()).unwrap();
+    attached.await.unwrap();
     watch.clears(&["BatonPrefixNewsMissed"]).await;
 }

@@ -54,8 +54,7 @@ fn long() -> Asked {
 pub(crate) async fn nobody_takes_over(watch: Watch) {
     let mut cluster = with_tight_decode("48 MiB", 1).await;
     watch.over(&cluster);
-    let clients =
-        Clients::start(&cluster, 8, Asked { patience: Duration::from_secs(4), ..long() });
+    let clients = Clients::start(&cluster, 8, Asked { patience: Duration::from_secs(4), ..long() });
     let alert = watch.fires("BatonHandoffsExpire").await;
     assert_eq!(alert["labels"]["worker"], "prefill-0");
     watch.seen(&cluster, "fires").await;

@@ -24,8 +24,12 @@ pub(crate) async fn prefill_is_too_small(watch: Watch) {
         .unwrap();
     watch.over(&cluster);
     // A prompt takes a quarter of a second.
-    let asked =
-        Asked { prompt_tokens: 2000, max_tokens: 4, pause: Duration::from_millis(20), ..Asked::default() };
+    let asked = Asked {
+        prompt_tokens: 2000,
+        max_tokens: 4,
+        pause: Duration::from_millis(20),
+        ..Asked::default()
+    };
     let clients = Clients::start(&cluster, 6, asked);
     watch.fires("BatonTtftOverSlo").await;
     watch.fires("BatonPoolPressed").await;
@@ -63,7 +67,12 @@ pub(crate) async fn decode_is_too_small(watch: Watch) {
         .await
         .unwrap();
     watch.over(&cluster);
-    let asked = Asked { prompt_tokens: 40, max_tokens: 60, pause: Duration::from_millis(20), ..Asked::default() };
+    let asked = Asked {
+        prompt_tokens: 40,
+        max_tokens: 60,
+        pause: Duration::from_millis(20),
+        ..Asked::default()
+    };
     let clients = Clients::start(&cluster, 9, asked);
     watch.fires("BatonItlOverSlo").await;
     watch.seen(&cluster, "fires").await;

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_tests::{Cluster, Prometheus, baton};
+use baton_tests::{ADMIN_TOKEN, Cluster, Prometheus, baton, chromium_or_skip};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -111,7 +111,7 @@ impl Watch {
         write("firing", &serde_json::to_string_pretty(&self.firing().await).unwrap());
         for path in ["/admin/state", "/debug/transfer", "/metrics"] {
             let asked = cluster.http.get(cluster.admin_url(path)).timeout(LOOK);
-            if let Ok(answer) = asked.bearer_auth(baton_tests::ADMIN_TOKEN).send().await {
+            if let Ok(answer) = asked.bearer_auth(ADMIN_TOKEN).send().await {
                 write(&path[1..].replace('/', "-"), &answer.text().await.unwrap_or_default());
             }
         }
@@ -119,6 +119,7 @@ impl Watch {
             let said = format!("{} {}", answer.status(), answer.text().await.unwrap_or_default());
             write("ready", &said);
         }
+        picture(cluster.admin_url("/ui"), format!("{}-{when}", self.job)).await;
         for file in std::fs::read_dir(cluster.directory()).unwrap().flatten() {
             let name = file.file_name();
             if Path::new(&name).extension().is_some_and(|end| end == "log" || end == "toml") {
@@ -136,6 +137,30 @@ fn names(alerts: &[Value]) -> String {
     names.join(" ")
 }
 
+/// The live page, below the directory that `BATON_SCREENSHOTS` names; nothing without it.
+async fn picture(url: String, name: String) {
+    if std::env::var_os("BATON_SCREENSHOTS").is_none() {
+        return;
+    }
+    let taken = tokio::task::spawn_blocking(move || {
+        let Some(mut browser) = chromium_or_skip(&name) else { return Ok(()) };
+        browser.look(1400, 900, "light")?;
+        browser.open(&url)?;
+        let token = format!(
+            "document.querySelector('#token').value = {ADMIN_TOKEN:?};
+             document.querySelector('#token-dialog .primary').click()"
+        );
+        browser.until("it asks", "document.querySelector('#token-dialog').open")?;
+        browser.evaluate(&token)?;
+        browser.until("it is live", "document.querySelector('#standing.live') !== null")?;
+        browser.screenshot(&name)
+    });
+    // There is none of a coordinator that does not run.
+    if let Err(error) = taken.await.unwrap() {
+        println!("no picture: {error:#}");
+    }
+}
+
 /// Asks `baton` as somebody on the coordinator's host does, by its file: its exit status, and what it says.
 pub(crate) async fn ask(cluster: &Cluster, arguments: &[&str]) -> (i32, String) {
     let mut command = Command::new(baton().unwrap());
@@ -143,7 +168,8 @@ pub(crate) async fn ask(cluster: &Cluster, arguments: &[&str]) -> (i32, String) 
     command.arg("--config").arg(cluster.directory().join("baton.toml"));
     let asked = tokio::task::spawn_blocking(move || command.output().unwrap());
     let output = asked.await.unwrap();
-    let said = String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+    let said =
+        String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
     (output.status.code().unwrap(), said)
 }
 
