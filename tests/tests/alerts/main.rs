@@ -25,7 +25,9 @@ use stage::{Scene, Watch};
 const AT_ONCE: usize = 6;
 
 /// What is brought about, the alerts that must fire for it and end with it, and how.
-fn scenes() -> Vec<(&'static str, &'static [&'static str], fn(Watch) -> Scene)> {
+type Plot = (&'static str, &'static [&'static str], fn(Watch) -> Scene);
+
+fn scenes() -> Vec<Plot> {
     vec![
         ("healthy", &[], |watch| Box::pin(answers::a_healthy_cluster_is_quiet(watch))),
         ("port-taken", &["BatonCoordinatorDown"], |watch| {
