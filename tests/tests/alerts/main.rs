@@ -44,6 +44,9 @@ fn scenes() -> Vec<Plot> {
         ("prompts", &["BatonTtftOverSlo", "BatonPoolPressed"], |watch| {
             Box::pin(slo::prefill_is_too_small(watch))
         }),
+        ("too-many", &["BatonRequestsShed"], |watch| {
+            Box::pin(slo::more_is_asked_than_can_be_served(watch))
+        }),
         ("batches", &["BatonItlOverSlo"], |watch| Box::pin(slo::decode_is_too_small(watch))),
         ("bad-memory", &["BatonHandoffCorrupt"], |watch| {
             Box::pin(handoffs::memory_goes_bad(watch))

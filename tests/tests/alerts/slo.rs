@@ -18,19 +18,13 @@ pub(crate) async fn prefill_is_too_small(watch: Watch) {
         .pools(1, 3)
         .engine("time_scale = 1.0")
         .slo("ttft_ms = 800")
+        .placement("mode = \"always\"\nlate = \"fifo\"")
         .balancer("actuator = \"advise\"")
         .start()
         .await
         .unwrap();
     watch.over(&cluster);
-    // A prompt takes a quarter of a second.
-    let asked = Asked {
-        prompt_tokens: 2000,
-        max_tokens: 4,
-        pause: Duration::from_millis(20),
-        ..Asked::default()
-    };
-    let clients = Clients::start(&cluster, 6, asked);
+    let clients = Clients::start(&cluster, 6, prompts());
     watch.fires("BatonTtftOverSlo").await;
     watch.fires("BatonPoolPressed").await;
     watch.seen(&cluster, "fires").await;
@@ -48,6 +42,42 @@ pub(crate) async fn prefill_is_too_small(watch: Watch) {
         moves(&cluster, worker, "prefill").await;
     }
     watch.clears(&["BatonTtftOverSlo", "BatonPoolPressed"]).await;
+    clients.stop().await;
+}
+
+/// Each takes a quarter of a second.
+fn prompts() -> Asked {
+    Asked {
+        prompt_tokens: 2000,
+        max_tokens: 4,
+        pause: Duration::from_millis(20),
+        ..Asked::default()
+    }
+}
+
+pub(crate) async fn more_is_asked_than_can_be_served(watch: Watch) {
+    let cluster = ClusterBuilder::sim()
+        .pools(1, 3)
+        .engine("time_scale = 1.0")
+        .slo("ttft_ms = 800")
+        .admission("max_wait_seconds = 2")
+        .balancer("actuator = \"advise\"")
+        .start()
+        .await
+        .unwrap();
+    watch.over(&cluster);
+    let clients = Clients::start(&cluster, 10, prompts());
+    watch.fires("BatonRequestsShed").await;
+    watch.seen(&cluster, "fires").await;
+    let reasons = "sum(baton_requests_shed_total{JOB,reason=\"waited_too_long\"})";
+    assert!(watch.query(reasons).await.iter().sum::<f64>() > 0.0);
+    let state = cluster.state().await;
+    let waits = |request: &serde_json::Value| request["phase"] == "queue";
+    assert!(state["requests"].as_array().unwrap().iter().any(waits), "{state:#}");
+    for worker in ["decode-1", "decode-2"] {
+        moves(&cluster, worker, "prefill").await;
+    }
+    watch.clears(&["BatonRequestsShed"]).await;
     clients.stop().await;
 }
 
