@@ -222,6 +222,12 @@ async fn nor_between_engines_of_other_numbers_of_ranks() {
     disturbed("quic", [4, 2], 200).await;
 }
 
+/// Rank to rank, each with a ledger of its own: what fails for one fails for all, and leaves nothing on any.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_from_rank_to_rank() {
+    disturbed("shm", [2, 2], 200).await;
+}
+
 /// `ranks` of each prefill and of each decode worker's engine.
 async fn disturbed(transport: &str, ranks: [u32; 2], handoffs: u64) {
     let seed = from_environment("BATON_FAULT_SEED").unwrap_or(1);
