@@ -17,6 +17,8 @@ U32_MAX = 2**32 - 1
 class Role(Enum):
     PRODUCE = "produce"
     CONSUME = "consume"
+    LEND = "lend"
+    """Produce, where all of the prompt but its last token is cached; else nothing."""
 
 
 class HandoffKey(NamedTuple):
@@ -57,9 +59,9 @@ def read_part(params: dict[str, Any] | None) -> Part | None:
     baton = params["baton"]
     if not isinstance(baton, dict):
         return Part(Role.CONSUME, None, "baton is not an object")
-    role = Role.PRODUCE if baton.get("role") == Role.PRODUCE.value else Role.CONSUME
-    if baton.get("role") != role.value:
-        return Part(role, None, "role is neither produce nor consume")
+    role = next((role for role in Role if role.value == baton.get("role")), None)
+    if role is None:
+        return Part(Role.CONSUME, None, "role is neither produce, consume nor lend")
     try:
         return Part(role, HandoffKey.from_wire(baton))
     except ValueError as error:

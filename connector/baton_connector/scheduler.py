@@ -31,7 +31,7 @@ logger = init_logger("vllm.baton_connector.scheduler")
 
 BEFORE_ALL = -(1 << 62)
 """The priority of a request whose KV comes from elsewhere: its load takes no part of a step, and once
-it has come, it is a decode."""
+it has come, it is a decode. Of one, too, that lends what is cached: all that is computed of it is a token."""
 LOAD_STEPS = 4
 """Of so many steps one at most is given up by prompts, so that loads can begin."""
 
@@ -42,7 +42,8 @@ class _Room:
 
     decodes: int
     arrived: int
-    """Those whose KV has come from elsewhere: a token each, their first."""
+    """Those whose KV has come from elsewhere: a token each, their first. Of those that lend what is
+    cached it is the only one."""
     prompts: int
 
 
@@ -65,13 +66,15 @@ class _Paced(Scheduler):
         self._last_output = 0.0
         self._steps_since_loads = 0
         self._load_let_in = ""
+        self._new_lenders = 0
         self._link = StepsLink(socket_path(vllm_config))
         self._link.start()
 
     def add_request(self, request: "Request") -> None:
         part = read_part(request.kv_transfer_params)
-        if part is not None and part.role is Role.CONSUME:
+        if part is not None and part.role is not Role.PRODUCE:
             request.priority = BEFORE_ALL
+            self._new_lenders += part.role is Role.LEND
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> "SchedulerOutput":
@@ -120,6 +123,9 @@ class _Paced(Scheduler):
                 sequences += 1
                 context_tokens += request.num_tokens
                 room.arrived += 1
+        # Somebody waits for each of them. One that finds no room in its first step waits as loads do.
+        room.arrived += self._new_lenders
+        self._new_lenders = 0
         rest = max(self._full_budget_tokens - room.decodes - room.arrived, 0)
         pace = self._link.pace
         if pace is None or sequences == 0:

@@ -41,6 +41,9 @@ class _Producer:
     sealed: bool = False
     surely_exported: bool = False
     cached_tokens: int | None = None
+    lends: bool = False
+    refused: bool = False
+    """It was to lend what is not cached."""
 
 
 class _Stage(Enum):
@@ -82,10 +85,10 @@ class SchedulerSide:
             return
         if part.key is None:
             logger.warning("request %s: malformed handoff: %s", request.request_id, part.fault)
-        if part.role is Role.PRODUCE:
-            self._new_producer(request, part)
-        else:
+        if part.role is Role.CONSUME:
             self._new_consumer(request, part)
+        else:
+            self._new_producer(request, part)
 
     def _new_producer(self, request: "Request", part: Part) -> None:
         if part.key is None:
@@ -94,7 +97,8 @@ class SchedulerSide:
             logger.warning("request %s: its handoff is another's", request.request_id)
             return
         self._produced.add(part.key)
-        self._producers[request.request_id] = _Producer(request, part.key)
+        lends = part.role is Role.LEND
+        self._producers[request.request_id] = _Producer(request, part.key, lends=lends)
 
     def _new_consumer(self, request: "Request", part: Part) -> None:
         self._consumers[request.request_id] = _Consumer(part.key)
@@ -105,6 +109,10 @@ class SchedulerSide:
 
     def matched_tokens(self, request: "Request", computed_tokens: int) -> tuple[int | None, bool]:
         """How many more prompt tokens come from outside. ``None``: ask again later."""
+        producer = self._producers.get(request.request_id)
+        if producer is not None and self._has_nothing_to_lend(producer, computed_tokens):
+            # It waits until the worker, which hears of it, has given it up.
+            return None, False
         consumer = self._consumers.get(request.request_id)
         # After a preemption vLLM computes again what it had: the handoff is long past.
         if consumer is None or consumer.stage is not _Stage.QUEUED:
@@ -120,6 +128,14 @@ class SchedulerSide:
             if claim.loaded and missing <= self._block_size:
                 return 0, False
         return missing, True
+
+    def _has_nothing_to_lend(self, producer: _Producer, computed_tokens: int) -> bool:
+        missing = producer.request.num_prompt_tokens - computed_tokens
+        begun = producer.cached_tokens is not None
+        if producer.lends and not producer.refused and not begun and missing > 1:
+            producer.refused = True
+            self._plan.notices.append(("aborted", producer.key))
+        return producer.refused
 
     def allocated(self, request: "Request", block_ids: list[int], external_tokens: int) -> None:
         consumer = self._consumers.get(request.request_id)
@@ -223,6 +239,8 @@ class SchedulerSide:
     def finished(self, request: "Request") -> bool:
         """True where the request's blocks must stay until the other half reports it as sent."""
         if producer := self._producers.pop(request.request_id, None):
+            if producer.refused:
+                return False
             well = producer.sealed and request.status in _FINISHED_WELL
             held = well and not producer.surely_exported
             self._plan.export_ends.append(

@@ -91,19 +91,30 @@ class Played:
         self._ahead = 2 if asynchronous else 1
         self._running: deque[tuple[Any, ModelRunnerOutput]] = deque()
         self.received: set[str] = set()
+        self.prompts: dict[str, list[int]] = {}
 
     def pace(self, tokens: int | None) -> None:
         self.scheduler._link.pace = Pace.read(None if tokens is None else leaves(tokens))
 
-    def add(self, name: str, prompt_tokens: int, priority: int = 0, consume: bool = False) -> None:
+    def add(
+        self,
+        name: str,
+        prompt_tokens: int,
+        priority: int = 0,
+        consume: bool = False,
+        lends: str | None = None,
+    ) -> None:
+        """It may lend the start of another's prompt."""
         sampling = SamplingParams(max_tokens=400, ignore_eos=True)
-        if consume:
-            kv = params("consume", (str(uuid.uuid4()), 0))
+        if consume or lends:
+            kv = params("lend" if lends else "consume", (str(uuid.uuid4()), 0))
             sampling.extra_args = {"kv_transfer_params": kv}
+        prompt = self.prompts.get(lends or "", prompt_of(2000, seed=zlib.crc32(name.encode())))
+        self.prompts[name] = prompt
         self.scheduler.add_request(
             Request(
                 request_id=name,
-                prompt_token_ids=prompt_of(prompt_tokens, seed=zlib.crc32(name.encode())),
+                prompt_token_ids=prompt[:prompt_tokens],
                 sampling_params=sampling,
                 pooling_params=None,
                 priority=priority,
@@ -209,6 +220,22 @@ def test_kv_that_came_waits_for_no_prompt(played: Played) -> None:
         assert all(prompt in step for step in steps)
         played.scheduler.finish_requests([prompt, consumer], RequestStatus.FINISHED_ABORTED)
         played.step()
+
+
+def test_what_is_cached_is_lent_beside_long_prompts_and_no_more(played: Played) -> None:
+    played.pace(64)
+    played.add("decode", 321)
+    while "decode" not in (step := played.step()) or step["decode"] != 1:
+        pass
+    played.add("prompt", 1900)
+    played.until("prompt")
+    played.add("lent", 257, priority=9, lends="decode")
+    played.add("gone", 1601, priority=9, lends="prompt")
+    steps = [played.step() for _ in range(LOAD_STEPS + 1)]
+    assert steps[0] == {"decode": 1, "prompt": 64, "lent": 1}
+    assert all(step["decode"] == 1 for step in steps)
+    assert not any("gone" in step for step in steps), "it is not computed for that"
+    assert sum("prompt" not in step for step in steps) <= 1
 
 
 def test_the_lowest_priority_is_served_first(played: Played) -> None:

@@ -155,6 +155,28 @@ def test_a_second_producer_of_the_same_handoff_exports_nothing(side: SchedulerSi
     assert not side.build_plan(step()).export_ends
 
 
+@pytest.mark.parametrize("cached", [96, 64])
+def test_only_what_is_cached_is_lent(side: SchedulerSide, cached: int) -> None:
+    lender = request(tokens=97, role="lend")
+    side.new_request(lender)
+    if cached == 64:
+        for _ in range(3):
+            assert side.matched_tokens(lender, cached) == (None, False)
+        assert side.build_plan(step()).notices == [("aborted", KEY)]
+        assert finish(side, lender, RequestStatus.FINISHED_ABORTED) is False
+        plan = side.build_plan(step())
+        assert not (plan.notices or plan.export_ends)
+        return
+    assert side.matched_tokens(lender, cached) == (0, False)
+    lender.num_computed_tokens = cached
+    (export,) = run(side, lender, 1, [1, 2, 3, 4]).exports
+    assert export.blocks == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert export.seal and (export.seal.prompt_tokens, export.seal.cached_tokens) == (97, 96)
+    # What it has begun it brings to its end.
+    assert side.matched_tokens(lender, 0) == (0, False)
+    assert finish(side, lender) is False
+
+
 # Consuming
 
 

@@ -126,6 +126,44 @@ def test_a_second_turn_fetches_only_what_is_new(engine: Engine, agent: Agent) ->
     assert agent.handoff(second).sent == {3, 4}
 
 
+def test_a_cached_prefix_is_lent_and_found_where_it_is_loaded(engine: Engine, agent: Agent) -> None:
+    """One engine plays both, its cache emptied in between."""
+    prompt, key = prompt_of(700, seed=30), new_key()
+    start = prompt[: 20 * BLOCK + 1]
+    engine.reset_prefix_cache()
+    aggregated = engine.complete(prompt, max_tokens=16, logprobs=1)
+    engine.complete(start, max_tokens=1, kv_transfer_params=params("lend", key))
+    sealed = agent.wait(lambda: agent.handoff(key).sealed, "the seal")
+    assert (sealed["prompt_tokens"], sealed["cached_tokens"]) == (len(start), 20 * BLOCK)
+    assert sorted(agent.handoff(key).blocks) == list(range(21))
+
+    engine.reset_prefix_cache()
+    hits = engine.metric(EXTERNAL_HITS)
+    consume(engine, start, key, max_tokens=1)
+    assert engine.metric(EXTERNAL_HITS) - hits == len(start)
+    answer = engine.complete(prompt, max_tokens=16, logprobs=1)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 20 * BLOCK
+    assert tokens_of(answer) == tokens_of(aggregated) and same_logprobs(answer, aggregated)
+
+
+def test_what_is_not_cached_is_not_computed_to_be_lent(engine: Engine, agent: Agent) -> None:
+    prompt, key = prompt_of(700, seed=31), new_key()
+    engine.reset_prefix_cache()
+    engine.complete(prompt[:320], max_tokens=1)
+    body = {
+        "model": "model",
+        "prompt": prompt[:641],
+        "max_tokens": 1,
+        "kv_transfer_params": params("lend", key),
+    }
+    wait = lambda: agent.wait(lambda: agent.seen("aborted", key), "aborted")  # noqa: E731
+    post_and_hang_up(engine, body, wait)
+    eventually(lambda: blocks_in_use(engine) == 0, "the release of the blocks")
+    assert not agent.handoff(key).blocks and len(agent.seen("aborted", key)) == 1
+    answer = engine.complete(prompt, max_tokens=1)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 320
+
+
 def test_what_is_cached_whole_is_not_needed(engine: Engine, agent: Agent) -> None:
     prompt, key = prompt_of(65, seed=6), new_key()
     engine.reset_prefix_cache()

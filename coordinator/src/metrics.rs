@@ -23,6 +23,7 @@ use prometheus_client::{
 
 pub(crate) use self::{
     catalogue::Catalogue,
+    prefixes::PullOutcome,
     requests::{Outcome, Path},
 };
 use self::{

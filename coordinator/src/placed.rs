@@ -28,6 +28,7 @@ pub(crate) struct Placed {
     /// Of each attempt.
     pub(crate) decisions: Vec<PlacementDecision>,
     pub(crate) handoff: Option<Handoff>,
+    pub(crate) pull: Option<Pull>,
     /// From its arrival on, where it could be seen.
     pub(crate) first_token: Option<Duration>,
     /// From its arrival on.
@@ -42,6 +43,24 @@ pub(crate) struct Handoff {
     pub(crate) blocks_reused: u32,
     /// From decode's subscription to its last verified block, prefill's own time included.
     pub(crate) milliseconds: f64,
+}
+
+/// Of the last attempt: the start of the prompt, to be copied from another worker's prefix cache.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pull {
+    pub(crate) from: WorkerKey,
+    pub(crate) planned_tokens: u32,
+    /// Absent until it is known.
+    pub(crate) outcome: Option<&'static str>,
+    pub(crate) tokens: u32,
+    pub(crate) bytes: u64,
+    pub(crate) took: Duration,
+}
+
+impl Pull {
+    pub(crate) fn planned(from: WorkerKey, planned_tokens: u32) -> Self {
+        Self { from, planned_tokens, outcome: None, tokens: 0, bytes: 0, took: Duration::ZERO }
+    }
 }
 
 impl Placed {
@@ -127,6 +146,14 @@ impl PlacedRequests {
             priority: placed.priority,
             tenant: placed.tenant.to_string(),
             attempts: placed.decisions.iter().map(attempt).collect(),
+            pull: placed.pull.map(|pull| CopiedPrefix {
+                from: self.name(pull.from),
+                planned_tokens: pull.planned_tokens,
+                outcome: pull.outcome,
+                tokens: pull.tokens,
+                bytes: pull.bytes,
+                milliseconds: milliseconds(pull.took),
+            }),
             observed: None,
         }
     }
@@ -144,6 +171,7 @@ impl PlacedRequests {
             ConsideredWorker {
                 worker: self.name(considered.worker),
                 cached_tokens: considered.hit_tokens,
+                pulled_tokens: considered.pulled_tokens,
                 has_kv_room: considered.has_kv_room,
                 queue_ms: predicted.map(|predicted| predicted.queue_ms),
                 prefill_ms: predicted.map(|predicted| predicted.prefill_ms),
@@ -187,8 +215,23 @@ pub(crate) struct Explanation {
     pub(crate) tenant: String,
     /// None as long as it waits for its turn, or if it never had one.
     pub(crate) attempts: Vec<Attempt>,
+    /// Present where the last attempt was to copy the start of its prompt from another worker first.
+    pub(crate) pull: Option<CopiedPrefix>,
     /// Absent while it is open.
     pub(crate) observed: Option<Observed>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct CopiedPrefix {
+    pub(crate) from: String,
+    pub(crate) planned_tokens: u32,
+    /// Absent until it is known.
+    pub(crate) outcome: Option<&'static str>,
+    /// What came.
+    pub(crate) tokens: u32,
+    pub(crate) bytes: u64,
+    /// How long the prompt waited for it.
+    pub(crate) milliseconds: f64,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -218,6 +261,8 @@ pub(crate) struct Choice {
 pub(crate) struct ConsideredWorker {
     pub(crate) worker: String,
     pub(crate) cached_tokens: u32,
+    /// Those that shall be there once a peer has lent some; 0 where none is asked to.
+    pub(crate) pulled_tokens: u32,
     pub(crate) has_kv_room: bool,
     pub(crate) queue_ms: Option<f64>,
     pub(crate) prefill_ms: Option<f64>,

@@ -9,6 +9,10 @@ use baton_types::STEP_HEADROOM;
 
 use crate::CoordinatorError;
 
+/// A lender's engine comes to a copy when its step is over, and so does the puller's, which then computes one
+/// token: some steps, of which none is to last longer than the target.
+const PULL_STEPS: f64 = 2.0;
+
 pub(crate) fn core_settings(config: &ClusterConfig) -> Settings {
     let (placement, admission, slo) = (&config.placement, &config.admission, &config.slo);
     let ttft = std::time::Duration::from_secs_f64(slo.ttft_ms / 1000.0);
@@ -23,7 +27,11 @@ pub(crate) fn core_settings(config: &ClusterConfig) -> Settings {
             LateRequests::Fifo => Order::Arrival,
         },
         ttft,
-        targets: Targets { step_ms: STEP_HEADROOM * slo.itl_ms, ..Targets::default() },
+        targets: Targets {
+            step_ms: STEP_HEADROOM * slo.itl_ms,
+            pull_ms: PULL_STEPS * slo.itl_ms,
+            ..Targets::default()
+        },
         first_token_timeout: config.coordinator.limits.first_token_timeout,
         on_no_prefill: match placement.on_no_prefill {
             OnNoPrefill::Local => baton_core::OnNoPrefill::Local,

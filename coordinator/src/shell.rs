@@ -5,6 +5,7 @@ mod client;
 mod ending;
 mod legs;
 mod operators;
+mod pulls;
 mod workers;
 
 use std::{
@@ -37,7 +38,11 @@ use crate::{
     timeline::Timeline,
 };
 
-use self::{client::Client, workers::Attached};
+use self::{
+    client::Client,
+    pulls::{PromptIds, Pulling},
+    workers::Attached,
+};
 pub(crate) use self::{
     legs::ForwardedRequest,
     operators::UnknownWorker,
@@ -162,14 +167,17 @@ impl Shell {
         let mut state = self.state.lock();
         let mut actions = std::mem::take(&mut state.actions);
         let now = self.started.elapsed();
+        let mut prompt_ids = None;
         let prompt = incoming.prompt.map(|prompt| {
             let model = incoming.shape.model.clone();
             let cached = state.prefixes.cached(model.as_deref(), &prompt, now);
             incoming.shape.prompt_tokens = cached.prompt_tokens;
             incoming.shape.blocks = cached.blocks.clone();
             incoming.shape.held_tokens = cached.held_tokens.clone();
+            prompt_ids = PromptIds::of(prompt);
             cached
         });
+        incoming.shape.prompt_unknown = prompt_ids.is_none();
         let model = incoming.shape.model.clone();
         let (priority, tenant) = (incoming.shape.priority, incoming.shape.tenant.clone());
         let mut timeline = Timeline::new(incoming.arrived);
@@ -188,6 +196,8 @@ impl Shell {
                 answer: answer.clone(),
                 request: Some(incoming.forward),
                 prompt,
+                prompt_ids,
+                pulling: None,
                 request_id: incoming.request_id,
                 streams: incoming.streams,
                 timeline,
@@ -260,11 +270,23 @@ impl Shell {
     fn carry_out(&self, state: &mut State, mut actions: Vec<Action>, answer: Option<&wire::Event>) {
         for action in actions.drain(..) {
             match action {
-                // No worker says yet that it could pull a prefix.
-                Action::Start { worker, job, request, leg, handoff, pull: _ } => {
+                Action::Lend { job, request, to, pull, id, generation, worth } => {
+                    let pulling =
+                        Pulling { from: pull.from, to, tokens: pull.tokens, id, generation, worth };
+                    if let Some(start) = state.lend_job(self.slo.ttft_ms, job, request, pulling)
+                        && let Some(attached) = state.links.get(&pull.from)
+                    {
+                        attached.link.start(start);
+                    }
+                }
+                Action::Start { worker, job, request, leg, handoff, pull } => {
                     self.prompt_goes_to(state, worker, request, leg);
                     if let Some(client) = state.clients.get_mut(&request) {
                         client.timeline.leg_given(leg, worker, Instant::now());
+                        if leg != Leg::Decode && pull.is_none() {
+                            // Of an attempt before this one.
+                            (client.pulling, client.placed.pull) = (None, None);
+                        }
                     }
                     if leg != Leg::Decode {
                         self.attempted(state, request);

@@ -6,6 +6,7 @@
 //! ├ queue              from its arrival until its first leg was given to a worker
 //! ├ placement          what the choice of its workers took
 //! ├ prefill            the prefill leg; its engine's spans stand below it
+//! │ └ prefix pull      where the start of the prompt was copied from another worker first
 //! └ decode leg         the leg that answers; its engine's spans stand below it
 //!   ├ handoff          from decode's subscription to its last verified block
 //!   └ decode           from the first token to the last
@@ -67,6 +68,8 @@ pub(crate) struct RequestTrace {
     path: String,
     faults: Vec<(Instant, Leg, Fault)>,
     handoff: Option<wire::HandoffResult>,
+    /// When it was told, and what became of it.
+    pull: Option<(Instant, wire::PullResult, &'static str)>,
 }
 
 /// How a request ended.
@@ -123,6 +126,7 @@ impl Tracer {
             path: path.split('?').next().unwrap_or_default().to_owned(),
             faults: Vec::new(),
             handoff: None,
+            pull: None,
         })
     }
 
@@ -163,7 +167,7 @@ impl RequestTrace {
     /// Puts a leg's span in the place of the client's: its engine's spans go below it.
     pub(crate) fn passed_on(&self, leg: Leg, headers: &mut Vec<wire::Header>) {
         let span = match leg {
-            Leg::Prefill => self.prefill_leg,
+            Leg::Prefill | Leg::Lend => self.prefill_leg,
             Leg::Decode | Leg::Aggregated => self.answering_leg,
         };
         headers.retain(|header| !header.name.eq_ignore_ascii_case(TRACEPARENT));
@@ -180,6 +184,10 @@ impl RequestTrace {
 
     pub(crate) fn handed_over(&mut self, moved: &wire::HandoffResult) {
         self.handoff = Some(moved.clone());
+    }
+
+    pub(crate) fn pulled(&mut self, result: &wire::PullResult, outcome: &'static str) {
+        self.pull = Some((Instant::now(), result.clone(), outcome));
     }
 }
 
@@ -229,6 +237,14 @@ impl Spans<'_> {
             status: Status::Unset,
         };
         let request = ending.request;
+        if let Some((at, pull, outcome)) = &trace.pull {
+            let id = if request.prefill_worker.is_empty() {
+                trace.answering_leg
+            } else {
+                trace.prefill_leg
+            };
+            self.pull(id, pull, outcome, *at, placed);
+        }
         if request.prefill_worker.is_empty() {
             let id = trace.answering_leg;
             self.span(leg("aggregated leg", id, &request.decode_worker, ending.at));
@@ -245,6 +261,24 @@ impl Spans<'_> {
         if timeline.answered.is_some() {
             self.inner("decode", trace.answering_leg, answered, ending.at, Vec::new());
         }
+    }
+
+    /// The leg waited for it, and told when it was over.
+    fn pull(
+        &self,
+        leg: SpanId,
+        pull: &wire::PullResult,
+        outcome: &'static str,
+        at: Instant,
+        placed: Instant,
+    ) {
+        let from = at.checked_sub(Duration::from_micros(pull.micros));
+        let from = from.map_or(placed, |from| from.max(placed));
+        let attributes = vec![
+            KeyValue::new("baton.pull.result", outcome),
+            KeyValue::new("baton.pull.tokens", i64::from(pull.tokens)),
+        ];
+        self.inner("prefix pull", leg, from, at, attributes);
     }
 
     /// The worker says how long it took, and that it was over when the answer began: so this is late by

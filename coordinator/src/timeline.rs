@@ -37,6 +37,14 @@ impl Timeline {
         }
     }
 
+    /// Until its first token is due, in milliseconds; 1 where that is past.
+    pub(crate) fn due_in_ms(&self, ttft_target_ms: f64) -> u32 {
+        let left_ms = ttft_target_ms - self.arrived.elapsed().as_secs_f64() * 1000.0;
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
+        let left_ms = left_ms.max(1.0) as u32;
+        left_ms
+    }
+
     /// A leg was given to a worker. All but decode's begin an attempt.
     pub(crate) fn leg_given(&mut self, leg: Leg, worker: WorkerKey, now: Instant) {
         match leg {
@@ -47,6 +55,7 @@ impl Timeline {
             Leg::Aggregated => {
                 (self.prefill_worker, self.answering_worker) = (None, Some(worker));
             }
+            Leg::Lend => return,
         }
         self.attempt_began(now);
     }

@@ -107,6 +107,11 @@ impl Pair {
         ask(&*self.producer, client::with_handoff(body, "produce", handoff)).await
     }
 
+    async fn lend(&self, handoff: HandoffId, prompt: &[u32]) -> Reply {
+        let body = client::completion(&self.model, prompt, 1);
+        ask(&*self.producer, client::with_handoff(body, "lend", handoff)).await
+    }
+
     async fn consume(&self, handoff: HandoffId, prompt: &[u32], tokens: u32) -> Reply {
         let body = client::completion(&self.model, prompt, tokens);
         ask(&*self.consumer, client::with_handoff(body, "consume", handoff)).await
@@ -157,6 +162,52 @@ pub async fn second_turn_brings_only_what_is_new(pair: &Pair) {
     let (again, passed) = pair.handed_over(&turns, 12).await;
     assert_eq!((passed.ending, passed.blocks), (Ending::NotNeeded, 0));
     assert_eq!(again.tokens(), answer.tokens());
+    everything_is_free(pair).await;
+}
+
+/// What an engine has cached of a prompt's start it lends, and another that took it finds it cached; what it has not
+/// it does not compute.
+pub async fn a_cached_prefix_is_lent_and_no_other(pair: &Pair) {
+    let block_size = pair.block_size_tokens() as usize;
+    let prompt = prompts::some_tokens(&pair.vocabulary, "lent", 5 * block_size + 3);
+    let right = pair.aggregated(&prompt, 12).await;
+    within(ask(&*pair.producer, client::completion(&pair.model, &prompt, 1))).await;
+    for blocks in [3, 5] {
+        let start = &prompt[..=blocks * block_size];
+        let handoff = HandoffId::random();
+        let legs =
+            async { tokio::join!(pair.lend(handoff, start), pair.consume(handoff, start, 1)) };
+        let (lent, taken) = within(legs).await;
+        assert_eq!((lent.status, taken.status), (StatusCode::OK, StatusCode::OK), "{lent:?}");
+        let passed = within(pair.loopback.passed(handoff)).await;
+        let tokens = blocks * block_size;
+        assert_eq!(passed.ending, Ending::Completed);
+        assert_eq!(
+            (passed.prompt_tokens as usize, passed.cached_tokens as usize),
+            (tokens + 1, tokens)
+        );
+        // The puller had those of the first round by the second.
+        assert_eq!(passed.first_block, if blocks == 3 { 0 } else { 3 });
+    }
+    let (answer, passed) = pair.handed_over(&prompt, 12).await;
+    assert_eq!((passed.first_block, passed.blocks), (5, 1), "the others were there");
+    assert_eq!(answer.tokens(), right.tokens());
+
+    let unknown = prompts::some_tokens(&pair.vocabulary, "not there", 3 * block_size + 1);
+    let half = [&prompt[..2 * block_size], &unknown[..=block_size]].concat();
+    for start in [unknown, half] {
+        let handoff = HandoffId::random();
+        // The embedded engine says so at once; of a vLLM the request is to be dropped then.
+        let refused = async {
+            tokio::select! {
+                reply = pair.lend(handoff, &start) => assert_ne!(reply.status, StatusCode::OK),
+                () = pair.loopback.is_over(handoff) => {}
+            }
+        };
+        within(refused).await;
+        let passed = within(pair.loopback.passed(handoff)).await;
+        assert_eq!((passed.ending, passed.blocks), (Ending::Aborted, 0));
+    }
     everything_is_free(pair).await;
 }
 

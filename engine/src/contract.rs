@@ -16,7 +16,9 @@ use crate::{kv_cache::KvCacheLog, kv_port::KvPort, pacing::Pacing};
 /// {"kv_transfer_params": {"baton": {"role": "produce", "handoff": "<uuid>", "generation": 0}}}
 /// ```
 ///
-/// with `role` `produce` (export the prompt's blocks) or `consume` (load them instead of computing).
+/// with `role` `produce` (export the prompt's blocks), `consume` (load them instead of computing), or `lend`: as
+/// `produce`, and before all that waits, where all of the prompt but its last token is cached; else nothing is
+/// exported, and no answer need come.
 #[async_trait]
 pub trait Engine: Send + Sync + 'static {
     /// Waits until the engine serves, then tells what it is.

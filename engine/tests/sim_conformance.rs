@@ -7,9 +7,10 @@ use baton_config::{ArenaConfig, SimConfig};
 use baton_engine::{
     SimEngine,
     conformance::{
-        Pair, a_block_that_rots_in_the_arena_is_seen, a_failed_handoff_is_a_500,
-        a_wrong_block_changes_the_answer, an_abort_at_any_stage_frees_everything, edge_prompts,
-        everything_is_free, handed_over_equals_aggregated, prompts_with_shared_prefixes,
+        Pair, a_block_that_rots_in_the_arena_is_seen, a_cached_prefix_is_lent_and_no_other,
+        a_failed_handoff_is_a_500, a_wrong_block_changes_the_answer,
+        an_abort_at_any_stage_frees_everything, edge_prompts, everything_is_free,
+        handed_over_equals_aggregated, prompts_with_shared_prefixes,
         second_turn_brings_only_what_is_new, several_choices_share_one_handoff,
     },
 };
@@ -76,6 +77,13 @@ async fn one_slot_on_each_side_is_enough() {
 #[tokio::test]
 async fn a_second_turn_brings_less() {
     second_turn_brings_only_what_is_new(&engines(16, 16).await.pair).await;
+}
+
+#[tokio::test]
+async fn a_cached_prefix_is_lent() {
+    for slots in [16, 2] {
+        a_cached_prefix_is_lent_and_no_other(&engines(slots, slots).await.pair).await;
+    }
 }
 
 #[tokio::test]

@@ -38,6 +38,7 @@ impl From<types::Leg> for wire::Leg {
             types::Leg::Prefill => Self::Prefill,
             types::Leg::Decode => Self::Decode,
             types::Leg::Aggregated => Self::Aggregated,
+            types::Leg::Lend => Self::Lend,
         }
     }
 }
@@ -50,6 +51,7 @@ impl TryFrom<wire::Leg> for types::Leg {
             wire::Leg::Prefill => Ok(Self::Prefill),
             wire::Leg::Decode => Ok(Self::Decode),
             wire::Leg::Aggregated => Ok(Self::Aggregated),
+            wire::Leg::Lend => Ok(Self::Lend),
             wire::Leg::Unspecified => Err(WireError::Missing { message: "StartJob", field: "leg" }),
         }
     }

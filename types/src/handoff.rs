@@ -80,6 +80,14 @@ impl Epoch {
     }
 }
 
+impl HandoffId {
+    /// The name of the copy of a cached prefix that goes before this handoff: another one, and its own.
+    #[must_use]
+    pub fn of_pull(self) -> Self {
+        Self(Uuid::from_u128(!self.0.as_u128()))
+    }
+}
+
 /// Counts the attempts at one request: each retry is a fresh handoff of the next generation.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,

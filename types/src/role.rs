@@ -51,16 +51,19 @@ pub enum Leg {
     Decode,
     /// Does both, without a handoff.
     Aggregated,
+    /// Gives a peer what it has cached of the prompt's start. No request fails with it.
+    Lend,
 }
 
 impl Leg {
-    pub const ALL: [Self; 3] = [Self::Prefill, Self::Decode, Self::Aggregated];
+    pub const ALL: [Self; 4] = [Self::Prefill, Self::Decode, Self::Aggregated, Self::Lend];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Prefill => "prefill",
             Self::Decode => "decode",
             Self::Aggregated => "aggregated",
+            Self::Lend => "lend",
         }
     }
 }

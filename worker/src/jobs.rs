@@ -5,7 +5,7 @@ use std::{
 };
 
 use baton_engine::{Answer, EngineRequest};
-use baton_proto::{Event, HandoffMode, Header, StartJob, WireError};
+use baton_proto::{Event, Handoff, HandoffMode, Header, StartJob, WireError};
 use baton_transfer::{Ending, PeerAddress};
 use baton_types::{Fault, FaultKind, Leg, Origin};
 use bytes::Bytes;
@@ -20,6 +20,7 @@ use crate::{
     legs::{self, Asked, KvParameters, Part},
     life::{KvSide, Life, engine_fault},
     outbox::{Outbox, Pace},
+    prefix,
     relay::{self, Relay},
 };
 
@@ -88,7 +89,7 @@ impl Jobs {
 }
 
 /// As the coordinator writes it down; a client's own may be no text.
-fn request_id(start: &StartJob) -> String {
+pub(crate) fn request_id(start: &StartJob) -> String {
     let mut headers = start.headers.iter();
     headers
         .find(|header| header.name.eq_ignore_ascii_case("x-request-id"))
@@ -114,6 +115,7 @@ async fn run(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) {
         Ok(Leg::Aggregated) => aggregated(start, life, outbox, own).await,
         Ok(Leg::Decode) => decode(start, life, outbox, own).await,
         Ok(Leg::Prefill) => prefill(start, life, outbox, own).await,
+        Ok(Leg::Lend) => prefix::lend(start, life, outbox).await,
         Err(error) => Err(refused(&error)),
     };
     if let Err(fault) = ran {
@@ -124,13 +126,14 @@ async fn run(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) {
 }
 
 async fn aggregated(
-    start: StartJob,
+    mut start: StartJob,
     life: &Life,
     outbox: &Outbox,
     own: &Running,
 ) -> Result<(), Fault> {
     let _counted = (life.counters.running.decodes.one(), own.decodes.one());
     let job = start.job;
+    prefix::pull(&mut start, life, outbox).await;
     let (body, hides_usage) = asking(life, &start, &start.body, true)?;
     let answer = ask_engine(life, start, body).await?;
     let relay = Relay { job, outbox, consuming: None, counters: &life.counters, hides_usage };
@@ -145,7 +148,7 @@ async fn decode(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) ->
             (None, KvParameters::EngineConsume(json_object(&start.engine_handoff_params)?))
         }
         _ => {
-            let (consuming, kv) = consume(&start, life)?;
+            let (consuming, kv) = consume(start.handoff.as_ref(), life)?;
             (Some(consuming), kv)
         }
     };
@@ -169,7 +172,7 @@ async fn decode(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) ->
 }
 
 async fn prefill(
-    start: StartJob,
+    mut start: StartJob,
     life: &Life,
     outbox: &Outbox,
     own: &Running,
@@ -179,13 +182,15 @@ async fn prefill(
     let (mut producing, kv) = match handoff_mode(life) {
         HandoffMode::Engine => (None, KvParameters::EngineProduce),
         _ => {
-            let (producing, kv) = produce(&start, life)?;
+            let handoff = start.handoff.as_ref();
+            let (producing, kv) = produce(Part::Produce, handoff, start.deadline_ms, life)?;
             (Some(producing), kv)
         }
     };
     let body = legs::prefill_body(&start.body, &kv).map_err(|error| not_an_object(&error))?;
-    let (body, _) = asking(life, &start, &body, false)?;
     let answering = async {
+        prefix::pull(&mut start, life, outbox).await;
+        let (body, _) = asking(life, &start, &body, false)?;
         let answer = ask_engine(life, start, body).await?;
         relay::prefill_answer(job, answer, producing_of_engine(life)).await
     };
@@ -206,7 +211,7 @@ async fn prefill(
 }
 
 /// Drives the prefill, keeping its handoff meanwhile; a handoff that ends first needs no prefill.
-async fn until_answered(
+pub(crate) async fn until_answered(
     producing: &mut Producing,
     answering: impl Future<Output = Result<Event, Fault>>,
 ) -> Result<Event, Fault> {
@@ -246,19 +251,28 @@ fn producing_of_engine(life: &Life) -> bool {
     matches!(life.kv, KvSide::Engine)
 }
 
-fn produce(start: &StartJob, life: &Life) -> Result<(Producing, KvParameters), Fault> {
-    let (name, peer) = handoff_of(start)?;
+/// Opens a handoff that this worker's engine shall produce.
+pub(crate) fn produce(
+    part: Part,
+    handoff: Option<&Handoff>,
+    deadline_ms: u32,
+    life: &Life,
+) -> Result<(Producing, KvParameters), Fault> {
+    let (name, peer) = named(handoff)?;
     let consumer = baton_proto::fingerprint("Peer", &peer.certificate_fingerprint)
         .map_err(|error| refused(&error))?;
-    let due_in = Duration::from_millis(start.deadline_ms.into());
+    let due_in = Duration::from_millis(deadline_ms.into());
     let due = (!due_in.is_zero()).then(|| Instant::now() + due_in);
     let producing = life.handoffs()?.produce(name, consumer, due)?;
-    let kv = KvParameters::Fenced { part: Part::Produce, id: name.0, generation: name.1 };
-    Ok((producing, kv))
+    Ok((producing, KvParameters::Fenced { part, id: name.0, generation: name.1 }))
 }
 
-fn consume(start: &StartJob, life: &Life) -> Result<(Consuming, KvParameters), Fault> {
-    let (name, peer) = handoff_of(start)?;
+/// Expects this worker's engine to ask for a handoff.
+pub(crate) fn consume(
+    handoff: Option<&Handoff>,
+    life: &Life,
+) -> Result<(Consuming, KvParameters), Fault> {
+    let (name, peer) = named(handoff)?;
     let certificate_fingerprint = baton_proto::fingerprint("Peer", &peer.certificate_fingerprint)
         .map_err(|error| refused(&error))?;
     let producer = Producer {
@@ -275,15 +289,20 @@ fn consume(start: &StartJob, life: &Life) -> Result<(Consuming, KvParameters), F
     Ok((consuming, kv))
 }
 
-fn handoff_of(start: &StartJob) -> Result<(crate::handoff::Name, &baton_proto::Peer), Fault> {
-    let missing = |message, field| refused(&WireError::Missing { message, field });
-    let handoff = start.handoff.as_ref().ok_or_else(|| missing("StartJob", "handoff"))?;
+pub(crate) fn named(
+    handoff: Option<&Handoff>,
+) -> Result<(crate::handoff::Name, &baton_proto::Peer), Fault> {
+    let handoff = handoff.ok_or_else(|| missing("StartJob", "handoff"))?;
     let peer = handoff.peer.as_ref().ok_or_else(|| missing("Handoff", "peer"))?;
     Ok((handoff.name().map_err(|error| refused(&error))?, peer))
 }
 
+pub(crate) fn missing(message: &'static str, field: &'static str) -> Fault {
+    refused(&WireError::Missing { message, field })
+}
+
 /// What goes into a request's body must be one JSON object, whoever sent it.
-fn json_object(bytes: &Bytes) -> Result<Bytes, Fault> {
+pub(crate) fn json_object(bytes: &Bytes) -> Result<Bytes, Fault> {
     let is_object = serde_json::from_slice::<serde_json::Map<_, serde_json::Value>>(bytes).is_ok();
     if is_object {
         Ok(bytes.clone())
@@ -319,16 +338,21 @@ fn asking(
 }
 
 async fn ask_engine(life: &Life, start: StartJob, body: Bytes) -> Result<Answer, Fault> {
-    let request = EngineRequest {
-        method: Method::POST,
-        path: start.path,
-        headers: header_map(start.headers),
-        body,
-    };
+    post(life, start.path, start.headers, body).await
+}
+
+pub(crate) async fn post(
+    life: &Life,
+    path: String,
+    headers: Vec<Header>,
+    body: Bytes,
+) -> Result<Answer, Fault> {
+    let headers = header_map(headers);
+    let request = EngineRequest { method: Method::POST, path, headers, body };
     life.engine.run(request).await.map_err(|error| engine_fault(&error))
 }
 
-fn header_map(headers: Vec<Header>) -> HeaderMap {
+pub(crate) fn header_map(headers: Vec<Header>) -> HeaderMap {
     headers
         .into_iter()
         .filter_map(|header| {

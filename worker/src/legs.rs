@@ -3,6 +3,7 @@
 
 use std::{borrow::Cow, fmt};
 
+use baton_proto::PrefixPull;
 use baton_types::{Generation, HandoffId};
 use bytes::Bytes;
 use serde::{
@@ -39,6 +40,8 @@ pub(crate) enum BodyError {
 pub(crate) enum Part {
     Produce,
     Consume,
+    /// Produce, of what is cached alone.
+    Lend,
 }
 
 /// What the engine is to be told about the handoff.
@@ -62,6 +65,7 @@ impl KvParameters {
                 let role = match part {
                     Part::Produce => "produce",
                     Part::Consume => "consume",
+                    Part::Lend => "lend",
                 };
                 let parameters = format!(
                     r#"{{"baton":{{"role":"{role}","handoff":"{id}","generation":{generation}}}}}"#
@@ -170,6 +174,24 @@ pub(crate) fn decode_body(body: &[u8], kv: &KvParameters) -> Result<Bytes, BodyE
     Ok(rewritten.finish(kv))
 }
 
+/// The start of a prompt, and one token of an answer to it that nobody reads.
+pub(crate) fn prefix_body(pull: &PrefixPull, priority: Option<i64>, kv: &KvParameters) -> Bytes {
+    let mut body = Object::with_capacity(7 * pull.prompt.len() + 256);
+    for (key, text) in [(r#""model""#, &pull.model), (r#""cache_salt""#, &pull.cache_salt)] {
+        if !text.is_empty() {
+            body.member(key, Value::from(text.as_str()).to_string().as_bytes());
+        }
+    }
+    body.key(r#""prompt""#);
+    body.numbers(&pull.prompt);
+    body.member(r#""max_tokens""#, b"1");
+    body.member(r#""temperature""#, b"0");
+    if let Some(priority) = priority {
+        body.member(r#""priority""#, priority.to_string().as_bytes());
+    }
+    body.finish(kv)
+}
+
 struct Object(Vec<u8>);
 
 impl Object {
@@ -182,6 +204,14 @@ impl Object {
     fn member(&mut self, key: &str, value: &[u8]) {
         self.key(key);
         self.0.extend_from_slice(value);
+    }
+
+    fn numbers(&mut self, numbers: &[u32]) {
+        for (place, number) in numbers.iter().enumerate() {
+            self.0.push(if place == 0 { b'[' } else { b',' });
+            self.0.extend_from_slice(number.to_string().as_bytes());
+        }
+        self.0.push(b']');
     }
 
     fn key(&mut self, key: &str) {
@@ -249,6 +279,37 @@ fn name(key: &RawValue) -> serde_json::Result<Cow<'_, str>> {
     match quoted.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
         Some(plain) if !plain.contains('\\') => Ok(Cow::Borrowed(plain)),
         _ => serde_json::from_str(quoted).map(Cow::Owned),
+    }
+}
+
+/// Of a body that is one, all that it is made into are too: what must change has, and nothing else.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(body: &Bytes) {
+    let part = Part::Consume;
+    let kv = KvParameters::Fenced { part, id: HandoffId::from_u128(1), generation: Generation(2) };
+    let mut parameters = Vec::new();
+    kv.append_to(&mut parameters);
+    let before = Members::of(body);
+    let (prefill, decode) = (prefill_body(body, &kv), decode_body(body, &kv));
+    assert_eq!((prefill.is_ok(), decode.is_ok()), (before.is_ok(), before.is_ok()));
+    let (Ok(before), Ok(prefill), Ok(decode)) = (before, prefill, decode) else { return };
+    for rewritten in [&prefill, &decode] {
+        let after = Members::of(rewritten);
+        assert!(after.is_ok(), "it is an object still");
+        let Ok(after) = after else { return };
+        let named = after.0.iter().filter(|(name, ..)| name == KV_PARAMETERS);
+        assert!(named.map(|(.., value)| value.get().as_bytes()).eq([&parameters[..]]));
+    }
+    let others = |members: &Members<'_>| -> Vec<(String, String)> {
+        let members = members.0.iter().filter(|(name, ..)| name != KV_PARAMETERS);
+        members.map(|(_, key, value)| (key.get().to_owned(), value.get().to_owned())).collect()
+    };
+    assert!(Members::of(&decode).is_ok_and(|after| others(&after) == others(&before)));
+    for path in PATHS_OF_TEXT {
+        for (due_ms, usage) in [(None, true), (Some(i64::MAX >> 1), false), (Some(7), true)] {
+            let asked = asking(path, body, Asked { due_ms, usage });
+            assert!(asked.is_ok_and(|(body, _)| Members::of(&body).is_ok()));
+        }
     }
 }
 
@@ -360,6 +421,25 @@ mod tests {
         let kv = KvParameters::EngineConsume(answered);
         let decode = decode_body(b"{}", &kv).unwrap();
         assert_eq!(text(&decode), "{\"kv_transfer_params\":{\"remote_host\": \"h\"}}");
+    }
+
+    #[test]
+    fn a_prefix_is_asked_for_by_its_tokens() {
+        let mut pull = PrefixPull { prompt: vec![7, 300, 0], ..PrefixPull::default() };
+        let body = prefix_body(&pull, None, &fenced(Part::Lend));
+        assert_eq!(
+            text(&body),
+            "{\"prompt\":[7,300,0],\"max_tokens\":1,\"temperature\":0,\"kv_transfer_params\":{\"baton\":\
+             {\"role\":\"lend\",\"handoff\":\"00000000000000000000000000000007\",\"generation\":2}}}"
+        );
+        (pull.model, pull.cache_salt) = ("a \"b\"".to_owned(), "s".to_owned());
+        let body = prefix_body(&pull, Some(-4), &fenced(Part::Consume));
+        let body: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!((&body["model"], &body["cache_salt"]), (&"a \"b\"".into(), &"s".into()));
+        assert_eq!(
+            (&body["priority"], body["prompt"].as_array().unwrap().len()),
+            (&(-4).into(), 3)
+        );
     }
 
     #[test]

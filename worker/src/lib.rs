@@ -6,6 +6,8 @@ mod answer_text;
 mod attach;
 mod counters;
 mod discover;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod handoff;
 mod health;
 mod jobs;
@@ -13,6 +15,7 @@ mod kv_telling;
 mod legs;
 mod life;
 mod outbox;
+mod prefix;
 mod relay;
 mod role;
 mod run;

@@ -80,6 +80,14 @@ impl Life {
             && handoffs_open == 0
     }
 
+    /// Of the KV that is handed over; 0 where none is.
+    pub(crate) fn block_size_tokens(&self) -> u32 {
+        match &self.kv {
+            KvSide::Fenced(fenced) => fenced.compatibility.block_size_tokens,
+            KvSide::None | KvSide::Engine => 0,
+        }
+    }
+
     /// A time so many milliseconds from now, on this life's own clock.
     pub(crate) fn due_ms(&self, in_ms: u32) -> i64 {
         let now_ms = i64::try_from(self.born.elapsed().as_millis()).unwrap_or(i64::MAX);
@@ -115,6 +123,8 @@ impl Life {
                 hello.set_handoff_mode(baton_proto::HandoffMode::Fenced);
                 hello.compatibility = Some((&fenced.compatibility).into());
                 hello.transports = fenced.channel.transports();
+                // What is copied must be found by the request that follows, and peers must hear of it.
+                hello.pulls_prefixes = self.engine.kv_cache().is_some();
                 hello.peer = Some(Peer {
                     worker_name: self.name.clone(),
                     epoch: epoch_bytes(self.epoch),

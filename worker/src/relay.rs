@@ -154,13 +154,7 @@ impl Relay<'_> {
     /// was asked.
     fn handoff_result(&self, status: StatusCode) -> Option<HandoffResult> {
         match self.consuming?.progress() {
-            Progress::Complete(received) => Some(HandoffResult {
-                blocks: received.blocks,
-                bytes: received.bytes,
-                micros: u64::try_from(received.duration.as_micros()).unwrap_or(u64::MAX),
-                blocks_reused: received.blocks_reused,
-                transport: received.transport.to_owned(),
-            }),
+            Progress::Complete(received) => Some(received.into()),
             Progress::NotNeeded => Some(HandoffResult::default()),
             Progress::Waiting | Progress::Failed(_) => {
                 if status.is_success() {
@@ -205,7 +199,7 @@ pub(crate) async fn prefill_answer(
     Ok(event)
 }
 
-fn engine_parameters(body: &[u8]) -> Result<Bytes, Fault> {
+pub(crate) fn engine_parameters(body: &[u8]) -> Result<Bytes, Fault> {
     #[derive(Deserialize)]
     struct Answered<'a> {
         #[serde(borrow)]

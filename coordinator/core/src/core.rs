@@ -2,6 +2,7 @@ mod admitting;
 mod attempt;
 mod balance;
 mod legs;
+mod lending;
 mod on_demand;
 mod role_change;
 
@@ -90,7 +91,8 @@ impl Default for Settings {
 /// The coordinator's state and its decisions.
 ///
 /// What always holds between two calls:
-/// - every request has at most one job that answers it, and at most one prefill job;
+/// - every request has at most one job that answers it, at most one prefill job, and beside them at most one
+///   that lends it the start of its prompt;
 /// - every job runs on a worker that is attached, and belongs to a request that is not over;
 /// - each request ends in exactly one of `Finish`, `Reject`, `BreakOff`, or its client's going;
 /// - a handoff's name is used for one attempt only: each retry is of the next generation;
@@ -201,6 +203,7 @@ impl Core {
             phase: Phase::Open,
             prefill: None,
             answering: None,
+            lending: None,
         }));
         self.deadlines.insert((first_token_deadline, key));
         self.look_up(key);
@@ -227,6 +230,7 @@ impl Core {
             Event::Answered { job } => self.answered(job, now, actions),
             Event::Ended { job } => self.ended(job, now, actions),
             Event::LegFailed { job, fault } => self.leg_failed(job, fault, now, actions),
+            Event::PullOver { job } => self.pull_over(job, now, actions),
             Event::ClientGone { request } => self.forget(request, now, actions),
             Event::SetRole { worker, role } => self.set_role(worker, role, now, actions),
             Event::RoleChange { worker, change } => {
@@ -425,7 +429,7 @@ impl Core {
             let request = self.requests.get(job.request.0).expect("a job has a request");
             let job_id = Some(JobId(id));
             assert!(
-                request.prefill == job_id || request.answering == job_id,
+                [request.prefill, request.answering, request.lending].contains(&job_id),
                 "a job is its request's"
             );
             assert!(self.fleet.get(job.worker).is_some(), "a job's worker is attached");
@@ -441,7 +445,11 @@ impl Core {
                 let places = worker.queue.keys().filter(|waiting| waiting.0 == key).count();
                 assert_eq!(places, 1, "who waits has one place");
             }
-            for job in jobs.into_iter().flatten() {
+            assert!(
+                has_jobs || request.lending.is_none(),
+                "nothing is lent to who computes nothing"
+            );
+            for job in jobs.into_iter().chain([request.lending]).flatten() {
                 assert!(self.jobs.get(job.0).is_some(), "a request's jobs are open");
             }
         }
@@ -487,8 +495,12 @@ fn least_load() -> Box<dyn Policy> {
     (least_load.unwrap_or(&POLICIES[0]).make)(0)
 }
 
+/// A prediction is never so long that it could not be added to a time: whatever a worker's model says.
+const LONGEST_PREDICTION: Duration = Duration::from_secs(1 << 40);
+
 fn milliseconds(milliseconds: f64) -> Duration {
-    Duration::try_from_secs_f64(milliseconds / 1000.0).unwrap_or(Duration::MAX)
+    let predicted = Duration::try_from_secs_f64(milliseconds / 1000.0);
+    predicted.map_or(LONGEST_PREDICTION, |predicted| predicted.min(LONGEST_PREDICTION))
 }
 
 #[cfg(test)]

@@ -64,6 +64,8 @@ pub struct Considered {
     pub worker: WorkerKey,
     /// Tokens of the prompt that it is believed to have cached.
     pub hit_tokens: u32,
+    /// Tokens of it that are to be there before it computes, where a peer is to lend some; else 0.
+    pub pulled_tokens: u32,
     /// KV of the prompt fits, as far as is known.
     pub has_kv_room: bool,
     /// Absent where its step times are not known.
@@ -84,18 +86,31 @@ pub struct Prediction {
 }
 
 impl Considered {
-    pub(crate) fn to_prefill(candidate: &Candidate<'_>, prompt_tokens: u32, _: &Targets) -> Self {
-        Self::new(candidate, prompt_tokens, |load, fixed_ms| {
+    /// `pulls` where it is to copy what a peer could lend.
+    pub(crate) fn to_prefill(
+        candidate: &Candidate<'_>,
+        prompt_tokens: u32,
+        targets: &Targets,
+        pulls: bool,
+    ) -> Self {
+        let pulled_tokens = candidate.pull.filter(|_| pulls).map_or(0, |pull| pull.tokens);
+        let cached_tokens = candidate.hit_tokens.max(pulled_tokens);
+        let copied_tokens = cached_tokens - candidate.hit_tokens;
+        let considered = Self::new(candidate, prompt_tokens, |load, fixed_ms| {
             let rate = candidate.prefill_rate;
-            let work_ms = load.prefill_ms(candidate.hit_tokens, prompt_tokens);
+            let work_ms = load.prefill_ms(cached_tokens, prompt_tokens);
+            let queue_ms = candidate.work_ahead_ms / rate;
+            // The copy is made while others are computed.
+            let copy_ms = if copied_tokens > 0 { targets.pull_ms(copied_tokens) } else { 0.0 };
             Prediction {
-                queue_ms: candidate.work_ahead_ms / rate,
+                queue_ms,
                 // Beside decodes it is their steps' fixed part that is paid, and the rate tells of it.
                 prefill_ms: if load.decodes == 0 { fixed_ms + work_ms } else { work_ms / rate },
-                handoff_ms: 0.0,
+                handoff_ms: (copy_ms - queue_ms).max(0.0),
                 step_ms: load.decode_step_ms(1, prompt_tokens),
             }
-        })
+        });
+        Self { pulled_tokens, ..considered }
     }
 
     pub(crate) fn to_decode(
@@ -124,6 +139,7 @@ impl Considered {
         Self {
             worker: candidate.worker,
             hit_tokens: candidate.hit_tokens,
+            pulled_tokens: 0,
             has_kv_room: load.has_kv_room(prompt_tokens, 1.0),
             predicted: load.model.map(|model| predict(load, model.prefill_ms[0])),
         }
@@ -170,13 +186,13 @@ impl PlacementDecision {
     /// When the first token is predicted to come.
     pub fn first_token_at(&self) -> Option<Duration> {
         let first = self.first.as_ref()?.predicted()?;
-        let mut delay_ms = first.queue_ms + first.prefill_ms;
+        let mut delay_ms = first.queue_ms + first.prefill_ms + first.handoff_ms;
         if let Some(decode) = self.split_to() {
             let decode = decode.predicted()?;
             // The last token of the prompt is computed where its answer begins.
             delay_ms += decode.handoff_ms + decode.step_ms;
         }
-        Some(self.at + Duration::try_from_secs_f64(delay_ms / 1000.0).ok()?)
+        self.at.checked_add(Duration::try_from_secs_f64(delay_ms / 1000.0).ok()?)
     }
 
     /// Time between two tokens, in milliseconds, as the worker was loaded when it was chosen.

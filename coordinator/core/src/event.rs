@@ -73,6 +73,10 @@ pub enum Event {
         job: JobId,
         fault: Fault,
     },
+    /// What this job was to copy from a peer is there, or will not come: its engine is asked now.
+    PullOver {
+        job: JobId,
+    },
     /// The client went away, or was too slow to keep.
     ClientGone {
         request: RequestKey,
@@ -93,6 +97,18 @@ pub enum Action {
         handoff: Option<HandoffPlan>,
         /// What to copy from a peer's cache first. Only workers that can are asked to.
         pull: Option<PrefixPull>,
+    },
+    /// Have a worker give a peer what it has cached of a prompt's start. Comes before the peer's own
+    /// [`Self::Start`], and no request fails with it.
+    Lend {
+        job: JobId,
+        request: RequestKey,
+        to: WorkerKey,
+        pull: PrefixPull,
+        id: HandoffId,
+        generation: Generation,
+        /// Until then the peer would have computed it.
+        worth: Duration,
     },
     /// Tell a worker to drop a job. Nothing that it still says of that job counts.
     Cancel { worker: WorkerKey, job: JobId },

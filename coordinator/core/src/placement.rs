@@ -232,11 +232,14 @@ struct Holder {
 impl Holders {
     pub(crate) fn of(fleet: &Fleet, shape: &RequestShape, found: &Found) -> Self {
         let mut holders = Self::default();
+        if shape.prompt_unknown {
+            return holders;
+        }
         for (key, tokens) in found.holders() {
             let worker = fleet.get(key).filter(|worker| worker.description.pulls_prefixes);
             if let Some(worker) = worker
                 && tokens > 0
-                && worker.serves(shape.model.as_deref())
+                && worker.takes(shape.model.as_deref())
             {
                 let handoff = worker.description.handoff;
                 holders.add(Holder { worker: key, handoff, tokens });

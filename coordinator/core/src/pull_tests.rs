@@ -136,3 +136,112 @@ fn only_who_can_is_asked_to() {
     let (_, _, pull) = one_more(&mut core, pair(), MANY, 12);
     assert_eq!(pull, None, "not every policy pulls");
 }
+
+/// A prompt of which the first worker lends the start to the second: the request, the job that pulls, the job that
+/// lends and who, and for how long it is worth to wait.
+fn lent(core: &mut Core) -> (RequestKey, JobId, JobId, WorkerKey, Duration) {
+    let mut actions = Vec::new();
+    let [first, second] = pair();
+    let first = core.attach(first, Duration::ZERO, &mut actions);
+    for number in 1..=MANY {
+        let handoff = HandoffId::from_u128(number.into());
+        core.arrive(shape(number, 12), handoff, Duration::ZERO, &mut actions);
+    }
+    let stored = &shape(1, 12).blocks[0].names;
+    core.kv_told(first, &KvUpdate { sequence: 1, restart: true, removed: &[], stored });
+    core.attach(second, Duration::ZERO, &mut actions);
+    actions.clear();
+    let id = HandoffId::from_u128(99);
+    let request = core.arrive(shape(99, 12), id, Duration::ZERO, &mut actions);
+    let [
+        Action::Lend { job: lending, pull, worth, id: name, to, .. },
+        Action::Start { job, worker, .. },
+    ] = actions[..]
+    else {
+        panic!("{actions:?}")
+    };
+    assert_eq!((to, name), (worker, id.of_pull()));
+    core.check_invariants();
+    (request, job, lending, pull.from, worth)
+}
+
+#[test]
+fn the_lender_has_a_job_until_the_copy_is_over() {
+    for how in 0..4 {
+        let mut core = core(Order::Arrival, "slack", 8.0);
+        let (request, job, lending, from, worth) = lent(&mut core);
+        // 6,144 tokens of 0.1 ms at a rate of 0.95.
+        assert_eq!(worth.as_millis(), 646);
+        let open = core.worker(from).expect("it is there").jobs_open;
+        let mut actions = Vec::new();
+        let mut tell = |event| core.handle(event, Duration::ZERO, &mut actions);
+        match how {
+            0 => tell(Event::PullOver { job }),
+            1 => tell(Event::Ended { job: lending }),
+            2 => tell(Event::Answered { job }),
+            _ => tell(Event::ClientGone { request }),
+        }
+        let cancel = Action::Cancel { worker: from, job: lending };
+        assert_eq!(actions.contains(&cancel), how != 1, "{how}: {actions:?}");
+        assert_eq!(core.job(lending), None);
+        assert_eq!(core.worker(from).expect("it is there").jobs_open, open - 1);
+        core.check_invariants();
+    }
+}
+
+#[test]
+fn a_lender_that_fails_or_goes_fails_nobody() {
+    for goes in [false, true] {
+        let mut core = core(Order::Arrival, "slack", 8.0);
+        let (request, job, lending, from, _) = lent(&mut core);
+        let mut actions = Vec::new();
+        if goes {
+            core.handle(Event::WorkerLost { worker: from }, Duration::ZERO, &mut actions);
+        } else {
+            let fault = Fault::new(Origin::Handoff, FaultKind::Failed, "x");
+            core.handle(Event::LegFailed { job: lending, fault }, Duration::ZERO, &mut actions);
+            assert_eq!(actions, [], "nobody is to blame");
+        }
+        assert_eq!((core.job(lending), core.job(job).map(|(of, ..)| of)), (None, Some(request)));
+        let known = core.requests.get(request.0).expect("it goes on");
+        assert_eq!((known.retries_left, known.generation), (1, Generation(0)));
+        core.check_invariants();
+    }
+}
+
+#[test]
+fn nothing_is_asked_of_who_is_given_nothing_or_of_prompts_that_are_not_known() {
+    let prompts = |core: &mut Core, worker: WorkerKey, unknown: bool| {
+        let stored = &shape(1, 12).blocks[0].names;
+        core.kv_told(worker, &KvUpdate { sequence: 1, restart: true, removed: &[], stored });
+        if !unknown {
+            core.handle(Event::Drain { worker }, Duration::ZERO, &mut Vec::new());
+        }
+        let mut actions = Vec::new();
+        let shape = RequestShape { prompt_unknown: unknown, ..shape(99, 12) };
+        core.arrive(shape, HandoffId::from_u128(99), Duration::ZERO, &mut actions);
+        actions
+    };
+    for unknown in [false, true] {
+        let mut core = core(Order::Arrival, "slack", 8.0);
+        let [first, second] = pair();
+        let first = core.attach(first, Duration::ZERO, &mut Vec::new());
+        for number in 1..=MANY {
+            let handoff = HandoffId::from_u128(number.into());
+            core.arrive(shape(number, 12), handoff, Duration::ZERO, &mut Vec::new());
+        }
+        core.attach(second, Duration::ZERO, &mut Vec::new());
+        let actions = prompts(&mut core, first, unknown);
+        assert!(actions.iter().all(|action| !matches!(action, Action::Lend { .. })), "{actions:?}");
+        assert_eq!(core.requests_open() as u64, MANY + 1, "it is computed by somebody");
+    }
+}
+
+#[test]
+fn the_steps_that_a_copy_waits_for_count() {
+    let mut core = core(Order::LateLast, "slack", 8.0);
+    // To compute what could be copied takes 646 ms.
+    core.settings.targets.pull_ms = 4_000.0;
+    let ([_, b], worker, pull) = one_more(&mut core, pair(), MANY, 12);
+    assert_eq!((worker, pull), (b, None));
+}

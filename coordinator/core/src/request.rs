@@ -33,6 +33,8 @@ pub struct RequestShape {
     pub blocks: Arc<[PromptBlocks]>,
     /// Tokens from the prompt's first on that workers are taken to hold which do not tell.
     pub held_tokens: Arc<[(WorkerKey, u32)]>,
+    /// Its token ids are not known here: no peer could be asked for its start.
+    pub prompt_unknown: bool,
     /// The answer comes in one piece: nobody sees when its first token is there.
     pub answers_whole: bool,
     /// Smaller numbers are served first.
@@ -84,6 +86,8 @@ pub(crate) struct Request {
     /// The jobs of the current attempt that have neither ended nor been cancelled.
     pub(crate) prefill: Option<JobId>,
     pub(crate) answering: Option<JobId>,
+    /// Gives the worker that prefills what a peer has cached of the prompt.
+    pub(crate) lending: Option<JobId>,
 }
 
 /// A request as others may see it.

@@ -6,7 +6,7 @@ use baton_kubernetes::Scaled;
 use baton_proto as wire;
 use baton_types::{Fault, FaultKind, Leg, Origin, Role};
 
-use super::{Metrics, Path, catalogue::Row};
+use super::{Metrics, Path, PullOutcome, catalogue::Row};
 use crate::{
     admin::{BucketCount, Latency},
     shell::WorkerStatus,
@@ -38,6 +38,7 @@ fn observed() -> (Metrics, String) {
     metrics.requests.aggregated(AggregatedReason::OneToken);
     metrics.requests.leg_failed(Leg::Decode, &Fault::new(Origin::Engine, FaultKind::Failed, "x"));
     metrics.prefixes.prompt(Leg::Prefill, 100, 50);
+    metrics.prefixes.pulled(PullOutcome::Copied, 1024, 4096, Duration::from_millis(5));
     metrics.placement.decided(Path::Aggregated, "one_token");
     metrics.placement.waited(0, Duration::from_millis(1));
     metrics.placement.shed(ShedReason::QueueFull, 0);
@@ -180,6 +181,7 @@ A histogram has `_bucket`, `_sum` and `_count`.
 | `leg` | `prefill`, `decode`, `aggregated` |
 | `origin`, `kind` | who is to blame for a leg's failure, and in which way |
 | `worker`, `role` | a worker's name, and `prefill` or `decode` |
+| `result` | of the start of a prompt that was to be copied: `copied`; `held`: it was there by then; or why the engine computed it: `too_slow`, `unavailable`, `failed` (it was no longer cached, mostly), `refused`, `timed_out`, `corrupt`, `other` |
 | `half` | of an arena: `export`, for blocks that the worker sends, or `import`, for those that it receives |
 | `table` | of the configuration: `tls`, `coordinator.https` |
 | `name` | how a handoff failed or ended: [transfer.md](transfer.md#what-is-checked-and-where) |

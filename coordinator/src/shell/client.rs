@@ -6,7 +6,10 @@ use std::{
 use baton_core::{JobId, Route, Tenant};
 use http::{HeaderValue, StatusCode};
 
-use super::ForwardedRequest;
+use super::{
+    ForwardedRequest,
+    pulls::{PromptIds, Pulling},
+};
 use crate::{
     client::{Answer, ClientError, TokenBudget, broken_stream_event},
     metrics::{Metrics, Outcome, Path},
@@ -24,6 +27,10 @@ pub(super) struct Client {
     pub(super) request: Option<ForwardedRequest>,
     /// Of its prompt, as it arrived.
     pub(super) prompt: Option<CachedPrefix>,
+    /// Of which a peer can be asked for the start, as long as no worker has answered.
+    pub(super) prompt_ids: Option<PromptIds>,
+    /// What the worker that prefills is to copy first, as long as it has not said what became of it.
+    pub(super) pulling: Option<Pulling>,
     pub(super) request_id: HeaderValue,
     pub(super) streams: bool,
     pub(super) timeline: Timeline,

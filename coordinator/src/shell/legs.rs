@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use baton_core::{Event, HandoffPlan, JobId, RequestKey, Route, WorkerKey};
 use baton_proto as wire;
-use baton_types::{Fault, FaultKind, Leg, Origin};
+use baton_types::{Fault, FaultKind, Generation, HandoffId, Leg, Origin};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tracing::{debug, warn};
@@ -52,6 +52,16 @@ impl Shell {
                 Fault::new(Origin::Worker, FaultKind::Failed, format!("unreadable fault: {error}"))
             });
             return self.tell_core(state, Event::LegFailed { job, fault }, None);
+        }
+        if leg == Leg::Lend {
+            if event.end {
+                self.tell_core(state, Event::Ended { job }, None);
+            }
+            return;
+        }
+        if let Some(result) = event.pull.take() {
+            self.pulled(state, request, &result);
+            self.tell_core(state, Event::PullOver { job }, None);
         }
         if leg == Leg::Prefill && (event.status == 0 || event.status < 400) {
             if event.end {
@@ -175,6 +185,7 @@ impl Shell {
             .unwrap_or(StatusCode::BAD_GATEWAY);
         client.request = None;
         client.prompt = None;
+        client.prompt_ids = None;
         client.timeline.answered = Some(Instant::now());
         client.relaying = Some(Relaying {
             job,
@@ -217,23 +228,14 @@ impl State {
         if let Some(trace) = &client.trace {
             trace.passed_on(leg, &mut forward.headers);
         }
-        let left_ms = ttft_target_ms - client.timeline.arrived.elapsed().as_secs_f64() * 1000.0;
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates.
-        let deadline_ms = left_ms.max(1.0) as u32;
+        let deadline_ms = client.timeline.due_in_ms(ttft_target_ms);
         let (fenced, engine_handoff_params) = match handoff {
             None | Some(HandoffPlan::Engine { prefill: None }) => (None, Bytes::new()),
             Some(HandoffPlan::Engine { prefill: Some(prefill) }) => {
                 (None, self.engine_handoffs.remove(&prefill).unwrap_or_default())
             }
             Some(HandoffPlan::Fenced { id, generation, peer }) => {
-                let known = |worker| self.links.get(worker).and_then(|it| it.peer.as_ref());
-                let peer = known(&peer).map(|peer| peer.told_to(known(&worker)));
-                let handoff = wire::Handoff {
-                    id: Bytes::copy_from_slice(id.as_bytes()),
-                    generation: generation.0,
-                    peer,
-                };
-                (Some(handoff), Bytes::new())
+                (Some(self.handoff(id, generation, peer, worker)), Bytes::new())
             }
         };
         Some(wire::StartJob {
@@ -245,7 +247,27 @@ impl State {
             handoff: fenced,
             engine_handoff_params,
             deadline_ms,
+            pull: client
+                .pulling
+                .filter(|_| leg != Leg::Decode)
+                .and_then(|pulling| self.to_pull(client, pulling)),
         })
+    }
+
+    /// The name of a handoff, as one of its two workers is told it, and how it reaches the other.
+    pub(super) fn handoff(
+        &self,
+        id: HandoffId,
+        generation: Generation,
+        peer: WorkerKey,
+        told: WorkerKey,
+    ) -> wire::Handoff {
+        let known = |worker| self.links.get(worker).and_then(|it| it.peer.as_ref());
+        wire::Handoff {
+            id: Bytes::copy_from_slice(id.as_bytes()),
+            generation: generation.0,
+            peer: known(&peer).map(|peer| peer.told_to(known(&told))),
+        }
     }
 }
 

@@ -15,6 +15,9 @@ use crate::{
     journal::unix_ms,
 };
 
+/// More than any engine takes, and few enough to be added up.
+const MOST_JOBS: u32 = 1 << 24;
+
 #[derive(Debug)]
 pub(super) struct Attached {
     pub(super) link: Arc<Link>,
@@ -134,8 +137,10 @@ impl Shell {
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker, state.core.told());
-        let elsewhere =
-            Elsewhere { prefills: report.prefills_elsewhere, decodes: report.decodes_elsewhere };
+        let elsewhere = Elsewhere {
+            prefills: report.prefills_elsewhere.min(MOST_JOBS),
+            decodes: report.decodes_elsewhere.min(MOST_JOBS),
+        };
         self.tell_core(&mut state, Event::BusyElsewhere { worker, elsewhere }, None);
         self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
         self.role_change(&mut state, worker, report.role_change.as_ref());

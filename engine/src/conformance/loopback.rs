@@ -124,6 +124,11 @@ impl Loopback {
         self.wait_for(|state| state.passed.get(&handoff).copied()).await
     }
 
+    /// The same, for whoever does not ask what became of it.
+    pub async fn is_over(&self, handoff: HandoffId) {
+        self.passed(handoff).await;
+    }
+
     /// Waits until a handoff's consumer has asked for it.
     pub async fn is_subscribed(&self, handoff: HandoffId) {
         self.wait_for(|state| state.subscribed.contains(&handoff).then_some(())).await;

@@ -122,7 +122,7 @@ impl Core {
                 return fail("the worker that hands KV over is gone");
             }
             let free = match handoff.part {
-                Part::Produce => self.exports.open(NewExport {
+                Part::Produce | Part::Lend => self.exports.open(NewExport {
                     name: handoff.name,
                     request: new.request,
                     prompt_tokens: length(&new.prompt),
@@ -139,6 +139,7 @@ impl Core {
             max_tokens: length(&new.prompt).saturating_add(new.sampling.max_tokens),
             block_hashes: new.block_hashes,
             remote_kv: new.handoff.is_some_and(|handoff| handoff.part == Part::Consume),
+            goes_first: new.handoff.is_some_and(|handoff| handoff.part == Part::Lend),
         });
         let id = match added {
             Ok(id) => id,
@@ -305,7 +306,16 @@ impl Core {
         let Some(Handoff { name, part, prompt_digest }) = sequence.handoff else { return };
         let HandoffName { handoff, generation } = name;
         match part {
-            Part::Produce => {
+            Part::Lend if admission.cached_tokens + 1 < sequence.prompt_tokens => {
+                // Whoever was to have it computes it as well as this engine would.
+                let request = sequence.request;
+                if let Some(sequence) = self.end(admission.sequence) {
+                    let what = ChoiceProgress::Failed("it is not cached any more".to_owned());
+                    let _ = sequence.events.send(ChoiceEvent { choice: sequence.choice, what });
+                }
+                self.abort_exports(request);
+            }
+            Part::Produce | Part::Lend => {
                 self.exports.found_cached(name, admission.cached_tokens);
                 let (tokens, id) = (admission.cached_tokens, admission.sequence);
                 self.exports.collect(name, tokens, id, &mut self.scheduler);
@@ -350,7 +360,8 @@ impl Core {
         self.scheduler.finish_step(step);
         for work in &step.work {
             if let Some(sequence) = self.sequences.get(&work.sequence)
-                && let Some(Handoff { name, part: Part::Produce, .. }) = sequence.handoff
+                && let Some(Handoff { name, part, .. }) = sequence.handoff
+                && part.exports()
             {
                 let computed = work.first_token + work.tokens;
                 self.exports.collect(name, computed, work.sequence, &mut self.scheduler);

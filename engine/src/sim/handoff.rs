@@ -15,6 +15,14 @@ pub(super) struct HandoffName {
 pub(super) enum Part {
     Produce,
     Consume,
+    /// Produce what is cached, all of the prompt but its last token; nothing where it is not.
+    Lend,
+}
+
+impl Part {
+    pub(super) fn exports(self) -> bool {
+        matches!(self, Self::Produce | Self::Lend)
+    }
 }
 
 /// SHA-256 over the token ids, then the cache salt if there is one.

@@ -60,6 +60,9 @@ pub struct NewSequence {
     pub block_hashes: Vec<BlockHash>,
     /// The prompt's KV comes from elsewhere: all but the last token is waited for, not computed.
     pub remote_kv: bool,
+    /// Its prompt is taken to be cached but for the last token, which is computed with the next step, whoever
+    /// waits or is under way. No more than that is computed of it at once.
+    pub goes_first: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -207,6 +210,7 @@ struct Sequence {
     /// Blocks that the prefix cache knows.
     named: u32,
     remote_kv: bool,
+    goes_first: bool,
     waits_for_remote: bool,
     planned_in_step: u64,
 }
@@ -300,6 +304,7 @@ impl Scheduler {
             hashes: new.block_hashes,
             named: 0,
             remote_kv: new.remote_kv,
+            goes_first: new.goes_first,
             waits_for_remote: false,
             planned_in_step: 0,
         };
@@ -311,7 +316,11 @@ impl Scheduler {
         entry.sequence = Some(sequence);
         let id = SequenceId { index, life: entry.life };
         self.live += 1;
-        self.waiting.push_back(id);
+        if new.goes_first {
+            self.waiting.push_front(id);
+        } else {
+            self.waiting.push_back(id);
+        }
         Ok(id)
     }
 
@@ -347,10 +356,13 @@ impl Scheduler {
             Budget { tokens: self.limits.max_step_tokens, pace: self.pace, work_ms: f64::INFINITY };
         let mut starved = self.plan_running(Pass::Decodes, step, &mut budget);
         self.admit_loaded(step, &mut budget);
+        if !starved {
+            self.admit_waiting(step, &mut budget, |sequence| sequence.goes_first);
+        }
         budget.decodes_planned(step);
         starved |= self.plan_running(Pass::Prefills, step, &mut budget);
         if !starved && step.preempted.is_empty() {
-            self.admit_waiting(step, &mut budget);
+            self.admit_waiting(step, &mut budget, |_| true);
         }
         if step.work.is_empty() && !self.loaded.is_empty() {
             // All seats are taken by sequences without blocks, and the blocks by sequences without
@@ -477,7 +489,8 @@ impl Scheduler {
             position += 1;
             let Some(sequence) = get_mut(&mut self.sequences, id) else { continue };
             let remaining = sequence.tokens - sequence.computed;
-            if (remaining == 1) != (pass == Pass::Decodes) {
+            let is_planned = sequence.planned_in_step == self.steps;
+            if is_planned || (remaining == 1) != (pass == Pass::Decodes) {
                 continue;
             }
             let (computed, held) = (sequence.computed, sequence.blocks.len());
@@ -540,12 +553,22 @@ impl Scheduler {
         }
     }
 
-    fn admit_waiting(&mut self, step: &mut Step, budget: &mut Budget) {
+    /// From the first on, as long as they are `asked_for`.
+    fn admit_waiting(
+        &mut self,
+        step: &mut Step,
+        budget: &mut Budget,
+        asked_for: impl Fn(&Sequence) -> bool,
+    ) {
         while let Some(id) = self.waiting.front().copied() {
             let Some(sequence) = get_mut(&mut self.sequences, id) else {
                 self.waiting.pop_front();
                 continue;
             };
+            if !asked_for(sequence) {
+                break;
+            }
+            let goes_first = sequence.goes_first;
             let block_size = self.limits.block_size_tokens;
             let tokens = sequence.tokens;
             let hits = find_prefix(&self.pool, sequence, block_size);
@@ -555,6 +578,8 @@ impl Scheduler {
             let waits_for_remote = sequence.remote_kv && remaining > 1;
             let planned = if waits_for_remote {
                 remaining
+            } else if goes_first && self.has_seat() {
+                budget.tokens.min(1)
             } else if self.has_seat() {
                 budget.chunk(cached_tokens, remaining, step)
             } else {

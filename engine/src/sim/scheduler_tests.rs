@@ -21,6 +21,7 @@ fn prompt(family: u64, tokens: u32) -> NewSequence {
         max_tokens: tokens + 40,
         block_hashes: (0..u64::from(tokens / 4)).map(|i| BlockHash(family * 1000 + i)).collect(),
         remote_kv: false,
+        goes_first: false,
     }
 }
 
@@ -42,6 +43,25 @@ fn a_long_prompt_is_cut_and_decodes_go_first() {
     assert!(scheduler.remove(short));
     assert!(!scheduler.remove(short));
     assert_eq!(step(&mut scheduler), [(10, 1, true)]);
+}
+
+#[test]
+fn what_is_cached_is_lent_beside_whatever_is_computed() {
+    let mut scheduler = Scheduler::new(limits(100, 8, 6));
+    let held = prompt(1, 9);
+    scheduler.lay_prefix(&held.block_hashes);
+    scheduler.add(prompt(2, 30)).unwrap();
+    assert_eq!(step(&mut scheduler), [(0, 6, false)]);
+    scheduler.add(prompt(3, 5)).unwrap();
+    let first = |asked: NewSequence| NewSequence { goes_first: true, ..asked };
+    let lent = scheduler.add(first(held)).unwrap();
+    assert_eq!(step(&mut scheduler), [(8, 1, true), (6, 5, false)]);
+    assert!(scheduler.remove(lent));
+    // What is not cached after all is not computed at once.
+    let gone = scheduler.add(first(prompt(4, 9))).unwrap();
+    assert_eq!(step(&mut scheduler), [(0, 1, false), (11, 5, false)]);
+    assert!(scheduler.remove(gone));
+    assert_eq!(step(&mut scheduler), [(16, 6, false)]);
 }
 
 #[test]
@@ -187,18 +207,20 @@ struct Arrival {
     prompt_tokens: u32,
     output_tokens: u32,
     remote: bool,
+    goes_first: bool,
     /// The client leaves after so many steps.
     patience: Option<u32>,
 }
 
 fn arrival() -> impl Strategy<Value = Arrival> {
     let patience = prop_oneof![3 => Just(None), 1 => (0..20_u32).prop_map(Some)];
-    (0..3_u64, 1..30_u32, 1..12_u32, any::<bool>(), patience).prop_map(
-        |(family, prompt_tokens, output_tokens, remote, patience)| Arrival {
+    (0..3_u64, 1..30_u32, 1..12_u32, 0..5_u8, patience).prop_map(
+        |(family, prompt_tokens, output_tokens, kind, patience)| Arrival {
             family,
             prompt_tokens,
             output_tokens,
-            remote,
+            remote: kind < 2,
+            goes_first: kind == 2,
             patience,
         },
     )
@@ -246,6 +268,7 @@ proptest! {
                 let new = NewSequence {
                     max_tokens: arrival.prompt_tokens + arrival.output_tokens,
                     remote_kv: arrival.remote,
+                    goes_first: arrival.goes_first,
                     ..prompt(arrival.family, arrival.prompt_tokens)
                 };
                 let id = scheduler.add(new).unwrap();

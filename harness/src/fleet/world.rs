@@ -310,7 +310,11 @@ impl<'a> World<'a> {
                 Action::Finish { request } => self.close(request, None),
                 Action::SetRole { worker, role } => self.role_ordered(worker, role),
                 Action::Release { worker, .. } => self.role_released(worker),
-                Action::Relay { .. } | Action::Blame { .. } | Action::Disconnect { .. } => {}
+                // The peer's engine is not asked: `start` copies what it holds.
+                Action::Lend { .. }
+                | Action::Relay { .. }
+                | Action::Blame { .. }
+                | Action::Disconnect { .. } => {}
             }
         }
         self.actions = actions;
@@ -343,6 +347,7 @@ impl<'a> World<'a> {
                 self.setup.block_size_tokens,
             ),
             remote_kv: leg == Leg::Decode,
+            goes_first: false,
         };
         self.jobs.insert(job, (place, worker));
         let peer = pull.and_then(|pull| Some((*self.by_key.get(&pull.from)?, pull.tokens)));
@@ -394,6 +399,7 @@ impl<'a> World<'a> {
             flight.kv_bytes_moved += tokens * self.setup.kv_bytes_per_token;
         }
         self.add(new, job, place, worker, leg);
+        self.tell_core(Event::PullOver { job });
     }
 
     fn cancel(&mut self, job: JobId) {
@@ -570,6 +576,8 @@ fn core(setup: &Setup) -> Core {
             step_ms: STEP_HEADROOM * setup.slo.itl_ms,
             handoff_ms: setup.link.latency_ms,
             handoff_ms_per_thousand_tokens: setup.link.us_per_token,
+            // Of these engines neither is in the midst of a step when a prefix is copied.
+            pull_ms: 0.0,
         },
         first_token_timeout: Duration::MAX / 4,
         // As a live coordinator has it, but that nobody is turned away.

@@ -79,6 +79,9 @@ pub struct Hello {
     /// How long its engine's steps take, as a profile says: to begin with. Absent where nobody knows.
     #[prost(message, optional, tag = "12")]
     pub step_model: ::core::option::Option<StepModel>,
+    /// It can copy the start of a prompt out of a peer's prefix cache into its own, and lend what it has.
+    #[prost(bool, tag = "14")]
+    pub pulls_prefixes: bool,
     /// Present where this worker is on its way to another role.
     #[prost(message, optional, tag = "20")]
     pub role_change: ::core::option::Option<RoleChange>,
@@ -220,6 +223,28 @@ pub struct StartJob {
     /// the handoff of what is due first.
     #[prost(uint32, tag = "8")]
     pub deadline_ms: u32,
+    /// On a lend leg, which has no body: what to give. On a prefill or an aggregated leg: what to take before the
+    /// engine is asked.
+    #[prost(message, optional, tag = "9")]
+    pub pull: ::core::option::Option<PrefixPull>,
+}
+/// The start of a prompt, on its way from one worker's prefix cache into another's.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PrefixPull {
+    /// Of its own, before that of the prompt, if it has one. Its peer is the other worker.
+    #[prost(message, optional, tag = "1")]
+    pub handoff: ::core::option::Option<Handoff>,
+    /// Token ids, one more than are copied: whole blocks and the token behind them, which each engine computes.
+    #[prost(uint32, repeated, tag = "2")]
+    pub prompt: ::prost::alloc::vec::Vec<u32>,
+    /// The names that the request gives; empty where it gives none.
+    #[prost(string, tag = "3")]
+    pub model: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub cache_salt: ::prost::alloc::string::String,
+    /// Whoever takes it waits no longer than computing it would take.
+    #[prost(uint32, tag = "5")]
+    pub give_up_ms: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Header {
@@ -271,6 +296,25 @@ pub struct Event {
     /// What the handoff moved. On a decode leg with its first event.
     #[prost(message, optional, tag = "9")]
     pub handoff: ::core::option::Option<HandoffResult>,
+    /// What became of StartJob.pull, once, before anything else is said of the job.
+    #[prost(message, optional, tag = "10")]
+    pub pull: ::core::option::Option<PullResult>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PullResult {
+    /// Why it came to nothing, and the engine computes: "too_slow", or a name of `baton_types::FaultKind`. Empty
+    /// where all of it is there now.
+    #[prost(string, tag = "1")]
+    pub failure: ::prost::alloc::string::String,
+    /// Tokens that came.
+    #[prost(uint32, tag = "2")]
+    pub tokens: u32,
+    /// Absent where nothing came.
+    #[prost(message, optional, tag = "3")]
+    pub handoff: ::core::option::Option<HandoffResult>,
+    /// From the job's start until its engine was asked.
+    #[prost(uint64, tag = "4")]
+    pub micros: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Fault {
@@ -411,6 +455,8 @@ pub enum Leg {
     Prefill = 1,
     Decode = 2,
     Aggregated = 3,
+    /// Gives another worker the start of a prompt out of this one's prefix cache: see StartJob.pull.
+    Lend = 4,
 }
 impl Leg {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -423,6 +469,7 @@ impl Leg {
             Self::Prefill => "LEG_PREFILL",
             Self::Decode => "LEG_DECODE",
             Self::Aggregated => "LEG_AGGREGATED",
+            Self::Lend => "LEG_LEND",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -432,6 +479,7 @@ impl Leg {
             "LEG_PREFILL" => Some(Self::Prefill),
             "LEG_DECODE" => Some(Self::Decode),
             "LEG_AGGREGATED" => Some(Self::Aggregated),
+            "LEG_LEND" => Some(Self::Lend),
             _ => None,
         }
     }

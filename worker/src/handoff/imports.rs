@@ -8,6 +8,7 @@ use std::{
 
 use baton_arena::{Arena, Landing, ReservedSlot, Slot, SlotPool};
 use baton_engine::{BlockToLoad, ToEngine};
+use baton_proto::HandoffResult;
 use baton_transfer::{PeerAddress, Pulled, TransferError};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin, PromptDigest};
 use parking_lot::Mutex;
@@ -50,6 +51,18 @@ pub(crate) struct Received {
     pub(crate) transport: &'static str,
     /// Prompt tokens that the producer had in its cache.
     pub(crate) cached_tokens: u32,
+}
+
+impl From<Received> for HandoffResult {
+    fn from(received: Received) -> Self {
+        Self {
+            blocks: received.blocks,
+            bytes: received.bytes,
+            micros: u64::try_from(received.duration.as_micros()).unwrap_or(u64::MAX),
+            blocks_reused: received.blocks_reused,
+            transport: received.transport.to_owned(),
+        }
+    }
 }
 
 /// What the engine subscribes for.

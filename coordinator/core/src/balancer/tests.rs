@@ -350,6 +350,7 @@ proptest! {
                 step_ms: 2.0 * fast.targets.step_ms,
                 handoff_ms: 2.0 * fast.targets.handoff_ms,
                 handoff_ms_per_thousand_tokens: 2.0 * fast.targets.handoff_ms_per_thousand_tokens,
+                ..fast.targets
             },
             ..fast
         };

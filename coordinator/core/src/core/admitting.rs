@@ -129,6 +129,7 @@ impl Core {
                 &candidate(request, key, worker, None, &Holders::default(), targets, now),
                 shape.prompt_tokens,
                 targets,
+                false,
             );
             let predicted = considered.predicted?;
             least_ms = least_ms.min(predicted.queue_ms + predicted.prefill_ms);

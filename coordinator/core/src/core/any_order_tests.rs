@@ -23,6 +23,7 @@ enum Step {
     Answer(u8),
     End(u8),
     Fail(u8, bool),
+    PullOver(u8),
     ClientGone(u8),
     Report(u8, u16),
     Tell(u8, u8),
@@ -44,6 +45,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         5 => any::<u8>().prop_map(Step::Answer),
         5 => any::<u8>().prop_map(Step::End),
         3 => (any::<u8>(), any::<bool>()).prop_map(|(job, retryable)| Step::Fail(job, retryable)),
+        2 => any::<u8>().prop_map(Step::PullOver),
         2 => any::<u8>().prop_map(Step::ClientGone),
         2 => (any::<u8>(), any::<u16>()).prop_map(|(worker, tokens)| Step::Report(worker, tokens)),
         2 => (any::<u8>(), 0..8u8).prop_map(|(worker, prompt)| Step::Tell(worker, prompt)),
@@ -172,6 +174,9 @@ proptest! {
                     let fault = Fault::new(origin, kind, "x");
                     core.handle(Event::LegFailed { job: jobs[at], fault }, now, &mut actions);
                 },
+                Step::PullOver(at) => if let Some(at) = pick(at, jobs.len()) {
+                    core.handle(Event::PullOver { job: jobs[at] }, now, &mut actions);
+                },
                 Step::ClientGone(at) => if let Some(at) = pick(at, open.len()) {
                     let request = *open.iter().nth(at).unwrap();
                     open.remove(&request);
@@ -226,6 +231,13 @@ proptest! {
                         }
                         let drains = core.worker(worker).is_some_and(|worker| worker.drains);
                         prop_assert!(!drains || leg != Leg::Prefill, "who drains begins nothing");
+                        jobs.push(job);
+                    }
+                    Action::Lend { job, request, to, pull, .. } => {
+                        prop_assert!(open.contains(&request));
+                        prop_assert!(pull.from != to, "nobody lends to itself");
+                        let lends = core.worker(pull.from).is_none_or(|worker| !worker.drains);
+                        prop_assert!(lends, "who drains begins nothing");
                         jobs.push(job);
                     }
                     Action::Cancel { job, .. } => prop_assert!(core.job(job).is_none()),

@@ -99,19 +99,26 @@ impl Core {
             .collect();
         let by_prediction = request.split == self.settings.split;
         let policy = if by_prediction { &mut self.policy } else { &mut self.fallback };
-        let place = policy.choose(&Choice {
+        let choice = Choice {
             now,
             leg,
             request: &request.shape,
             deadline: Some(request.due),
             targets,
             candidates: &shown,
-        });
+        };
+        let place = policy.choose(&choice);
         debug_assert!(place < shown.len(), "a policy chooses one of the candidates");
         if keeps {
             let (tokens, prefills) = (request.shape.prompt_tokens, leg == Leg::Prefill);
-            let predict = if prefills { Considered::to_prefill } else { Considered::to_decode };
-            let considered = shown.iter().map(|one| predict(one, tokens, targets));
+            let considered = shown.iter().enumerate().map(|(at, one)| {
+                if prefills {
+                    let pulls = at == place && policy.pulls(&choice, one);
+                    Considered::to_prefill(one, tokens, targets, pulls)
+                } else {
+                    Considered::to_decode(one, tokens, targets)
+                }
+            });
             let chosen = Chosen::new(considered, place);
             if let Some(request) = self.requests.get_mut(key.0)
                 && let Some(decision) = &mut request.decision

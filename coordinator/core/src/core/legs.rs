@@ -33,7 +33,7 @@ impl Core {
             work_ms: 0.0,
         };
         let (pull, cached_tokens) = match leg {
-            Leg::Decode => (None, 0),
+            Leg::Decode | Leg::Lend => (None, 0),
             Leg::Prefill | Leg::Aggregated => {
                 self.expect_no_more(key);
                 self.look_up(key);
@@ -49,6 +49,9 @@ impl Core {
         let id = JobId(self.jobs.insert(job));
         self.foresee_unseen(id, &job, now);
         self.fleet.job_started(&job, now);
+        if let Some(pull) = pull {
+            self.lend(key, worker, pull, now, actions);
+        }
         actions.push(Action::Start { worker, job: id, request: key, leg, handoff, pull });
         id
     }
@@ -58,7 +61,8 @@ impl Core {
         let job = self.jobs.remove(id.0)?;
         self.fleet.job_ended(&job, now);
         if let Some(request) = self.requests.get_mut(job.request.0) {
-            for place in [&mut request.prefill, &mut request.answering] {
+            let places = [&mut request.prefill, &mut request.answering, &mut request.lending];
+            for place in places {
                 if *place == Some(id) {
                     *place = None;
                 }
@@ -78,14 +82,17 @@ impl Core {
     pub(super) fn cancel(&mut self, id: JobId, now: Duration, actions: &mut Vec<Action>) {
         if let Some(job) = self.close(id, now) {
             actions.push(Action::Cancel { worker: job.worker, job: id });
-            self.pump(job.worker, now, actions);
+            if job.leg != Leg::Lend {
+                self.pump(job.worker, now, actions);
+            }
         }
     }
 
     /// Nothing is done for the request any more, and it waits for nobody.
     pub(super) fn withdraw(&mut self, key: RequestKey, now: Duration, actions: &mut Vec<Action>) {
         let Some(request) = self.requests.get_mut(key.0) else { return };
-        let (jobs, place) = ([request.prefill, request.answering], request.place());
+        let jobs = [request.prefill, request.answering, request.lending];
+        let place = request.place();
         if let Some(worker) = request.waits_for.take()
             && let Some(on) = self.fleet.get_mut(worker)
         {
@@ -159,9 +166,9 @@ impl Core {
     }
 
     pub(super) fn answered(&mut self, id: JobId, now: Duration, actions: &mut Vec<Action>) {
-        let Some(&Job { request: key, worker, .. }) = self.jobs.get(id.0) else { return };
+        let Some(&Job { request: key, worker, leg, .. }) = self.jobs.get(id.0) else { return };
         let Some(request) = self.requests.get_mut(key.0) else { return };
-        if request.phase == Phase::Relaying {
+        if request.phase == Phase::Relaying || leg == Leg::Lend {
             return;
         }
         let Some(route) = request.route else { return };
@@ -175,8 +182,9 @@ impl Core {
         } else {
             request.prefill
         };
-        if let Some(sibling) = sibling {
-            self.cancel(sibling, now, actions);
+        let lending = request.lending;
+        for job in sibling.into_iter().chain(lending) {
+            self.cancel(job, now, actions);
         }
         self.advance(id, Stage::Decoding, now);
         self.expect_no_more(key);
@@ -185,7 +193,11 @@ impl Core {
     }
 
     pub(super) fn ended(&mut self, id: JobId, now: Duration, actions: &mut Vec<Action>) {
-        let Some(&Job { request: key, worker, .. }) = self.jobs.get(id.0) else { return };
+        let Some(&Job { request: key, worker, leg, .. }) = self.jobs.get(id.0) else { return };
+        if leg == Leg::Lend {
+            self.close(id, now);
+            return;
+        }
         let Some(request) = self.requests.get(key.0) else { return };
         if request.answering != Some(id) {
             return;
@@ -215,6 +227,10 @@ impl Core {
         actions: &mut Vec<Action>,
     ) {
         let Some(Job { request: key, worker, leg, .. }) = self.close(id, now) else { return };
+        if leg == Leg::Lend {
+            // Whoever was to have it hears of that from the lender itself, and computes.
+            return;
+        }
         self.leg_lost(key, worker, leg, fault, now, actions);
         self.pump(worker, now, actions);
     }

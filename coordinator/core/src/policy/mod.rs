@@ -70,11 +70,14 @@ pub struct Targets {
     /// What a handoff costs, with the KV of a thousand tokens.
     pub handoff_ms: f64,
     pub handoff_ms_per_thousand_tokens: f64,
+    /// What a copy from one prefix cache into another costs beyond a handoff: steps of both engines that it
+    /// waits for.
+    pub pull_ms: f64,
 }
 
 impl Default for Targets {
     fn default() -> Self {
-        Self { step_ms: 50.0, handoff_ms: 2.0, handoff_ms_per_thousand_tokens: 8.0 }
+        Self { step_ms: 50.0, handoff_ms: 2.0, handoff_ms_per_thousand_tokens: 8.0, pull_ms: 0.0 }
     }
 }
 
@@ -82,6 +85,11 @@ impl Targets {
     /// To copy the KV of so many tokens from one worker to another.
     pub fn copy_ms(&self, tokens: u32) -> f64 {
         self.handoff_ms + self.handoff_ms_per_thousand_tokens * f64::from(tokens) / 1000.0
+    }
+
+    /// To copy the KV of so many tokens out of one prefix cache into another.
+    pub fn pull_ms(&self, tokens: u32) -> f64 {
+        self.pull_ms + self.copy_ms(tokens)
     }
 }
 

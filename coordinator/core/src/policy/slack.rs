@@ -33,7 +33,7 @@ impl Policy for Slack {
     fn choose(&mut self, choice: &Choice<'_>) -> usize {
         match choice.leg {
             Leg::Decode => decode(choice),
-            Leg::Prefill | Leg::Aggregated => prefill(choice),
+            Leg::Prefill | Leg::Aggregated | Leg::Lend => prefill(choice),
         }
     }
 
@@ -80,7 +80,7 @@ fn pulled_ms(choice: &Choice<'_>, candidate: &Candidate<'_>) -> Option<f64> {
         return None;
     }
     let rate = candidate.prefill_rate;
-    let copy_ms = choice.targets.copy_ms(copied_tokens);
+    let copy_ms = choice.targets.pull_ms(copied_tokens);
     let work_ms = candidate.load.prefill_ms(pull.tokens, choice.request.prompt_tokens);
     Some((candidate.work_ahead_ms / rate).max(copy_ms) + work_ms / rate)
 }

@@ -77,6 +77,7 @@ struct HandoffParams {
 enum HandoffRole {
     Produce,
     Consume,
+    Lend,
 }
 
 impl GenerationRequest {
@@ -307,6 +308,7 @@ fn handoff(fields: &mut Fields) -> Result<Option<(HandoffName, Part)>, ApiError>
         match params.role {
             HandoffRole::Produce => (name, Part::Produce),
             HandoffRole::Consume => (name, Part::Consume),
+            HandoffRole::Lend => (name, Part::Lend),
         }
     }))
 }

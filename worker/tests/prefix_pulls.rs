@@ -1,0 +1,215 @@
+//! The start of a prompt goes from one worker's prefix cache into another's, which then computes the rest; and
+//! where it does not come, all of it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // A test says so by failing.
+
+mod fleet;
+
+use baton_config::SimConfig;
+use baton_proto::{Handoff, Hello, Leg, Peer, PrefixPull, PullResult, Report, StartJob};
+use baton_types::{HandoffId, Role};
+use bytes::Bytes;
+use fleet::{Fleet, Worker, completion, fast, job, split};
+
+const BLOCK_TOKENS: u32 = 16;
+
+fn idle(report: &Report) -> bool {
+    report.jobs_running == 0
+        && report.handoffs_open == 0
+        && report.arena_slots_used == 0
+        && report.engine_requests_running == 0
+}
+
+fn prompt(tokens: u32) -> Vec<u32> {
+    (0..tokens).map(|token| 300 + token).collect()
+}
+
+fn handoff(id: HandoffId, peer: &Hello) -> Option<Handoff> {
+    let compatibility = peer.compatibility.clone();
+    let peer = peer.peer.clone().map(|peer| Peer { compatibility, ..peer });
+    Some(Handoff { id: Bytes::copy_from_slice(id.as_bytes()), generation: 0, peer })
+}
+
+/// The lender's job, and what the puller is told, of so many blocks of a prompt.
+fn pull(
+    number: u64,
+    prompt: &[u32],
+    blocks: u32,
+    from: &Hello,
+    to: &Hello,
+) -> (StartJob, PrefixPull) {
+    let id = HandoffId::random();
+    let told = |peer| PrefixPull {
+        handoff: handoff(id, peer),
+        prompt: prompt[..=(blocks * BLOCK_TOKENS) as usize].to_vec(),
+        model: "baton-sim".into(),
+        give_up_ms: 20_000,
+        ..PrefixPull::default()
+    };
+    let lend = StartJob { pull: Some(told(to)), ..job(number, Leg::Lend, &Bytes::new()) };
+    (StartJob { path: String::new(), ..lend }, told(from))
+}
+
+/// The answer of a worker to all of it, which it has cached from then on.
+async fn whole(worker: &mut Worker, number: u64, body: &Bytes) -> serde_json::Value {
+    worker.attached.command(vec![], vec![job(number, Leg::Aggregated, body)]).await;
+    serde_json::from_str(&worker.attached.whole().await.text).unwrap()
+}
+
+fn choices(answer: &str) -> serde_json::Value {
+    serde_json::from_str::<serde_json::Value>(answer).unwrap()["choices"].take()
+}
+
+async fn told(worker: &mut Worker) -> PullResult {
+    let event = worker.attached.event().await;
+    assert_eq!((event.status, event.end, event.payload.len()), (0, false, 0));
+    event.pull.expect("what became of the copy comes first")
+}
+
+#[tokio::test]
+async fn a_cached_prefix_is_copied_and_the_rest_is_computed() {
+    let mut fleet = Fleet::start().await;
+    // Blocks of one rank are made of those of two.
+    for ranks in [1, 2] {
+        let mut a = fleet.worker("a", Role::Prefill, fast()).await;
+        let sim = SimConfig { tensor_parallel: ranks, ..fast() };
+        let mut b = fleet.worker("b", Role::Prefill, sim).await;
+        let mut d = fleet.worker("d", Role::Decode, fast()).await;
+        assert!(a.attached.hello.pulls_prefixes && b.attached.hello.pulls_prefixes);
+
+        let first = prompt(200);
+        let body = completion(first.clone(), false, 12);
+        let right = whole(&mut a, 1, &body).await;
+        let (to_a, to_b) = (a.attached.hello.clone(), b.attached.hello.clone());
+        let (lend, pulled) = pull(2, &first, 5, &to_a, &to_b);
+        // What is copied is there, whatever becomes of the leg.
+        let refused = completion(first.clone(), false, 0);
+        let leg = StartJob { pull: Some(pulled), ..job(3, Leg::Aggregated, &refused) };
+        b.attached.command(vec![], vec![leg]).await;
+        a.attached.command(vec![], vec![lend]).await;
+        let result = told(&mut b).await;
+        assert_eq!((result.failure.as_str(), result.tokens), ("", 80));
+        let moved = result.handoff.unwrap();
+        // The sixth has the one token that both compute.
+        assert_eq!((moved.blocks, moved.blocks_reused, moved.bytes), (6, 0, 6 * 16 * 1024));
+        assert_eq!(b.attached.whole().await.first.status, 400);
+        let lent = a.attached.event().await;
+        assert_eq!((lent.job, lent.status, lent.end, lent.fault), (2, 200, true, None));
+
+        let (lend, pulled) = pull(4, &first, 12, &to_a, &to_b);
+        let leg = StartJob { pull: Some(pulled), ..job(5, Leg::Aggregated, &body) };
+        b.attached.command(vec![], vec![leg]).await;
+        a.attached.command(vec![], vec![lend]).await;
+        let result = told(&mut b).await;
+        assert_eq!((result.failure.as_str(), result.tokens), ("", 112));
+        assert_eq!(result.handoff.unwrap().blocks_reused, 5, "it found them");
+        let answer = b.attached.whole().await;
+        assert_eq!(choices(&answer.text), right["choices"]);
+        assert!(a.attached.event().await.end);
+
+        // For a leg that hands everything over in its turn.
+        let second: Vec<u32> = first.iter().map(|token| token + 1000).collect();
+        let body = completion(second.clone(), false, 12);
+        let right = whole(&mut a, 6, &body).await;
+        let (lend, pulled) = pull(7, &second, 11, &to_a, &to_b);
+        let (prefill, decode) = split(8, &body, &to_b, &d.attached.hello);
+        let prefill = StartJob { pull: Some(pulled.clone()), ..prefill };
+        d.attached.command(vec![], vec![decode]).await;
+        a.attached.command(vec![], vec![lend]).await;
+        b.attached.command(vec![], vec![prefill]).await;
+        assert_eq!(told(&mut b).await.tokens, 176);
+        let answer = d.attached.whole().await;
+        assert_eq!(answer.first.handoff.as_ref().unwrap().blocks, 13);
+        assert_eq!(choices(&answer.text), right["choices"]);
+        assert_eq!(b.attached.event().await.status, 200);
+        assert!(a.attached.event().await.end);
+
+        // What is all there is not asked for.
+        let leg = StartJob { pull: Some(pulled), ..job(9, Leg::Aggregated, &body) };
+        b.attached.command(vec![], vec![leg]).await;
+        let result = told(&mut b).await;
+        assert_eq!((result.failure.as_str(), result.tokens, result.handoff), ("", 0, None));
+        assert_eq!(choices(&b.attached.whole().await.text), right["choices"]);
+
+        for worker in [&mut a, &mut b, &mut d] {
+            worker.attached.report(idle).await;
+        }
+        for worker in [a, b, d] {
+            worker.stop().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn where_it_does_not_come_all_is_computed() {
+    let mut fleet = Fleet::start().await;
+    let mut a = fleet.worker("a", Role::Prefill, fast()).await;
+    let mut b = fleet.worker("b", Role::Prefill, fast()).await;
+    let (to_a, to_b) = (a.attached.hello.clone(), b.attached.hello.clone());
+    let all = prompt(4000);
+    // Each begins otherwise.
+    let part = |at: usize| {
+        let prompt = all[at * 200..][..200].to_vec();
+        let body = completion(prompt.clone(), false, 8);
+        (prompt, body)
+    };
+
+    // The lender never had it.
+    let (prompt, body) = part(0);
+    let (lend, pulled) = pull(1, &prompt, 5, &to_a, &to_b);
+    let leg = StartJob { pull: Some(pulled), ..job(1, Leg::Aggregated, &body) };
+    a.attached.command(vec![], vec![lend]).await;
+    b.attached.command(vec![], vec![leg]).await;
+    assert_eq!(told(&mut b).await.failure, "failed");
+    let answer = b.attached.whole().await;
+    assert!(a.attached.event().await.fault.is_some());
+    assert_eq!(choices(&answer.text), whole(&mut a, 2, &body).await["choices"]);
+
+    // It was told of another prompt.
+    let (prompt, body) = part(1);
+    whole(&mut a, 3, &body).await;
+    let (mut lend, pulled) = pull(4, &prompt, 5, &to_a, &to_b);
+    lend.pull.as_mut().unwrap().prompt[80] += 1;
+    let leg = StartJob { pull: Some(pulled), ..job(4, Leg::Aggregated, &body) };
+    b.attached.command(vec![], vec![leg]).await;
+    a.attached.command(vec![], vec![lend]).await;
+    assert_eq!(told(&mut b).await.failure, "failed");
+    assert_eq!(b.attached.whole().await.first.status, 200);
+    assert!(a.attached.event().await.end);
+
+    // It is never asked.
+    let (prompt, body) = part(2);
+    let (_, mut pulled) = pull(5, &prompt, 5, &to_a, &to_b);
+    pulled.give_up_ms = 50;
+    let leg = StartJob { pull: Some(pulled), ..job(5, Leg::Aggregated, &body) };
+    b.attached.command(vec![], vec![leg]).await;
+    let result = told(&mut b).await;
+    assert_eq!((result.failure.as_str(), result.handoff), ("too_slow", None));
+    assert!(result.micros >= 50_000);
+    assert_eq!(b.attached.whole().await.first.status, 200);
+
+    // Its client goes away meanwhile.
+    let (prompt, body) = part(3);
+    whole(&mut a, 6, &body).await;
+    let (lend, pulled) = pull(7, &prompt, 5, &to_a, &to_b);
+    let leg = StartJob { pull: Some(pulled), ..job(7, Leg::Aggregated, &body) };
+    b.attached.command(vec![], vec![leg]).await;
+    b.attached.report(|report| report.handoffs_open == 1).await;
+    b.attached.command(vec![7], vec![]).await;
+    b.attached.report(idle).await;
+    a.attached.command(vec![], vec![lend]).await;
+    a.attached.report(|report| report.handoffs_open == 1).await;
+    a.attached.command(vec![7], vec![]).await;
+    a.attached.report(idle).await;
+
+    // It is gone.
+    let (prompt, body) = part(4);
+    let right = whole(&mut a, 8, &body).await;
+    a.stop().await;
+    let (_, pulled) = pull(9, &prompt, 5, &to_a, &to_b);
+    let leg = StartJob { pull: Some(pulled), ..job(9, Leg::Aggregated, &body) };
+    b.attached.command(vec![], vec![leg]).await;
+    assert_eq!(told(&mut b).await.failure, "unavailable");
+    assert_eq!(choices(&b.attached.whole().await.text), right["choices"]);
+    b.attached.report(idle).await;
+    b.stop().await;
+}
