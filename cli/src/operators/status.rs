@@ -112,11 +112,15 @@ pub(super) fn heading(readings: &Readings) -> Vec<String> {
 /// fit no other, pairs whose handoffs fail.
 pub(super) fn troubles(state: &ClusterState) -> Vec<String> {
     let attached = |name: &str| state.workers.iter().any(|worker| worker.name == name);
+    // Whoever attaches is held against all others, so that what the last one met with is what there is.
+    let last_attached = state.decisions.iter().rposition(|decision| decision.kind == "attached");
     let mut told = BTreeMap::new();
-    for decision in &state.decisions {
+    for (at, decision) in state.decisions.iter().enumerate() {
         let is_trouble = match decision.kind.as_str() {
             "lost" => !attached(&decision.subject),
-            "mismatch" => attached(&decision.subject),
+            "mismatch" => {
+                attached(&decision.subject) && last_attached.is_none_or(|last| last <= at + 1)
+            }
             _ => false,
         };
         if is_trouble {

@@ -105,6 +105,8 @@ pub(crate) async fn pools_of_different_revisions(watch: Watch) {
     cluster.terminate("prefill-0").unwrap();
     cluster.start_worker_of(&other, "next-prefill", "prefill", "prefill-0").unwrap();
     watch.clears(&["BatonNotSplit", "BatonPoolEmpty"]).await;
+    let (_, said) = ask(&cluster, &["status"]).await;
+    assert!(!said.contains("mismatch"), "{said}");
     clients.stop().await;
 }
 

@@ -18,6 +18,7 @@ pub(crate) async fn prefill_is_too_small(watch: Watch) {
         .pools(1, 3)
         .engine("time_scale = 1.0")
         .slo("ttft_ms = 800")
+        // Else those that cannot make it come last, and the others' TTFT is as it should be.
         .placement("mode = \"always\"\nlate = \"fifo\"")
         .balancer("actuator = \"advise\"")
         .start()

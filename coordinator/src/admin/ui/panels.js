@@ -297,13 +297,13 @@ export function drawHandoffs(state) {
   const pairs = state.handoffs.busiest;
   const named = (of) => [...new Set(pairs.map(of))].sort(inOrder);
   const [prefills, decodes] = [named((p) => p.prefill), named((p) => p.decode)];
-  const carried = named((p) => p.transport).join(", ");
+  const carried = named((p) => p.transport).filter(Boolean).join(", ");
   const table = find("#handoffs table");
   const rows = [];
   const isMatrix = prefills.length <= MATRIX && decodes.length <= MATRIX;
   const most = isMatrix ? pairs.length : 50;
   say(find("#handoffs h2 small"), pairs.length === 0 ? "none yet"
-    : `over ${carried}${most < state.handoffs.pairs ? `; the busiest of ${amount(state.handoffs.pairs)} pairs` : ""}`);
+    : `${carried ? `over ${carried}` : "none got through"}${most < state.handoffs.pairs ? `; the busiest of ${amount(state.handoffs.pairs)} pairs` : ""}`);
   const header = (names) => {
     const row = make("tr");
     row.append(...names.map((name) => make("th", "", name)));
