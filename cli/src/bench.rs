@@ -19,8 +19,8 @@ use baton_harness::{
     },
     compare::{TraceFile, inspect_trace},
     outcome::{Fate, Slo},
-    report::Input,
-    summary::{Percentiles, Summary},
+    report::{Input, RunFindings},
+    summary::{Percentiles, Summary, Tally},
     trace::Trace,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -195,9 +195,10 @@ async fn replay(
         ttft_prefill_factor: 0.0,
         itl_ms: arguments.slo_itl_ms,
     };
-    let summary = Summary::of(&run.outcomes, &trace.phases, &slo, |_| 0.0, &run.facts);
+    let tally = Tally::of(&run.outcomes, &run.samples, &trace.phases, &slo, |_| 0.0);
+    let findings = RunFindings::new(&tally, &run.facts);
     let report = Report {
-        summary: &summary,
+        summary: &findings.summary,
         client: &run.client,
         errors: &run.errors,
         prompt_tokens_ratio: run.prompt_tokens_ratio,
@@ -221,7 +222,7 @@ async fn replay(
             slo,
             seed,
         };
-        run.report(asked, trace, summary.clone())
+        run.report(asked, trace, findings.clone())
             .write(directory)
             .and_then(|()| write(directory, &report, &run, trace))
             .with_context(|| format!("cannot write to {}", directory.display()))?;
@@ -234,7 +235,7 @@ async fn replay(
             terminal.say(&line);
         }
     }
-    let is_of_use = summary.completed > 0;
+    let is_of_use = findings.summary.completed > 0;
     Ok(if is_of_use { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

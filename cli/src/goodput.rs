@@ -97,10 +97,8 @@ fn shown_run(
     if found.scale <= 0.0 {
         return Ok(None);
     }
-    let scaled = trace.trace.scaled(found.scale, setup.seed);
-    let run = simulate(&scaled, setup)?;
-    let summary = run.summary(&scaled, setup);
-    Ok(Some(RunFindings::new(summary, &run.outcomes, &run.facts.samples)))
+    let run = simulate(trace.trace.at(found.scale, setup.seed), setup)?;
+    Ok(Some(RunFindings::new(&run.tally, &run.facts)))
 }
 
 fn show(terminal: &mut Terminal, trace: &TraceFile, setup: &Setup, found: &Goodput, tried: usize) {

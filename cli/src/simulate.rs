@@ -178,19 +178,19 @@ pub(crate) fn run(options: &SimulateOptions) -> anyhow::Result<ExitCode> {
         ),
     };
     let trace = fleet.trace()?;
-    let scaled = trace.trace.scaled(fleet.scale, setup.seed);
-    let run = simulate(&scaled, &setup)?;
-    let summary = run.summary(&scaled, &setup);
+    let load = trace.trace.at(fleet.scale, setup.seed);
+    let run = simulate(load, &setup)?;
+    let summary = run.summary();
     let mut terminal = Terminal::stdout();
     if fleet.json {
         terminal.say(&serde_json::to_string(&summary)?);
     } else {
-        let offered = scaled.rate_rps();
+        let offered = load.rate_rps();
         terminal.say(&heading(&trace.trace, &setup, offered));
         terminal.say(&describe(&summary, &setup));
     }
     if let Some(directory) = &fleet.out {
-        let findings = RunFindings::new(summary, &run.outcomes, &run.facts.samples);
+        let findings = RunFindings::new(&run.tally, &run.facts);
         let single = Single {
             trace: &trace,
             profile_file: &fleet.profile,

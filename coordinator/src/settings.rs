@@ -5,14 +5,9 @@ use baton_core::{
     AdmissionSettings, Order, Settings, Split,
     policy::{self, POLICIES, Policy, Targets},
 };
+use baton_types::STEP_HEADROOM;
 
 use crate::CoordinatorError;
-
-/// Steps are kept a little below the target for ITL: what is predicted is not exact.
-const STEP_HEADROOM: f64 = 0.95;
-/// Requests are sent on to workers that have less than this part of the TTFT's target to do: enough
-/// that none is idle, and little enough that the rest is in time.
-const BACKLOG_PART: f64 = 0.5;
 
 /// A lender's engine comes to a copy when its step is over, and so does the puller's, which then computes one
 /// token: some steps, of which none is to last longer than the target.
@@ -45,7 +40,7 @@ pub(crate) fn core_settings(config: &ClusterConfig) -> Settings {
         admission: Some(AdmissionSettings {
             max_waiting: admission.max_waiting_requests as usize,
             max_wait: admission.max_wait,
-            backlog: ttft.mul_f64(BACKLOG_PART),
+            backlog: AdmissionSettings::backlog_within(ttft),
             early_rejection: admission.early_rejection_priority,
         }),
         wait_for_worker: admission.wait_for_worker,

@@ -1,14 +1,11 @@
 use std::sync::Arc;
 
-use baton_types::{StepFit, StepModel, StepWork};
+use baton_types::{StepFit, StepModel, StepTail, StepWork};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::sim::Profile;
 
-/// Steps are planned to end within this part of the target, so that those which take longer than
-/// foreseen still keep it.
-const TARGET_SHARE: f64 = 0.95;
 /// Without a cold start the model is a guess until this many steps were seen.
 const LEAST_SAMPLES: u64 = 16;
 
@@ -21,6 +18,8 @@ pub struct Pacing(Arc<Mutex<State>>);
 struct State {
     cold_start: Option<StepModel>,
     fit: StepFit,
+    /// How far the slowest steps with decodes exceed what was predicted of them: only these are gaps between tokens.
+    tail: StepTail,
     itl_target_ms: Option<f64>,
 }
 
@@ -38,12 +37,23 @@ impl Pacing {
     pub fn new(cold_start: Option<StepModel>) -> Self {
         let guess = cold_start.unwrap_or_else(|| Profile::demo().model);
         let fit = StepFit::new(&guess);
-        Self(Arc::new(Mutex::new(State { cold_start, fit, itl_target_ms: None })))
+        Self(Arc::new(Mutex::new(State {
+            cold_start,
+            fit,
+            tail: StepTail::default(),
+            itl_target_ms: None,
+        })))
     }
 
     /// One step took so many milliseconds.
     pub fn observe(&self, work: &StepWork, ms: f64) {
-        self.0.lock().fit.observe(work, ms);
+        let mut state = self.0.lock();
+        if work.decode_sequences > 0
+            && let Some((model, _)) = state.fitted()
+        {
+            state.tail.observe(ms / model.step_ms(&work.load(&model)));
+        }
+        state.fit.observe(work, ms);
     }
 
     /// What was known before the engine's first step.
@@ -67,7 +77,7 @@ impl Pacing {
     pub fn pace(&self) -> Option<StepPace> {
         let state = self.0.lock();
         let (model, _) = state.fitted()?;
-        Some(StepPace { step_ms: TARGET_SHARE * state.itl_target_ms?, model })
+        Some(StepPace { step_ms: state.tail.planned_step_ms(state.itl_target_ms?), model })
     }
 }
 
@@ -103,5 +113,45 @@ mod tests {
         let known = Profile::demo().model;
         let cold = Pacing::new(Some(known));
         assert_eq!(cold.fitted(), Some((known, 0)));
+    }
+
+    /// Steps of one decode, of 10 ms give or take `spread` of it.
+    fn paced(spread: f64) -> (StepPace, f64) {
+        let pacing = Pacing::new(None);
+        pacing.set_itl_target_ms(40.0);
+        let mut work = StepWork::default();
+        work.add_decode(100);
+        let mut took_ms = Vec::new();
+        for step in 0..4000_u32 {
+            // Without a pattern.
+            let place = f64::from(step.wrapping_mul(0x9e37_79b9) >> 8) / f64::from(1_u32 << 24);
+            took_ms.push(10.0 * (1.0 + spread * (2.0 * place - 1.0)));
+            pacing.observe(&work, took_ms[took_ms.len() - 1]);
+        }
+        took_ms.sort_by(f64::total_cmp);
+        let slowest = &took_ms[took_ms.len() * 9 / 10..];
+        (pacing.pace().unwrap(), slowest.iter().sum::<f64>() / slowest.len() as f64 / 10.0)
+    }
+
+    #[test]
+    fn of_noisy_steps_the_slowest_tenth_is_planned_to_keep_the_target() {
+        let (steady, _) = paced(0.0);
+        assert_eq!(steady.step_ms, 38.0);
+        let (noisy, slowest) = paced(0.2);
+        let tail_ms = noisy.step_ms * slowest;
+        assert!((37.0..=40.5).contains(&tail_ms), "{tail_ms} of {noisy:?}");
+        assert!(noisy.step_ms < 35.0, "{noisy:?}");
+    }
+
+    #[test]
+    fn prompts_alone_are_no_gaps_between_tokens() {
+        let pacing = Pacing::new(Some(Profile::demo().model));
+        pacing.set_itl_target_ms(40.0);
+        let mut work = StepWork::default();
+        work.add_chunk(0, 512, true);
+        for ms in [5.0, 500.0].repeat(100) {
+            pacing.observe(&work, ms);
+        }
+        assert_eq!(pacing.pace().unwrap().step_ms, 38.0);
     }
 }

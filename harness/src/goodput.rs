@@ -90,7 +90,7 @@ pub fn goodput(
     let mut search = Search { trace, setup, threads: threads.max(1), progress, points: Vec::new() };
     let (scale, summary) = search.highest(Goal { attainment: 0.9, min_decile }, near)?;
     let rps = |scale: f64, summary: &Option<Summary>| {
-        summary.as_ref().map_or(0.0, |_| trace.scaled(scale, setup.seed).rate_rps())
+        summary.as_ref().map_or(0.0, |_| trace.at(scale, setup.seed).rate_rps())
     };
     let goodput_rps_p99 = if p99 {
         let near = (scale > 0.0).then_some(scale * 0.7);
@@ -251,12 +251,12 @@ impl Search<'_> {
     }
 
     fn try_one(&self, scale: f64, goal: Goal) -> Tried {
-        let trace = self.trace.scaled(scale, self.setup.seed);
-        let hope = Hope::of(&trace, goal.attainment, goal.min_decile);
-        let run = simulate_while_hopeful(&trace, self.setup, hope)?;
+        let load = self.trace.at(scale, self.setup.seed);
+        let hope = Hope::of(&load.extent(), goal.attainment, goal.min_decile);
+        let run = simulate_while_hopeful(load, self.setup, hope)?;
         let mut point = LoadPoint {
             scale,
-            rps: trace.rate_rps(),
+            rps: load.rate_rps(),
             attainment: 0.0,
             attainment_longest_input_decile: 0.0,
             attainment_longest_output_decile: 0.0,
@@ -266,7 +266,7 @@ impl Search<'_> {
             (self.progress)(&point);
             return Ok((point, None));
         }
-        let summary = run.summary(&trace, self.setup);
+        let summary = run.summary();
         point.attainment = summary.attainment;
         point.attainment_longest_input_decile = summary.attainment_longest_input_decile;
         point.attainment_longest_output_decile = summary.attainment_longest_output_decile;

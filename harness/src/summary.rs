@@ -1,17 +1,28 @@
 //! A run in numbers.
 //!
+//! A [`Tally`] counts requests as they end; a [`Spread`] keeps what is needed of their latencies.
+//!
 //! A percentile is the nearest rank: of n values in order, the ⌈p·n/100⌉th; it is always a value that
-//! was measured. A share of nothing, or a percentile of nothing, is 0, so that no NaN is ever told.
+//! was measured, if not that very one then another less than 0.013 % above it. A share of nothing, or a
+//! percentile of nothing, is 0, so that no NaN is ever told.
 
 mod by_minute;
+mod spread;
+mod tally;
 #[cfg(test)]
 mod tests;
+mod timeline;
 
 use std::{collections::BTreeMap, time::Duration};
 
 use serde::Serialize;
 
-use crate::outcome::{Fate, Kept, Latencies, Outcome, Slo};
+pub use self::{
+    spread::{Ranks, Spread},
+    tally::Tally,
+    timeline::{Slot, Timeline},
+};
+use crate::outcome::{Fate, Latencies, Outcome};
 
 /// The object that `--json` prints.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -102,88 +113,64 @@ pub struct RunFacts {
     pub duration: Duration,
     pub flips: u64,
     pub workers_seconds: WorkersSeconds,
-    /// When since the start of the run, and how the fleet stood; in any order.
-    pub samples: Vec<(Duration, FleetSample)>,
 }
 
-impl Summary {
-    /// Sums up a run. `trace_phases` are the names that outcomes' phases refer to;
-    /// `unloaded_prefill_ms` tells what the prefill of so many tokens takes on an idle worker with an
-    /// empty cache.
-    pub fn of(
-        outcomes: &[Outcome],
-        trace_phases: &[String],
-        slo: &Slo,
-        unloaded_prefill_ms: impl Fn(u32) -> f64,
-        run: &RunFacts,
-    ) -> Self {
-        let kept: Vec<Kept> = outcomes
-            .iter()
-            .map(|outcome| slo.kept(&outcome.fate, unloaded_prefill_ms(outcome.input_tokens)))
-            .collect();
-        let judged = || outcomes.iter().zip(&kept);
-        let completed = || outcomes.iter().filter(|outcome| latencies(outcome).is_some());
-        let duration_s = run.duration.as_secs_f64();
-        let per_second = |count: f64| if duration_s > 0.0 { count / duration_s } else { 0.0 };
-        let good = kept.iter().filter(|kept| kept.both()).count();
-        let tokens = |of: fn(&Outcome) -> u32| completed().map(|o| u64::from(of(o))).sum::<u64>();
-        let phase_name = |outcome: &Outcome| trace_phases.get(usize::from(outcome.phase?));
+impl FleetSample {
+    fn plus(&self, other: &Self) -> Self {
         Self {
-            requests: outcomes.len(),
-            completed: completed().count(),
-            rejected: count(outcomes, |outcome| outcome.fate == Fate::Rejected),
-            unfinished: count(outcomes, |outcome| outcome.fate == Fate::Unfinished),
-            duration_s,
-            goodput_rps: per_second(good as f64),
-            attainment: share(kept.iter().map(|kept| kept.both())),
-            attainment_ttft: share(kept.iter().map(|kept| kept.ttft)),
-            attainment_tbt: share(kept.iter().map(|kept| kept.tbt)),
-            attainment_longest_input_decile: of_longest_decile(judged(), |o| o.input_tokens),
-            attainment_longest_output_decile: of_longest_decile(judged(), |o| o.output_tokens),
-            attainment_by_phase: trace_phases
-                .iter()
-                .map(|phase| {
-                    let of_phase =
-                        judged().filter(|(outcome, _)| phase_name(outcome) == Some(phase));
-                    (phase.clone(), share(of_phase.map(|(_, kept)| kept.both())))
-                })
-                .collect(),
-            ttft_ms: Percentiles::of(outcomes, |_, latencies| Some(latencies.ttft_ms)),
-            tbt_ms: Percentiles::of(outcomes, |o, l| (o.output_tokens > 1).then_some(l.tbt_ms)),
-            tpot_ms: Percentiles::of(outcomes, |o, l| (o.output_tokens > 1).then_some(l.tpot_ms)),
-            e2e_ms: Percentiles::of(outcomes, |_, latencies| Some(latencies.e2e_ms)),
-            output_tokens_per_s: per_second(tokens(|outcome| outcome.output_tokens) as f64),
-            prefix_hit_ratio: ratio(
-                tokens(|outcome| outcome.cached_tokens) as f64,
-                tokens(|outcome| outcome.input_tokens) as f64,
-            ),
-            kv_bytes_moved: outcomes.iter().map(|outcome| outcome.kv_bytes_moved).sum(),
-            disaggregated: count(outcomes, |outcome| outcome.disaggregated),
-            flips: run.flips,
-            workers_seconds: run.workers_seconds,
-            by_minute: by_minute::of(judged(), &run.samples),
+            workers_prefill: self.workers_prefill + other.workers_prefill,
+            workers_decode: self.workers_decode + other.workers_decode,
+            workers_mixed: self.workers_mixed + other.workers_mixed,
+            requests_queued: self.requests_queued + other.requests_queued,
+            requests_running: self.requests_running + other.requests_running,
+            kv_used_ratio: self.kv_used_ratio + other.kv_used_ratio,
+        }
+    }
+
+    fn divided_by(&self, count: f64) -> Self {
+        Self {
+            workers_prefill: self.workers_prefill / count,
+            workers_decode: self.workers_decode / count,
+            workers_mixed: self.workers_mixed / count,
+            requests_queued: self.requests_queued / count,
+            requests_running: self.requests_running / count,
+            kv_used_ratio: self.kv_used_ratio / count,
         }
     }
 }
 
 impl Percentiles {
-    /// Of what `value` picks of each completed request.
-    fn of(outcomes: &[Outcome], value: impl Fn(&Outcome, &Latencies) -> Option<f64>) -> Self {
-        let mut values: Vec<f64> = outcomes
-            .iter()
-            .filter_map(|outcome| latencies(outcome).and_then(|of_it| value(outcome, of_it)))
-            .collect();
-        Self::of_values(&mut values)
-    }
-
     /// Sorts the values.
     pub fn of_values(values: &mut [f64]) -> Self {
         values.sort_unstable_by(f64::total_cmp);
-        let rank = |percent: usize| {
-            let rank = (values.len() * percent).div_ceil(100);
-            rank.checked_sub(1).map_or(0.0, |index| values[index])
+        Self::of(values.len(), |rank| values.get(rank.checked_sub(1)?).copied())
+    }
+
+    /// Of so many values, of which `value` tells the one of a rank from 1 on.
+    fn of(count: usize, value: impl Fn(usize) -> Option<f64>) -> Self {
+        let percentile = |percent: usize| match (count * percent).div_ceil(100) {
+            0 => 0.0,
+            rank => value(rank).unwrap_or(0.0),
         };
-        Self { p50: rank(50), p90: rank(90), p99: rank(99) }
+        Self { p50: percentile(50), p90: percentile(90), p99: percentile(99) }
+    }
+}
+
+/// How many of some requests kept both promises, or one.
+#[derive(Clone, Copy, Debug, Default)]
+struct Share {
+    kept: usize,
+    all: usize,
+}
+
+impl Share {
+    fn count(&mut self, kept: bool) {
+        self.kept += usize::from(kept);
+        self.all += 1;
+    }
+
+    fn ratio(self) -> f64 {
+        ratio(self.kept as f64, self.all as f64)
     }
 }
 
@@ -194,27 +181,6 @@ fn latencies(outcome: &Outcome) -> Option<&Latencies> {
     }
 }
 
-fn count(outcomes: &[Outcome], is_one: impl Fn(&Outcome) -> bool) -> usize {
-    outcomes.iter().filter(|outcome| is_one(outcome)).count()
-}
-
 fn ratio(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { part / whole } else { 0.0 }
-}
-
-fn share(kept: impl Iterator<Item = bool>) -> f64 {
-    let (kept, all) = kept.fold((0_u64, 0_u64), |(kept, all), is| (kept + u64::from(is), all + 1));
-    ratio(kept as f64, all as f64)
-}
-
-fn of_longest_decile<'a>(
-    judged: impl Iterator<Item = (&'a Outcome, &'a Kept)>,
-    tokens: fn(&Outcome) -> u32,
-) -> f64 {
-    let judged: Vec<_> = judged.map(|(outcome, kept)| (tokens(outcome), kept.both())).collect();
-    let mut lengths: Vec<_> = judged.iter().map(|(tokens, _)| *tokens).collect();
-    lengths.sort_unstable_by(|a, b| b.cmp(a));
-    let last = lengths.len().div_ceil(10).checked_sub(1);
-    let shortest = last.map_or(0, |last| lengths[last]);
-    share(judged.iter().filter(|(tokens, _)| *tokens >= shortest).map(|(_, both)| *both))
 }

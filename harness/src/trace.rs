@@ -26,6 +26,7 @@ mod spread;
 use std::time::Duration;
 
 pub use error::{TraceError, TraceErrors};
+pub use scale::{Load, LoadExtent};
 
 /// What Mooncake's `hash_ids` stand for, and ours.
 pub const PREFIX_BLOCK_TOKENS: u32 = 512;
@@ -67,8 +68,6 @@ impl Trace {
 
     /// Arrivals per second between the first and the last; 0 where no time lies between them.
     pub fn rate_rps(&self) -> f64 {
-        let intervals = self.requests.len().saturating_sub(1);
-        let seconds = self.duration().as_secs_f64();
-        if seconds > 0.0 { intervals as f64 / seconds } else { 0.0 }
+        Load::from(self).rate_rps()
     }
 }

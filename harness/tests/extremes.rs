@@ -8,7 +8,7 @@ use baton_engine::sim::Profile;
 use baton_harness::{
     fleet::{Mode, Setup, simulate},
     goodput::{Sought, goodput},
-    outcome::{Fate, Slo},
+    outcome::Slo,
     trace::{Trace, TraceRequest},
 };
 use serde::Serialize;
@@ -48,20 +48,21 @@ fn assert_numbers(found: &impl Serialize) {
 
 #[test]
 fn what_never_fits_is_turned_away_and_what_just_fits_is_served() {
-    let trace = trace(&[
-        (KV_TOKENS - 1, 2),
-        (KV_TOKENS - 1, 1),
-        (1, KV_TOKENS - 1),
-        (u32::MAX, u32::MAX),
-        (100, 10),
-    ]);
+    let lengths = [
+        ((KV_TOKENS - 1, 2), false),
+        ((KV_TOKENS - 1, 1), true),
+        ((1, KV_TOKENS - 1), true),
+        ((u32::MAX, u32::MAX), false),
+        ((100, 10), true),
+    ];
     for mode in MODES {
         let setup = setup(mode, 2);
-        let run = simulate(&trace, &setup).unwrap();
-        let fates: Vec<bool> =
-            run.outcomes.iter().map(|outcome| outcome.fate != Fate::Rejected).collect();
-        assert_eq!(fates, [false, true, true, false, true], "{mode}");
-        let summary = run.summary(&trace, &setup);
+        for (length, fits) in lengths {
+            let alone = simulate(&trace(&[length]), &setup).unwrap().summary();
+            assert_eq!((alone.completed == 1, alone.rejected == 0), (fits, fits), "{mode}");
+        }
+        let run = simulate(&trace(&lengths.map(|(length, _)| length)), &setup).unwrap();
+        let summary = run.summary();
         assert_eq!((summary.completed, summary.rejected, summary.unfinished), (3, 2, 0), "{mode}");
         assert!(summary.attainment <= 0.6, "{mode}: who is turned away misses");
         assert_numbers(&summary);
@@ -72,7 +73,7 @@ fn what_never_fits_is_turned_away_and_what_just_fits_is_served() {
 fn one_worker_serves_alone() {
     let trace = trace(&[(1000, 50); 20]);
     for mode in [Mode::Aggregated, Mode::Adaptive] {
-        let summary = simulate(&trace, &setup(mode, 1)).unwrap().summary(&trace, &setup(mode, 1));
+        let summary = simulate(&trace, &setup(mode, 1)).unwrap().summary();
         assert_eq!((summary.completed, summary.disaggregated), (20, 0), "{mode}");
     }
     for mode in MODES.into_iter().filter(|mode| mode.has_pools()) {

@@ -172,7 +172,7 @@ fn time_per_output_token_is_that_of_a_real_vllm() {
         setup.concurrency = Some(concurrency);
         // What vLLM takes on such a machine if it is not told.
         setup.chunk_tokens = 8192;
-        let summary = simulate(&trace, &setup).unwrap().summary(&trace, &setup);
+        let summary = simulate(&trace, &setup).unwrap().summary();
         let (tpot, ttft) = (summary.tpot_ms.p50, summary.ttft_ms.p50);
         tpot_errors.push((tpot / tpot_ms - 1.0).abs());
         ttft_errors.push((ttft / ttft_ms - 1.0).abs());

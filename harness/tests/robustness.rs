@@ -26,7 +26,7 @@ fn setup(mode: Mode, workers: u32) -> Setup {
 }
 
 fn run(trace: &Trace, setup: &Setup) -> Summary {
-    simulate(trace, setup).unwrap().summary(trace, setup)
+    simulate(trace, setup).unwrap().summary()
 }
 
 #[test]

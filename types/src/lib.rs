@@ -20,4 +20,4 @@ pub use reslice::{Reslice, ResliceError, Run};
 pub use role::{Leg, ParseRoleError, Role};
 pub use step_fit::{StepFit, StepWork};
 pub use step_model::{StepLoad, StepModel};
-pub use step_tail::StepTail;
+pub use step_tail::{STEP_HEADROOM, StepTail};

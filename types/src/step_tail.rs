@@ -25,6 +25,11 @@ const FORGETTING: f64 = 1.0 / 256.0;
 /// How far a step moves the beginning of the tail, as a part of the prediction, at that rate.
 const STRIDE: f64 = 1.0;
 
+/// Steps are planned to end within this part of the ITL target at most: the target is on the slowest of them.
+pub const STEP_HEADROOM: f64 = 0.95;
+/// Of the ITL target, what the slowest tenth of steps may take on average.
+const TAIL_HEADROOM: f64 = 0.98;
+
 impl Default for StepTail {
     fn default() -> Self {
         Self { begins: 1.0, beyond: 0.0, steps: 0 }
@@ -51,6 +56,12 @@ impl StepTail {
     /// The mean of the slowest tenth.
     pub fn part(&self) -> f64 {
         self.begins + self.beyond / TAIL
+    }
+
+    /// What a step with decodes shall be predicted to take at most, for the slowest tenth to keep to the ITL target.
+    /// Both in milliseconds.
+    pub fn planned_step_ms(&self, itl_target_ms: f64) -> f64 {
+        itl_target_ms * STEP_HEADROOM.min(TAIL_HEADROOM / self.part())
     }
 }
 
@@ -81,6 +92,14 @@ mod tests {
             let part = observed(mean, 0.2, 5000).part();
             assert!((part / mean - 1.18).abs() < 0.03, "{part} around {mean}");
         }
+    }
+
+    #[test]
+    fn noisy_steps_are_planned_shorter_and_exact_ones_no_longer_than_the_headroom() {
+        assert_eq!(observed(1.0, 0.0, 1000).planned_step_ms(100.0), 95.0);
+        assert_eq!(observed(0.5, 0.0, 1000).planned_step_ms(100.0), 95.0);
+        let noisy_ms = observed(1.0, 0.2, 5000).planned_step_ms(100.0);
+        assert!((noisy_ms - 83.0).abs() < 2.5, "{noisy_ms}");
     }
 
     #[test]

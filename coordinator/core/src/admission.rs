@@ -6,9 +6,9 @@
 //!   *Fairness in Serving Large Language Models*, OSDI 2024). A tenant that comes back from a pause is
 //!   lifted to the others: a pause saves nothing up. It is work-conserving: nobody's share stays unused.
 //! - **Deadlines** within a tenant: earliest first, and who cannot make it any more behind all who can.
-//! - **Nobody starves**: each [`OLDEST_EVERY`]th to be admitted is the one that has waited longest,
-//!   whatever its class and tenant. Who is behind `n` others is admitted within `OLDEST_EVERY·(n + 1)`
-//!   admissions.
+//! - **Nobody starves**: of each [`OLDEST_EVERY`] prompt tokens that are admitted one is of those that have waited
+//!   longest, whatever their class and tenant, late or not. Who has `n` tokens, those of all who came before
+//!   included, is admitted before some `OLDEST_EVERY·n` others.
 //! - **Bounded**: when it is full, somebody of the lowest class goes; within that class, of the tenant
 //!   that has most waiting. A tenant that floods it pushes out its own requests.
 
@@ -20,10 +20,12 @@ use std::{
 
 use crate::request::RequestKey;
 
-/// See above: one in so many goes to the longest waiting.
-pub const OLDEST_EVERY: u64 = 8;
+/// See above: one token in so many is of the longest waiting. Those are late mostly, so it is what others lose.
+pub const OLDEST_EVERY: u64 = 32;
 /// An output token costs a tenant as much as so many of its prompt's, as in the paper above.
 pub const OUTPUT_TOKEN_WEIGHT: f64 = 2.0;
+/// Of the TTFT's target.
+const BACKLOG_PART: f64 = 0.5;
 /// Counters of tenants that have nothing waiting are forgotten beyond so many.
 const MAX_ACCOUNTS: usize = 10_000;
 
@@ -34,7 +36,8 @@ pub struct AdmissionSettings {
     pub max_waiting: usize,
     /// Who waited so long is turned away.
     pub max_wait: Duration,
-    /// Requests are admitted as long as some worker has less than this before them.
+    /// Requests are admitted as long as some worker has less than this before them, those that are late as long as
+    /// one has nothing.
     pub backlog: Duration,
     /// Requests of this priority and of larger numbers are turned away at once if no path is predicted
     /// to give a first token in time.
@@ -49,6 +52,14 @@ impl Default for AdmissionSettings {
             backlog: Duration::from_secs(1),
             early_rejection: None,
         }
+    }
+}
+
+impl AdmissionSettings {
+    /// The backlog of workers that shall give first tokens within `ttft`: enough that none is idle, and little enough
+    /// that the rest is in time.
+    pub fn backlog_within(ttft: Duration) -> Duration {
+        ttft.mul_f64(BACKLOG_PART)
     }
 }
 
@@ -130,27 +141,47 @@ impl Accounts {
 pub(crate) struct Waits {
     pub(crate) priority: i32,
     pub(crate) tenant: Arc<str>,
-    /// When its first token is due; when it came, where all are served as they come.
+    pub(crate) arrived: Duration,
+    /// Its place among those that are on time: the smallest is served first.
+    pub(crate) turn: Duration,
+    /// When its first token is due.
     pub(crate) due: Duration,
+    pub(crate) prompt_tokens: u32,
     /// What its prefill takes alone, predicted.
     pub(crate) alone_ms: f64,
+    /// It is served after all who can still make it.
+    pub(crate) is_late: bool,
+}
+
+/// By what a request has its turn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// It may still make its deadline, and if it does not after all it gives the turn back.
+    #[default]
+    OnTime,
+    /// It is late, and of its class and tenant nobody waits who is not.
+    Late,
+    /// It has waited longest of all.
+    Oldest,
 }
 
 /// Those who wait for one model.
 #[derive(Debug, Default)]
 pub(crate) struct WaitingRoom {
-    entries: BTreeMap<RequestKey, (u64, Waits)>,
-    by_age: BTreeMap<u64, RequestKey>,
+    entries: BTreeMap<RequestKey, Waits>,
+    by_age: BTreeSet<(Duration, RequestKey)>,
     classes: BTreeMap<i32, Class>,
     /// How many each tenant has.
     tenants: BTreeMap<Arc<str>, usize>,
-    arrivals: u64,
-    admitted: u64,
+    alone_ms: f64,
+    /// Prompt tokens that were admitted since the longest waiting was.
+    admitted_tokens: u64,
 }
 
 #[derive(Debug, Default)]
 struct Class {
     lines: BTreeMap<Arc<str>, Line>,
+    /// Of those that are on time.
     alone_ms: f64,
 }
 
@@ -159,7 +190,7 @@ struct Class {
 struct Line {
     on_time: BTreeSet<(Duration, RequestKey)>,
     /// In the order of their arrival.
-    late: BTreeSet<(u64, RequestKey)>,
+    late: BTreeSet<(Duration, RequestKey)>,
 }
 
 impl Line {
@@ -176,55 +207,82 @@ impl WaitingRoom {
             let others = self.tenants.keys().filter(|other| **other != waits.tenant);
             accounts.lift(&waits.tenant, others);
         }
-        self.arrivals += 1;
-        self.by_age.insert(self.arrivals, key);
+        self.by_age.insert((waits.arrived, key));
+        self.alone_ms += waits.alone_ms;
         let class = self.classes.entry(waits.priority).or_default();
-        class.alone_ms += waits.alone_ms;
         let line = class.lines.entry(waits.tenant.clone()).or_default();
-        line.on_time.insert((waits.due, key));
-        self.entries.insert(key, (self.arrivals, waits));
+        if waits.is_late {
+            line.late.insert((waits.arrived, key));
+        } else {
+            class.alone_ms += waits.alone_ms;
+            line.on_time.insert((waits.turn, key));
+        }
+        self.entries.insert(key, waits);
     }
 
-    /// Whose turn it is. It stays until it is [admitted](Self::admit).
+    /// Whose turn it is. It stays until it is [admitted](Self::admit). Who is found late is set behind the others of
+    /// its class and tenant, once.
     pub(crate) fn next(
         &mut self,
         accounts: &Accounts,
-        is_late: impl Fn(&Waits) -> bool,
-    ) -> Option<RequestKey> {
-        if (self.admitted + 1).is_multiple_of(OLDEST_EVERY) {
-            return self.by_age.values().next().copied();
-        }
+        is_late: impl FnMut(&Waits) -> bool,
+    ) -> Option<(RequestKey, Turn)> {
+        let next = self.first_of_line(accounts, is_late)?;
+        let (_, oldest) = *self.by_age.first()?;
+        let waits = self.entries.get(&oldest)?;
+        let is_owed = self.admitted_tokens >= OLDEST_EVERY * u64::from(waits.prompt_tokens);
+        Some(if is_owed && oldest != next.0 { (oldest, Turn::Oldest) } else { next })
+    }
+
+    fn first_of_line(
+        &mut self,
+        accounts: &Accounts,
+        mut is_late: impl FnMut(&Waits) -> bool,
+    ) -> Option<(RequestKey, Turn)> {
         let (_, class) = self.classes.iter_mut().next()?;
         let (_, line) = class
             .lines
             .iter_mut()
             .min_by(|(a, _), (b, _)| accounts.of(a).total_cmp(&accounts.of(b)))?;
-        while let Some(&(due, key)) = line.on_time.first() {
-            let (age, waits) = self.entries.get(&key)?;
+        while let Some(&(turn, key)) = line.on_time.first() {
+            let waits = self.entries.get_mut(&key)?;
             if !is_late(waits) {
-                return Some(key);
+                return Some((key, Turn::OnTime));
             }
-            line.on_time.remove(&(due, key));
-            line.late.insert((*age, key));
+            waits.is_late = true;
+            class.alone_ms -= waits.alone_ms;
+            line.on_time.remove(&(turn, key));
+            line.late.insert((waits.arrived, key));
         }
-        line.late.first().map(|(_, key)| *key)
+        line.late.first().map(|(_, key)| (*key, Turn::Late))
     }
 
     /// It goes on to a worker.
-    pub(crate) fn admit(&mut self, key: RequestKey, accounts: &mut Accounts) -> Option<Waits> {
-        let waits = self.remove(key)?;
-        self.admitted += 1;
-        accounts.floor = accounts.floor.max(accounts.of(&waits.tenant));
-        Some(waits)
+    pub(crate) fn admit(&mut self, key: RequestKey, accounts: &mut Accounts) {
+        let is_oldest = self.by_age.first().is_some_and(|(_, oldest)| *oldest == key);
+        if let Some(waits) = self.remove(key) {
+            let tokens = u64::from(waits.prompt_tokens);
+            self.admitted_tokens = if is_oldest {
+                self.admitted_tokens.saturating_sub(OLDEST_EVERY * tokens)
+            } else {
+                self.admitted_tokens + tokens
+            };
+            accounts.floor = accounts.floor.max(accounts.of(&waits.tenant));
+        }
     }
 
     pub(crate) fn remove(&mut self, key: RequestKey) -> Option<Waits> {
-        let (age, waits) = self.entries.remove(&key)?;
-        self.by_age.remove(&age);
+        let waits = self.entries.remove(&key)?;
+        self.by_age.remove(&(waits.arrived, key));
+        self.alone_ms -= waits.alone_ms;
         if let Some(class) = self.classes.get_mut(&waits.priority) {
-            class.alone_ms -= waits.alone_ms;
             if let Some(line) = class.lines.get_mut(&waits.tenant) {
-                let _ = line.on_time.remove(&(waits.due, key)) || line.late.remove(&(age, key));
+                if waits.is_late {
+                    line.late.remove(&(waits.arrived, key));
+                } else {
+                    class.alone_ms -= waits.alone_ms;
+                    line.on_time.remove(&(waits.turn, key));
+                }
                 if line.len() == 0 {
                     class.lines.remove(&waits.tenant);
                 }
@@ -265,8 +323,13 @@ impl WaitingRoom {
         self.entries.is_empty()
     }
 
-    /// Milliseconds of prefill that wait and are of this class or come before it.
-    pub(crate) fn alone_ms(&self, priority: i32) -> f64 {
+    /// Milliseconds of prefill that wait.
+    pub(crate) fn alone_ms(&self) -> f64 {
+        self.alone_ms
+    }
+
+    /// Of those that are on time, and of this class or come before it.
+    pub(crate) fn before_ms(&self, priority: i32) -> f64 {
         self.classes.range(..=priority).map(|(_, class)| class.alone_ms).sum()
     }
 }
@@ -281,7 +344,16 @@ mod tests {
 
     fn waits(priority: i32, tenant: &str, due: u32) -> Waits {
         let (tenant, due) = (Arc::from(tenant), due * SECOND);
-        Waits { priority, tenant, due, alone_ms: 1.0 }
+        Waits {
+            priority,
+            tenant,
+            arrived: Duration::ZERO,
+            turn: due,
+            due,
+            prompt_tokens: 50,
+            alone_ms: 1.0,
+            is_late: false,
+        }
     }
 
     /// A room that never has anybody late, and whom it serves.
@@ -301,8 +373,9 @@ mod tests {
         }
 
         fn serve(&mut self, weight: f64, tokens: f64) -> Option<(RequestKey, Waits)> {
-            let key = self.room.next(&self.accounts, |_| false)?;
-            let waits = self.room.admit(key, &mut self.accounts)?;
+            let (key, _) = self.room.next(&self.accounts, |_| false)?;
+            let waits = self.room.entries.get(&key)?.clone();
+            self.room.admit(key, &mut self.accounts);
             let tenant = Tenant { name: waits.tenant.clone(), weight };
             self.accounts.charge(&tenant, tokens);
             Some((key, waits))
@@ -313,14 +386,29 @@ mod tests {
     fn the_earliest_deadline_of_the_first_class_is_next_and_who_is_late_comes_last() {
         let mut f = Fixture::default();
         let low = f.push(waits(5, "a", 1));
-        assert_eq!([0, 5].map(|class| f.room.alone_ms(class)), [0.0, 1.0]);
+        assert_eq!([0, 5].map(|class| f.room.before_ms(class)), [0.0, 1.0]);
         let late = f.push(waits(0, "a", 2));
         let second = f.push(waits(0, "a", 9));
         let first = f.push(waits(0, "a", 8));
-        for expected in [first, second, late, low] {
-            let key = f.room.next(&f.accounts, |waits| waits.due < 3 * SECOND).unwrap();
-            assert_eq!(key, expected);
-            f.room.admit(key, &mut f.accounts);
+        let returned = f.push(Waits { is_late: true, ..waits(0, "a", 1) });
+        let turns = [Turn::OnTime, Turn::OnTime, Turn::Late, Turn::Late, Turn::OnTime];
+        for (expected, turn) in [first, second, late, returned, low].into_iter().zip(turns) {
+            let is_late = |waits: &Waits| waits.due < 3 * SECOND && waits.priority == 0;
+            assert_eq!(f.room.next(&f.accounts, is_late), Some((expected, turn)));
+            let late_ones = f64::from(
+                [late, returned]
+                    .map(|key| {
+                        u8::from(f.room.entries.get(&key).is_some_and(|waits| waits.is_late))
+                    })
+                    .iter()
+                    .sum::<u8>(),
+            );
+            assert_eq!(
+                f.room.before_ms(5),
+                f.room.alone_ms() - late_ones,
+                "who is late is before nobody"
+            );
+            f.room.admit(expected, &mut f.accounts);
         }
         assert!(f.room.is_empty() && f.room.classes.is_empty() && f.room.by_age.is_empty());
     }
@@ -371,8 +459,9 @@ mod tests {
             }
             let mut served = [0.0, 0.0];
             for (a, b) in &sizes {
-                let key = f.room.next(&f.accounts, |_| false).unwrap();
-                let waits = f.room.admit(key, &mut f.accounts).unwrap();
+                let (key, _) = f.room.next(&f.accounts, |_| false).unwrap();
+                let waits = f.room.entries.get(&key).unwrap().clone();
+                f.room.admit(key, &mut f.accounts);
                 let (which, tokens, weight) = if &*waits.tenant == "a" {
                     (0, f64::from(*a), f64::from(weight))
                 } else {
@@ -386,26 +475,36 @@ mod tests {
             prop_assert!((served[0] - served[1]).abs() <= 4.0 * 200.0, "{served:?}");
         }
 
-        /// Whoever waits is admitted in the end, whatever comes after him.
+        /// Whoever waits is admitted in the end, whatever comes after him, and though he is late.
         #[test]
         fn nobody_starves(
-            before in prop::collection::vec((-3..3i32, 0..4u8), 0..30),
-            after in prop::collection::vec((-3..3i32, 0..4u8), 600),
+            before in prop::collection::vec((-3..3i32, 0..4u8, 1..20u32), 0..10),
+            own_tokens in 1..20u32,
+            is_late: bool,
+            after in prop::collection::vec((-3..3i32, 0..4u8, 100..200u32), 80),
         ) {
             let mut f = Fixture::default();
-            for (priority, tenant) in &before {
-                f.push(waits(*priority, &tenant.to_string(), 1));
+            let of = |(priority, tenant, prompt_tokens): (i32, u8, u32), arrived| Waits {
+                prompt_tokens,
+                arrived: arrived * SECOND,
+                ..waits(priority, &tenant.to_string(), 100)
+            };
+            for one in &before {
+                f.push(of(*one, 1));
             }
-            let victim = f.push(waits(9, "victim", 1000));
-            let bound = OLDEST_EVERY * (before.len() as u64 + 1);
-            let mut turns = 0;
-            for (priority, tenant) in after {
-                f.push(waits(priority, &tenant.to_string(), 0));
-                turns += 1;
-                if f.serve(1.0, 50.0).unwrap().0 == victim {
-                    prop_assert!(turns <= bound, "{turns} > {bound}");
+            let victim = f.push(Waits { is_late, ..of((9, 9, own_tokens), 2) });
+            let older: u32 = before.iter().map(|(.., tokens)| *tokens).sum();
+            // Who is served last may be longer than what was owed.
+            let bound = OLDEST_EVERY * u64::from(older + own_tokens) + u64::from(older + 2 * 200);
+            let mut admitted_tokens = 0;
+            for one in after {
+                f.push(of(one, 3));
+                let (key, waits) = f.serve(1.0, 50.0).unwrap();
+                if key == victim {
+                    prop_assert!(admitted_tokens <= bound, "{admitted_tokens} > {bound}");
                     return Ok(());
                 }
+                admitted_tokens += u64::from(waits.prompt_tokens);
             }
             prop_assert!(false, "never");
         }

@@ -14,7 +14,7 @@ use std::{
 use baton_types::{Fault, FaultKind, Generation, HandoffId, Leg, Origin, Role};
 
 use crate::{
-    admission::{Accounts, AdmissionSettings, WaitingRoom},
+    admission::{Accounts, AdmissionSettings, Turn, WaitingRoom},
     caches::{Caches, Found},
     event::{Action, Event, Rejection},
     fleet::{Fleet, Worker, WorkerDescription, WorkerKey, WorkerView},
@@ -118,15 +118,11 @@ pub struct Core {
     /// Until when each of them waits.
     patience: BTreeSet<(Duration, RequestKey)>,
     is_admitting: bool,
-    /// Of the one that was admitted last.
-    last_turn: Duration,
     /// When prefills of answers that come whole are predicted to be done.
     unseen_prefills: BTreeSet<(Duration, JobId)>,
     balancing: Option<Balancing>,
     /// Kept for its memory.
     candidates: Vec<WorkerKey>,
-    /// The same: lengths of prompts that were found late.
-    demoted: Vec<u32>,
 }
 
 impl Core {
@@ -143,7 +139,6 @@ impl Core {
             balancing: None,
             candidates: Vec::new(),
             late_shares: LateShares::default(),
-            demoted: Vec::new(),
             fleet: Fleet::default(),
             caches: Caches::default(),
             requests: Keyed::default(),
@@ -153,7 +148,6 @@ impl Core {
             accounts: Accounts::default(),
             patience: BTreeSet::new(),
             is_admitting: false,
-            last_turn: Duration::ZERO,
             unseen_prefills: BTreeSet::new(),
         }
     }
@@ -189,6 +183,7 @@ impl Core {
             shape,
             due,
             turn: if self.settings.order == Order::LateLast { due } else { now },
+            turn_by: Turn::default(),
             arrived: now,
             is_counted: false,
             avoid: Vec::new(),
@@ -196,7 +191,6 @@ impl Core {
             plan: Plan::Split,
             admitted: false,
             waits_until: None,
-            queued_ms: 0.0,
             decision: None,
             waits_for: None,
             found: Found::default(),
@@ -371,7 +365,6 @@ impl Core {
     fn empty_queue(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
         let Some(on) = self.fleet.get_mut(worker) else { return };
         let queue = std::mem::take(&mut on.queue);
-        on.queued_ms = 0.0;
         on.queue_changed();
         self.place_anew(queue.keys(), now, actions);
     }
@@ -467,11 +460,6 @@ impl Core {
         let waits = |(_, request): &(u64, &Request)| request.waits_until.is_some();
         assert_eq!(in_rooms, self.requests.iter().filter(waits).count(), "rooms have who waits");
         assert_eq!(in_rooms, self.patience.len(), "who waits does not wait for ever");
-        for (_, worker) in self.fleet.iter() {
-            let waiting = worker.queue.keys().filter_map(|key| self.requests.get(key.0));
-            let queued_ms: f64 = waiting.map(|request| request.queued_ms).sum();
-            assert!((queued_ms - worker.queued_ms).abs() < 1e-3, "a queue's work adds up");
-        }
         let running: u32 = self.fleet.iter().map(|(_, worker)| worker.jobs_running).sum();
         let computing = self.jobs.iter().filter(|(_, job)| job.stage.is_running()).count();
         assert_eq!(running as usize, computing, "counts agree");

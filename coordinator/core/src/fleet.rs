@@ -246,8 +246,6 @@ pub(crate) struct Worker {
     pub(crate) description: WorkerDescription,
     pub(crate) load: Load,
     pub(crate) queue: Queue,
-    /// Milliseconds of prefill of all who wait in it, those who are late too.
-    pub(crate) queued_ms: f64,
     /// Jobs at which its engine is at work.
     pub(crate) jobs_running: u32,
     /// Those, and prefills that only keep their exports.
@@ -270,7 +268,13 @@ impl Worker {
     pub(crate) fn backlog_ms(&self, now: Duration, targets: &Targets) -> Option<f64> {
         self.load.model?;
         let rate = self.load.prefill_rate(targets);
-        Some((self.load.dispatched_left_ms(now, rate) + self.queued_ms) / rate)
+        Some((self.load.dispatched_left_ms(now, rate) + self.queue.work_ms()) / rate)
+    }
+
+    /// Nobody's prompt is before one that comes now, as far as that can be said.
+    pub(crate) fn is_free(&self) -> bool {
+        let prefills = self.load.prefills + self.load.elsewhere.prefills;
+        self.load.model.is_none() || (prefills == 0 && self.queue.len() == 0)
     }
 
     /// Whether it may be given requests for this model.
@@ -335,7 +339,6 @@ impl Fleet {
             description,
             load,
             queue: Queue::default(),
-            queued_ms: 0.0,
             jobs_running: 0,
             jobs_open: 0,
             drains,

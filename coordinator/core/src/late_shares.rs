@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 /// Who may be late how often, by length: prompts of like length, from each power of two to the next, are a
 /// class with an account. Each prompt that is served earns its class a part of a lateness, each that comes
 /// too late spends one. A class with nothing left to spend is served ahead of its turn, so that overload is not
@@ -17,13 +19,23 @@ impl Default for LateShares {
 
 /// Of a class so many may be late, as long as others can be late in their place.
 const SHARE: f64 = 0.18;
+/// A prompt whose like have been late often enough is served ahead of its turn by this part of what it
+/// takes. With more of it others lose more than these gain.
+const HEAD_START: f64 = 0.5;
 /// So many prompts of its class are remembered.
 const MEMORY: f64 = 4096.0;
 
 impl LateShares {
     /// Whether prompts of this length have been late as often as they may.
-    pub(crate) fn are_spent(&self, tokens: u32) -> bool {
+    fn are_spent(&self, tokens: u32) -> bool {
         self.left[class(tokens)] < 1.0
+    }
+
+    /// The turn of a prompt that is due then, of so many tokens, that takes so long.
+    pub(crate) fn turn(&self, due: Duration, tokens: u32, takes_ms: f64) -> Duration {
+        let head_start_ms = if self.are_spent(tokens) { HEAD_START * takes_ms } else { 0.0 };
+        let head_start = Duration::try_from_secs_f64(head_start_ms / 1000.0);
+        due.saturating_sub(head_start.unwrap_or(Duration::MAX))
     }
 
     /// A prompt's turn came, in time or not.

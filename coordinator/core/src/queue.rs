@@ -1,14 +1,11 @@
-use std::{
-    collections::{BTreeMap, VecDeque},
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use crate::request::RequestKey;
 
-/// In which order a worker's prompts are computed.
+/// In which order prompts are computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
-    /// As they come: each is given to its engine at once.
+    /// As they come.
     #[default]
     Arrival,
     /// By the time at which the first token is due. Who is predicted to miss it is served after all
@@ -16,13 +13,18 @@ pub enum Order {
     LateLast,
 }
 
-/// The prompts that wait for one worker.
+/// The prompts that had their turn and wait for one worker's engine.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
-    on_time: BTreeMap<(Duration, RequestKey), Waiting>,
-    late: VecDeque<(RequestKey, Waiting)>,
-    /// Of those that are on time.
+    waiting: BTreeMap<(Place, RequestKey), Waiting>,
     work_ms: f64,
+}
+
+/// The smallest is served first: by class, then by turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    pub(crate) priority: i32,
+    pub(crate) turn: Duration,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -30,69 +32,54 @@ pub(crate) struct Waiting {
     /// What its prefill costs, predicted.
     pub(crate) work_ms: f64,
     pub(crate) tokens: u32,
-    /// When its first token is due.
-    pub(crate) due: Duration,
+    /// When its first token is due, where that matters.
+    pub(crate) due: Option<Duration>,
+}
+
+/// What becomes of the first in a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Popped {
+    Served(RequestKey),
+    Late(RequestKey),
 }
 
 impl Queue {
-    pub(crate) fn push(&mut self, key: RequestKey, turn: Duration, waiting: Waiting) {
+    pub(crate) fn push(&mut self, key: RequestKey, place: Place, waiting: Waiting) {
         self.work_ms += waiting.work_ms;
-        self.on_time.insert((turn, key), waiting);
+        self.waiting.insert((place, key), waiting);
     }
 
-    /// The next to be served, if `admits` it, and whether it is late: of those that are not the one whose
-    /// turn is first. Those that are are set behind, and their lengths written down.
+    /// Takes out the first, if it is late or the engine `admits` it.
     pub(crate) fn pop(
         &mut self,
         is_late: impl Fn(&Waiting) -> bool,
         admits: impl Fn(&Waiting) -> bool,
-        demoted: &mut Vec<u32>,
-    ) -> Option<(RequestKey, bool)> {
-        while let Some((&(turn, key), waiting)) = self.on_time.first_key_value() {
-            let waiting = *waiting;
-            if !is_late(&waiting) {
-                if !admits(&waiting) {
-                    return None;
-                }
-                self.remove_on_time(turn, key);
-                return Some((key, false));
-            }
-            self.remove_on_time(turn, key);
-            demoted.push(waiting.tokens);
-            self.late.push_back((key, waiting));
-        }
-        let (key, waiting) = self.late.front()?;
-        if !admits(waiting) {
-            return None;
-        }
-        let key = *key;
-        self.late.pop_front();
-        Some((key, true))
+    ) -> Option<Popped> {
+        let (&(place, key), waiting) = self.waiting.first_key_value()?;
+        let popped = match is_late(waiting) {
+            true => Popped::Late(key),
+            false if admits(waiting) => Popped::Served(key),
+            false => return None,
+        };
+        self.remove(key, place);
+        Some(popped)
     }
 
-    pub(crate) fn remove(&mut self, key: RequestKey, turn: Duration) -> bool {
-        if self.remove_on_time(turn, key) {
-            return true;
+    pub(crate) fn remove(&mut self, key: RequestKey, place: Place) {
+        if let Some(waiting) = self.waiting.remove(&(place, key)) {
+            self.work_ms -= waiting.work_ms;
         }
-        let place = self.late.iter().position(|(waiting, _)| *waiting == key);
-        place.is_some_and(|place| self.late.remove(place).is_some())
-    }
-
-    fn remove_on_time(&mut self, turn: Duration, key: RequestKey) -> bool {
-        let Some(waiting) = self.on_time.remove(&(turn, key)) else { return false };
-        self.work_ms -= waiting.work_ms;
-        if self.on_time.is_empty() {
+        if self.waiting.is_empty() {
             // Nothing is left of rounding.
             self.work_ms = 0.0;
         }
-        true
     }
 
-    /// Milliseconds of prefill that are served before one whose turn is then.
-    pub(crate) fn work_before_ms(&self, turn: Duration) -> f64 {
-        match self.on_time.last_key_value() {
-            Some((&(last, _), _)) if last > turn => {
-                let before = self.on_time.iter().take_while(|((other, _), _)| *other <= turn);
+    /// Milliseconds of prefill that are served before one whose place is this.
+    pub(crate) fn work_before_ms(&self, place: Place) -> f64 {
+        match self.waiting.last_key_value() {
+            Some((&(last, _), _)) if last > place => {
+                let before = self.waiting.iter().take_while(|((other, _), _)| *other <= place);
                 before.map(|(_, waiting)| waiting.work_ms).sum()
             }
             _ => self.work_ms,
@@ -104,12 +91,11 @@ impl Queue {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.on_time.len() + self.late.len()
+        self.waiting.len()
     }
 
     /// Everyone, in the order of serving.
     pub(crate) fn keys(&self) -> impl Iterator<Item = RequestKey> {
-        let on_time = self.on_time.keys().map(|(_, key)| *key);
-        on_time.chain(self.late.iter().map(|(key, _)| *key))
+        self.waiting.keys().map(|(_, key)| *key)
     }
 }

@@ -3,11 +3,12 @@ use std::{sync::Arc, time::Duration};
 use baton_types::{BlockHash, Generation, HandoffId, Leg};
 
 use crate::{
-    admission::Tenant,
+    admission::{Tenant, Turn},
     caches::Found,
     decision::PlacementDecision,
     fleet::WorkerKey,
     placement::{Plan, Route, Split},
+    queue::Place,
 };
 
 /// One request, from its arrival to the last byte of its answer.
@@ -58,8 +59,9 @@ pub(crate) struct Request {
     pub(crate) first_token_deadline: Duration,
     /// When the first token is due, by the SLO.
     pub(crate) due: Duration,
-    /// Its place in a queue: the smallest is served first.
+    /// Its place among those of its class: the smallest is served first.
     pub(crate) turn: Duration,
+    pub(crate) turn_by: Turn,
     pub(crate) arrived: Duration,
     /// The balancer knows of it.
     pub(crate) is_counted: bool,
@@ -72,8 +74,6 @@ pub(crate) struct Request {
     pub(crate) admitted: bool,
     /// Until then it waits for its turn, or for a worker.
     pub(crate) waits_until: Option<Duration>,
-    /// Milliseconds of its prefill, while it waits in a worker's queue.
-    pub(crate) queued_ms: f64,
     pub(crate) decision: Option<Box<PlacementDecision>>,
     /// The worker in whose queue it waits.
     pub(crate) waits_for: Option<WorkerKey>,
@@ -100,6 +100,13 @@ pub struct RequestView<'a> {
 }
 
 impl Request {
+    /// In a worker's queue. Who has its turn for being late, or old, keeps it.
+    pub(crate) fn place(&self) -> Place {
+        let is_on_time = self.turn_by == Turn::OnTime;
+        let priority = if is_on_time { self.shape.priority } else { i32::MIN };
+        Place { priority, turn: self.turn }
+    }
+
     pub(crate) fn view(&self, key: RequestKey) -> RequestView<'_> {
         RequestView { key, shape: &self.shape, route: self.route }
     }

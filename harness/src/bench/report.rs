@@ -4,7 +4,6 @@ use super::BenchRun;
 use crate::{
     outcome::Slo,
     report::{Contender, Input, Load, Origin, Report, RunFindings, Scenario},
-    summary::Summary,
     trace::Trace,
 };
 
@@ -23,12 +22,12 @@ pub struct Asked {
 }
 
 impl BenchRun {
-    /// `trace` is what was replayed, `summary` what it came to.
-    pub fn report(&self, asked: Asked, trace: &Trace, summary: Summary) -> Report {
+    /// `trace` is what was replayed, `findings` what came of it.
+    pub fn report(&self, asked: Asked, trace: &Trace, findings: RunFindings) -> Report {
         let Asked { command, url, model, slo, seed, scale, .. } = asked;
         let offered_rps = trace.rate_rps();
-        let mut setup = if summary.disaggregated > 0 {
-            format!("{} requests were split", summary.disaggregated)
+        let mut setup = if findings.summary.disaggregated > 0 {
+            format!("{} requests were split", findings.summary.disaggregated)
         } else {
             "one server".to_owned()
         };
@@ -41,7 +40,7 @@ impl BenchRun {
             setup,
             searched: Vec::new(),
             goodput: None,
-            run: Some(RunFindings::new(summary, &self.outcomes, &self.facts.samples)),
+            run: Some(findings),
         };
         let made_up = || Input {
             file: trace.name.clone(),

@@ -43,6 +43,8 @@ pub struct BenchOptions {
 pub struct BenchRun {
     /// In the order of the trace; of a run that was stopped, those that were sent.
     pub outcomes: Vec<Outcome>,
+    /// When since the start of the run, and how the server stood as far as clients see; in the order of time.
+    pub samples: Vec<(Duration, FleetSample)>,
     pub facts: RunFacts,
     pub client: ClientHealth,
     /// How often each error was told.
@@ -257,7 +259,8 @@ impl<'a> Ledger<'a> {
         let (asked, counted) = (self.prompt_tokens_asked, self.prompt_tokens_counted);
         BenchRun {
             outcomes,
-            facts: RunFacts { duration, samples: self.samples, ..RunFacts::default() },
+            samples: self.samples,
+            facts: RunFacts { duration, ..RunFacts::default() },
             client,
             errors: self.errors,
             prompt_tokens_ratio: if asked > 0 { counted as f64 / asked as f64 } else { 0.0 },

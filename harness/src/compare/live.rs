@@ -5,7 +5,7 @@
 //! another mode, and what is told of a mode is of all its rounds. Prompts are new in each run, or a prefix
 //! cache would answer the second mode out of the first one's work; arrivals and lengths are the same.
 
-use std::{error::Error, sync::Arc};
+use std::{error::Error, sync::Arc, time::Duration};
 
 use baton_core::Split;
 use serde_json::Map;
@@ -19,7 +19,7 @@ use crate::{
     bench::{self, BenchOptions, BenchRun, Endpoint, EndpointError, Prompts, Surface},
     outcome::{Outcome, Slo},
     report::{Contender, Load, Origin, Report, RunFindings, Scenario},
-    summary::{RunFacts, Summary},
+    summary::{FleetSample, RunFacts, Tally},
     trace::Trace,
 };
 
@@ -101,6 +101,7 @@ fn mode_name(split: Split) -> &'static str {
 struct Rounds {
     outcomes: Vec<Outcome>,
     facts: RunFacts,
+    samples: Vec<(Duration, FleetSample)>,
     /// One of each round.
     attainments: Vec<Vec<f64>>,
     saturated: usize,
@@ -115,9 +116,7 @@ impl Rounds {
                 .into_iter()
                 .map(|outcome| Outcome { arrival: before + outcome.arrival, ..outcome }),
         );
-        self.facts
-            .samples
-            .extend(run.facts.samples.into_iter().map(|(at, sample)| (before + at, sample)));
+        self.samples.extend(run.samples.into_iter().map(|(at, sample)| (before + at, sample)));
         self.facts.duration += run.facts.duration;
         self.attainments.push(attainments);
         self.saturated += usize::from(run.client.saturated);
@@ -292,7 +291,9 @@ async fn all(
                 )
                 .await;
                 let attainments = experiment.slos.iter().map(|slo| {
-                    summary(experiment, &run.outcomes, &trace, slo, &run.facts).attainment
+                    tally(experiment, (&run.outcomes, &run.samples), &trace, slo)
+                        .summary(&run.facts)
+                        .attainment
                 });
                 let attainments = attainments.collect();
                 of_modes[place].add(run, attainments);
@@ -312,15 +313,14 @@ fn part(trace: &Trace, experiment: &Experiment, live: &Live, scale: f64) -> Trac
     part
 }
 
-fn summary(
+fn tally(
     experiment: &Experiment,
-    outcomes: &[Outcome],
+    (outcomes, samples): (&[Outcome], &[(Duration, FleetSample)]),
     trace: &Trace,
     slo: &Slo,
-    facts: &RunFacts,
-) -> Summary {
+) -> Tally {
     let model = &experiment.profile.1.model;
-    Summary::of(outcomes, &trace.phases, slo, |tokens| model.prefill_alone_ms(0, tokens), facts)
+    Tally::of(outcomes, samples, &trace.phases, slo, |tokens| model.prefill_alone_ms(0, tokens))
 }
 
 fn report(
@@ -337,14 +337,14 @@ fn report(
         for (place, slo) in experiment.slos.iter().enumerate() {
             let seed = experiment.seeds.first().copied().unwrap_or_default();
             let contenders = modes.iter().zip(&of_modes).map(|(mode, rounds)| {
-                let Rounds { outcomes, facts, .. } = rounds;
-                let summary = summary(experiment, outcomes, &file.trace, slo, facts);
+                let Rounds { outcomes, samples, facts, .. } = rounds;
+                let tally = tally(experiment, (outcomes, samples), &file.trace, slo);
                 Contender {
                     mode: mode_name(*mode).to_owned(),
                     setup: rounds.remarks(place),
                     searched: Vec::new(),
                     goodput: None,
-                    run: Some(RunFindings::new(summary, outcomes, &facts.samples)),
+                    run: Some(RunFindings::new(&tally, facts)),
                 }
             });
             scenarios.push(Scenario {
@@ -356,7 +356,7 @@ fn report(
                 min_decile: None,
                 load: Some(Load {
                     scale,
-                    offered_rps: file.trace.scaled(scale, seed).rate_rps(),
+                    offered_rps: file.trace.at(scale, seed).rate_rps(),
                     reason: "live, the engines' chunk budget as they were started".to_owned(),
                 }),
                 contenders: contenders.collect(),

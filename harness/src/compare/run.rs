@@ -110,13 +110,12 @@ pub fn run(
         (0..entries.len()).flat_map(|i| factors.iter().map(move |factor| (i, *factor))).collect();
     let ran = jobs.par_iter().map(|(i, factor)| {
         let (cell, setup) = (entries[*i].cell, &tuned[*i].setup);
-        let scaled = cells[cell].trace.trace.scaled(loads[cell].scale * factor, setup.seed);
-        let run = simulate(&scaled, setup)?;
-        let summary = run.summary(&scaled, setup);
-        let point = LoadPoint { offered_rps: scaled.rate_rps(), attainment: summary.attainment };
-        let is_shown = *factor == LOADS[SHOWN];
-        let findings =
-            is_shown.then(|| RunFindings::new(summary, &run.outcomes, &run.facts.samples));
+        let load = cells[cell].trace.trace.at(loads[cell].scale * factor, setup.seed);
+        let run = simulate(load, setup)?;
+        let findings = RunFindings::new(&run.tally, &run.facts);
+        let attainment = findings.summary.attainment;
+        let point = LoadPoint { offered_rps: load.rate_rps(), attainment };
+        let findings = (*factor == LOADS[SHOWN]).then_some(findings);
         ticker.tick("running at several loads");
         Ok((*i, point, findings))
     });
@@ -259,7 +258,7 @@ fn tune(
         setup: way.describe(candidate),
         goodput_rps: match scale {
             0.0 => 0.0,
-            scale => trace.scaled(*scale, candidate.seed).rate_rps(),
+            scale => trace.at(*scale, candidate.seed).rate_rps(),
         },
     });
     ticker.tick("tuning");
@@ -298,7 +297,7 @@ fn load<'g>(
     let seed = seeds.first().copied().unwrap_or_default();
     let at = |scale: f64, reason: String| Load {
         scale,
-        offered_rps: trace.scaled(scale, seed).rate_rps(),
+        offered_rps: trace.at(scale, seed).rate_rps(),
         reason,
     };
     if let Some(scale) = scale {
@@ -391,7 +390,7 @@ impl Single<'_> {
     /// A file that has gone since it was read.
     pub fn into_report(self, command: &str) -> Result<Report, CompareError> {
         let Self { trace, setup, scale, goodput, .. } = self;
-        let offered_rps = trace.trace.scaled(scale, setup.seed).rate_rps();
+        let offered_rps = trace.trace.at(scale, setup.seed).rate_rps();
         let reason = match goodput {
             Some(_) => "the most that it holds",
             None => "as it was asked",

@@ -1,17 +1,17 @@
 use baton_core::{JobId, RequestKey};
 
 use super::{Nanos, duration};
-use crate::outcome::{Fate, Gaps, Latencies, Outcome};
+use crate::{
+    outcome::{Fate, Gaps, Latencies, Outcome},
+    trace::TraceRequest,
+};
 
 /// One request under way.
 #[derive(Debug, Default)]
 pub(super) struct Flight {
-    /// Place in the trace.
-    pub(super) index: usize,
+    pub(super) asked: TraceRequest,
     pub(super) key: Option<RequestKey>,
     pub(super) arrived: Nanos,
-    pub(super) input_tokens: u32,
-    pub(super) output_tokens: u32,
     pub(super) generated_tokens: u32,
     pub(super) first_token: Option<Nanos>,
     pub(super) last_token: Nanos,
@@ -44,10 +44,10 @@ impl Flight {
         }
         self.last_token = now;
         self.generated_tokens += 1;
-        self.generated_tokens >= self.output_tokens
+        self.generated_tokens >= self.asked.output_tokens
     }
 
-    pub(super) fn outcome(&mut self, phase: Option<u16>, fate: Option<Fate>) -> Outcome {
+    pub(super) fn outcome(&mut self, fate: Option<Fate>) -> Outcome {
         let fate = fate.unwrap_or_else(|| match self.first_token {
             Some(first) => Fate::Completed(Latencies::of_gaps(
                 duration(self.arrived),
@@ -59,9 +59,9 @@ impl Flight {
         });
         Outcome {
             arrival: duration(self.arrived),
-            input_tokens: self.input_tokens,
-            output_tokens: self.output_tokens,
-            phase,
+            input_tokens: self.asked.input_tokens,
+            output_tokens: self.asked.output_tokens,
+            phase: self.asked.phase,
             fate,
             cached_tokens: self.cached_tokens.unwrap_or(0),
             kv_bytes_moved: self.kv_bytes_moved,

@@ -1,4 +1,6 @@
-use crate::trace::Trace;
+use std::collections::BTreeMap;
+
+use crate::trace::LoadExtent;
 
 /// That enough requests still meet their SLOs: of all, and of the tenths with the longest inputs and outputs.
 #[derive(Clone, Debug)]
@@ -18,16 +20,11 @@ struct Allowance {
 impl Hope {
     /// `attainment` is asked of all requests, `min_decile` of the longest ones; as
     /// [`Summary`](crate::summary::Summary) counts them.
-    pub fn of(trace: &Trace, attainment: f64, min_decile: f64) -> Self {
-        let inputs = trace.requests.iter().map(|request| request.input_tokens).collect();
-        let outputs = trace.requests.iter().map(|request| request.output_tokens).collect();
+    pub fn of(load: &LoadExtent, attainment: f64, min_decile: f64) -> Self {
         Self {
-            all: Allowance {
-                from_tokens: 0,
-                left: Some(may_miss(trace.requests.len(), attainment)),
-            },
-            longest_inputs: Allowance::of_longest_decile(inputs, min_decile),
-            longest_outputs: Allowance::of_longest_decile(outputs, min_decile),
+            all: Allowance { from_tokens: 0, left: Some(may_miss(load.requests, attainment)) },
+            longest_inputs: Allowance::of_longest_decile(&load.input_tokens, min_decile),
+            longest_outputs: Allowance::of_longest_decile(&load.output_tokens, min_decile),
         }
     }
 
@@ -45,11 +42,15 @@ impl Hope {
 }
 
 impl Allowance {
-    fn of_longest_decile(mut lengths: Vec<u32>, share: f64) -> Self {
-        lengths.sort_unstable_by(|a, b| b.cmp(a));
-        let last = lengths.len().div_ceil(10).checked_sub(1);
-        let from_tokens = last.map_or(0, |last| lengths[last]);
-        let of = lengths.partition_point(|tokens| *tokens >= from_tokens);
+    fn of_longest_decile(lengths: &BTreeMap<u32, usize>, share: f64) -> Self {
+        let tenth = lengths.values().sum::<usize>().div_ceil(10);
+        let (mut from_tokens, mut of) = (0, 0);
+        for (tokens, requests) in lengths.iter().rev() {
+            if of >= tenth {
+                break;
+            }
+            (from_tokens, of) = (*tokens, of + requests);
+        }
         Self { from_tokens, left: Some(may_miss(of, share)) }
     }
 
@@ -72,20 +73,21 @@ fn may_miss(of: usize, share: f64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trace::TraceRequest;
+    use crate::trace::{Load, Trace, TraceRequest};
 
-    fn trace(lengths: impl Iterator<Item = (u32, u32)>) -> Trace {
+    fn extent(lengths: impl Iterator<Item = (u32, u32)>) -> LoadExtent {
         let requests = lengths.map(|(input_tokens, output_tokens)| TraceRequest {
             input_tokens,
             output_tokens,
             ..TraceRequest::default()
         });
-        Trace { requests: requests.collect(), ..Trace::default() }
+        let trace = Trace { requests: requests.collect(), ..Trace::default() };
+        Load::from(&trace).extent()
     }
 
     #[test]
     fn a_tenth_of_all_may_miss_and_no_more() {
-        let mut hope = Hope::of(&trace((0..30).map(|_| (1, 1))), 0.9, 0.0);
+        let mut hope = Hope::of(&extent((0..30).map(|_| (1, 1))), 0.9, 0.0);
         for _ in 0..3 {
             hope.miss(1, 1);
         }
@@ -98,7 +100,7 @@ mod tests {
     fn the_longest_have_an_allowance_of_their_own() {
         let lengths = || (0..100).map(|i| (i, 100 - i));
         for (missed, (input, output)) in [((0..2), (99, 1)), ((0..2), (1, 99))] {
-            let mut hope = Hope::of(&trace(lengths()), 0.9, 0.8);
+            let mut hope = Hope::of(&extent(lengths()), 0.9, 0.8);
             for _ in missed {
                 hope.miss(input, output);
             }

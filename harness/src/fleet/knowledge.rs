@@ -22,6 +22,8 @@ const MOST_CHANGES: usize = 1 << 14;
 
 pub(super) struct Knowledge {
     block_size_tokens: u32,
+    /// Tokens that each of a request's `prefix_blocks` stands for.
+    prefix_block_tokens: u32,
     /// By the workers' numbers; none where prompts have nothing in common, or nobody listens.
     tellings: Vec<Telling>,
     /// Where nobody listens.
@@ -48,6 +50,7 @@ impl Knowledge {
     pub(super) fn new(setup: &Setup, trace: &Trace) -> Self {
         Self {
             block_size_tokens: setup.block_size_tokens,
+            prefix_block_tokens: trace.prefix_block_tokens,
             tellings: Vec::new(),
             routed: (!setup.precise).then(|| RoutedIndex::new(RoutedLimits::default())),
             shares_prefixes: trace.requests.iter().any(|request| !request.prefix_blocks.is_empty()),
@@ -79,12 +82,11 @@ impl Knowledge {
     /// Fills in what a prompt is looked up by, or what is guessed of it.
     pub(super) fn of_prompt(
         &mut self,
-        trace: &Trace,
         request: &TraceRequest,
         now: Duration,
         shape: &mut RequestShape,
     ) {
-        let names = self.names(trace, request);
+        let names = self.names(request);
         if names.is_empty() {
             return;
         }
@@ -100,23 +102,17 @@ impl Knowledge {
     }
 
     /// A prompt went to a worker.
-    pub(super) fn routed(
-        &mut self,
-        worker: WorkerKey,
-        trace: &Trace,
-        request: &TraceRequest,
-        now: Duration,
-    ) {
+    pub(super) fn routed(&mut self, worker: WorkerKey, request: &TraceRequest, now: Duration) {
         if self.routed.is_some() {
-            let names = self.names(trace, request);
+            let names = self.names(request);
             if let Some(routed) = &mut self.routed {
-                routed.routed(worker, &names, now);
+                routed.routed(worker, &names, |names| names, now);
             }
         }
     }
 
-    fn names(&self, trace: &Trace, request: &TraceRequest) -> Vec<BlockHash> {
-        let names = block_hashes(request, trace.prefix_block_tokens, self.block_size_tokens);
+    fn names(&self, request: &TraceRequest) -> Vec<BlockHash> {
+        let names = block_hashes(request, self.prefix_block_tokens, self.block_size_tokens);
         names.into_iter().filter_map(|name| BlockHash::new(name.0)).collect()
     }
 }

@@ -25,16 +25,15 @@ pub use self::{
     setup::{Late, ParseLateError, Setup, SetupError},
 };
 use crate::{
-    outcome::Outcome,
-    summary::{RunFacts, Summary},
-    trace::Trace,
+    summary::{RunFacts, Summary, Tally},
+    trace::Load,
 };
 
 /// What one simulation gave.
 #[derive(Clone, Debug, Default)]
 pub struct Run {
-    /// In the order of the trace; fewer where the run was given up.
-    pub outcomes: Vec<Outcome>,
+    /// Of the requests that arrived; not of all where the run was given up.
+    pub tally: Tally,
     pub facts: RunFacts,
     /// In the order in which they were done.
     pub flips: Vec<Flip>,
@@ -43,28 +42,32 @@ pub struct Run {
 }
 
 impl Run {
-    pub fn summary(&self, trace: &Trace, setup: &Setup) -> Summary {
-        let alone_ms = |tokens| setup.profile.model.prefill_alone_ms(0, tokens);
-        Summary::of(&self.outcomes, &trace.phases, &setup.slo, alone_ms, &self.facts)
+    pub fn summary(&self) -> Summary {
+        self.tally.summary(&self.facts)
     }
 }
 
-/// Runs a trace to its end, or until `setup.patience` after its last arrival.
+/// Runs a load to its end, or until `setup.patience` after its last arrival. Of its requests those are in memory that
+/// are under way.
 ///
 /// # Errors
 /// A setup that cannot be; the field is named.
-pub fn simulate(trace: &Trace, setup: &Setup) -> Result<Run, SetupError> {
+pub fn simulate<'a>(load: impl Into<Load<'a>>, setup: &Setup) -> Result<Run, SetupError> {
     setup.check()?;
-    Ok(world::World::new(trace, setup, None).run())
+    Ok(world::World::new(load.into(), setup, None).run())
 }
 
 /// [`simulate`], given up as soon as there is no hope left.
 ///
 /// # Errors
 /// A setup that cannot be; the field is named.
-pub fn simulate_while_hopeful(trace: &Trace, setup: &Setup, hope: Hope) -> Result<Run, SetupError> {
+pub fn simulate_while_hopeful<'a>(
+    load: impl Into<Load<'a>>,
+    setup: &Setup,
+    hope: Hope,
+) -> Result<Run, SetupError> {
     setup.check()?;
-    Ok(world::World::new(trace, setup, Some(hope)).run())
+    Ok(world::World::new(load.into(), setup, Some(hope)).run())
 }
 
 /// Virtual time, in nanoseconds since the start of the run.

@@ -1,10 +1,6 @@
 use baton_engine::sim::{PrefillPace, Step};
 use baton_types::{StepModel, StepTail};
 
-/// Steps are planned to end this much before the ITL target at least: the target is on the slowest of them.
-pub(super) const STEP_HEADROOM: f64 = 0.95;
-/// Of the ITL target, what the slowest tenth of steps may take on average.
-const TAIL_HEADROOM: f64 = 0.98;
 const MIN_CHUNK_TOKENS: u32 = 32;
 /// Alone, prompts are batched up to here: a longer batch gains nothing and delays the first of it.
 const BATCH_TOKENS: u32 = 1024;
@@ -25,7 +21,7 @@ impl Pacer {
 
     pub(super) fn pace(&self) -> PrefillPace {
         PrefillPace {
-            step_ms: self.itl_ms * STEP_HEADROOM.min(TAIL_HEADROOM / self.tail.part()),
+            step_ms: self.tail.planned_step_ms(self.itl_ms),
             model: self.believed,
             min_chunk_tokens: MIN_CHUNK_TOKENS,
             batch_tokens: BATCH_TOKENS,

@@ -5,25 +5,25 @@ use std::{
 };
 
 use baton_core::{
-    Action, Core, Event, HandoffMode, JobId, Order, PrefixPull, RequestKey, RequestShape, Settings,
-    Split, WorkerDescription, WorkerKey,
+    Action, AdmissionSettings, Core, Event, HandoffMode, JobId, Order, PrefixPull, RequestKey,
+    RequestShape, Settings, Split, WorkerDescription, WorkerKey,
     policy::{self, Targets},
 };
 use baton_engine::sim::{BlockHash, NewSequence, Scheduler, SchedulerLimits};
-use baton_types::{Epoch, HandoffId, Leg, StepModel};
+use baton_types::{Epoch, HandoffId, Leg, STEP_HEADROOM, StepModel};
 
 use super::{
     Hope, Late, Mode, Nanos, Run, Setup, duration,
     flight::{Awaited, Flight},
     flips::Pools,
     knowledge::Knowledge,
-    pacer::{Pacer, STEP_HEADROOM},
+    pacer::Pacer,
     worker::Worker,
 };
 use crate::{
-    outcome::{Fate, Outcome},
-    summary::{FleetSample, RunFacts},
-    trace::{Trace, TraceRequest},
+    outcome::Fate,
+    summary::{FleetSample, RunFacts, Tally},
+    trace::{Load, TraceRequest},
 };
 
 const SAMPLE_INTERVAL: Nanos = 1_000_000_000;
@@ -71,7 +71,12 @@ struct Pull {
 }
 
 pub(super) struct World<'a> {
-    trace: &'a Trace,
+    /// Those that are still to come, of which the first is here.
+    requests: Box<dyn Iterator<Item = TraceRequest> + 'a>,
+    next_request: Option<TraceRequest>,
+    arrived: u64,
+    last_arrival: Nanos,
+    prefix_block_tokens: u32,
     pub(super) setup: &'a Setup,
     pub(super) core: Core,
     pub(super) now: Nanos,
@@ -82,16 +87,13 @@ pub(super) struct World<'a> {
     /// Equal times go in the order in which they were foreseen.
     happenings: BinaryHeap<Reverse<(Nanos, u64, Happening)>>,
     foreseen: u64,
-    next_arrival: usize,
     flights: Vec<Option<Flight>>,
     free_flights: Vec<usize>,
     flights_open: usize,
     by_request: HashMap<RequestKey, usize>,
     jobs: HashMap<JobId, (usize, usize)>,
     pulls: HashMap<JobId, Pull>,
-    /// Of all that have arrived, in that order; unfinished as long as they are in flight.
-    outcomes: Vec<Outcome>,
-    samples: Vec<(Duration, FleetSample)>,
+    tally: Tally,
     /// Workers that may have something to compute now.
     touched: Vec<usize>,
     pub(super) actions: Vec<Action>,
@@ -99,27 +101,30 @@ pub(super) struct World<'a> {
 }
 
 impl<'a> World<'a> {
-    pub(super) fn new(trace: &'a Trace, setup: &'a Setup, hope: Option<Hope>) -> Self {
+    pub(super) fn new(load: Load<'a>, setup: &'a Setup, hope: Option<Hope>) -> Self {
+        let mut requests = Box::new(load.requests());
         let mut world = Self {
-            trace,
+            next_request: requests.next(),
+            requests,
+            arrived: 0,
+            last_arrival: 0,
+            prefix_block_tokens: load.trace.prefix_block_tokens,
             setup,
             core: core(setup),
             now: 0,
             workers: Vec::new(),
             pools: Pools::new(setup),
-            knowledge: Knowledge::new(setup, trace),
+            knowledge: Knowledge::new(setup, load.trace),
             by_key: HashMap::new(),
             happenings: BinaryHeap::new(),
             foreseen: 0,
-            next_arrival: 0,
             flights: Vec::new(),
             free_flights: Vec::new(),
             flights_open: 0,
             by_request: HashMap::new(),
             jobs: HashMap::new(),
             pulls: HashMap::new(),
-            outcomes: Vec::with_capacity(trace.requests.len()),
-            samples: Vec::new(),
+            tally: Tally::new(&load.trace.phases),
             touched: Vec::new(),
             actions: Vec::new(),
             hope,
@@ -171,20 +176,19 @@ impl<'a> World<'a> {
     }
 
     pub(super) fn run(mut self) -> Run {
-        let last_arrival = self.trace.requests.last().map_or(Duration::ZERO, |last| last.arrival);
-        let end = match self.setup.concurrency {
-            None => nanos_of(last_arrival).saturating_add(nanos_of(self.setup.patience)),
-            Some(_) => Nanos::MAX,
-        };
         let mut given_up = false;
-        while self.next_arrival < self.trace.requests.len() || self.flights_open > 0 {
+        while self.next_request.is_some() || self.flights_open > 0 {
             let next = self.happenings.peek().map(|Reverse((time, ..))| *time);
-            let arrival = self.trace.requests.get(self.next_arrival);
+            let arrival = self.next_request.as_ref();
             let arrival = match self.setup.concurrency {
                 None => arrival.map(|request| nanos_of(request.arrival)),
                 Some(most) => {
                     arrival.filter(|_| self.flights_open < most as usize).map(|_| self.now)
                 }
+            };
+            let end = match (self.setup.concurrency, &self.next_request) {
+                (None, None) => self.last_arrival.saturating_add(nanos_of(self.setup.patience)),
+                _ => Nanos::MAX,
             };
             match (arrival, next) {
                 (Some(arrival), next) if next.is_none_or(|next| arrival <= next) => {
@@ -210,20 +214,16 @@ impl<'a> World<'a> {
     }
 
     fn into_run(mut self, given_up: bool) -> Run {
-        for flight in &mut self.flights {
-            if let Some(mut flight) = flight.take() {
-                let phase = self.trace.requests[flight.index].phase;
-                self.outcomes[flight.index] = flight.outcome(phase, Some(Fate::Unfinished));
-            }
+        for mut flight in std::mem::take(&mut self.flights).into_iter().flatten() {
+            self.ended(&mut flight, Some(Fate::Unfinished));
         }
         let (workers_seconds, flips) = self.pools.finish(self.setup.mode, self.now);
         Run {
-            outcomes: self.outcomes,
+            tally: self.tally,
             facts: RunFacts {
                 duration: duration(self.now),
                 flips: flips.len() as u64,
                 workers_seconds,
-                samples: self.samples,
             },
             flips,
             given_up,
@@ -257,32 +257,28 @@ impl<'a> World<'a> {
     }
 
     fn arrive(&mut self) {
-        let index = self.next_arrival;
-        self.next_arrival += 1;
-        let request = &self.trace.requests[index];
-        let mut flight = Flight {
-            index,
-            arrived: self.now,
-            input_tokens: request.input_tokens,
-            output_tokens: request.output_tokens,
-            ..Flight::default()
+        let Some(asked) = std::mem::replace(&mut self.next_request, self.requests.next()) else {
+            return;
         };
-        let tokens = u64::from(request.input_tokens) + u64::from(request.output_tokens);
+        let handoff = HandoffId::from_u128(u128::from(self.arrived));
+        self.arrived += 1;
+        self.last_arrival = self.now;
+        self.tally.arrived(duration(self.now));
+        let tokens = u64::from(asked.input_tokens) + u64::from(asked.output_tokens);
         let block_size = u64::from(self.setup.block_size_tokens);
         let capacity = self.setup.kv_capacity_tokens / block_size * block_size;
-        if tokens > capacity || request.input_tokens == 0 || request.output_tokens == 0 {
-            self.outcomes.push(flight.outcome(request.phase, Some(Fate::Rejected)));
-            missed(&mut self.hope, &mut flight);
-            return;
+        let fits = tokens <= capacity && asked.input_tokens > 0 && asked.output_tokens > 0;
+        let mut flight = Flight { arrived: self.now, asked, ..Flight::default() };
+        if !fits {
+            return self.ended(&mut flight, Some(Fate::Rejected));
         }
-        self.outcomes.push(flight.outcome(request.phase, Some(Fate::Unfinished)));
+        let asked = &flight.asked;
         let mut shape = RequestShape {
-            max_output_tokens: (request.output_tokens == 1).then_some(1),
-            prompt_tokens: request.input_tokens,
+            max_output_tokens: (asked.output_tokens == 1).then_some(1),
+            prompt_tokens: asked.input_tokens,
             ..RequestShape::default()
         };
-        self.knowledge.of_prompt(self.trace, request, duration(self.now), &mut shape);
-        let handoff = HandoffId::from_u128(index as u128);
+        self.knowledge.of_prompt(asked, duration(self.now), &mut shape);
         let mut actions = std::mem::take(&mut self.actions);
         let key = self.core.arrive(shape, handoff, duration(self.now), &mut actions);
         flight.key = Some(key);
@@ -339,15 +335,15 @@ impl<'a> World<'a> {
         };
         let Some(flight) = &mut self.flights[place] else { return };
         flight.disaggregated |= leg == Leg::Decode;
-        let asked = &self.trace.requests[flight.index];
-        self.knowledge.routed(self.workers[worker].key, self.trace, asked, duration(self.now));
-        let output_tokens = if leg == Leg::Prefill { 1 } else { flight.output_tokens };
+        let asked = &flight.asked;
+        self.knowledge.routed(self.workers[worker].key, asked, duration(self.now));
+        let output_tokens = if leg == Leg::Prefill { 1 } else { asked.output_tokens };
         let new = NewSequence {
-            prompt_tokens: flight.input_tokens,
-            max_tokens: flight.input_tokens + output_tokens,
+            prompt_tokens: asked.input_tokens,
+            max_tokens: asked.input_tokens + output_tokens,
             block_hashes: block_hashes(
-                &self.trace.requests[flight.index],
-                self.trace.prefix_block_tokens,
+                asked,
+                self.prefix_block_tokens,
                 self.setup.block_size_tokens,
             ),
             remote_kv: leg == Leg::Decode,
@@ -420,13 +416,16 @@ impl<'a> World<'a> {
         let Some(mut flight) = self.flights[place].take() else { return };
         self.free_flights.push(place);
         self.flights_open -= 1;
-        let asked = &self.trace.requests[flight.index];
-        let outcome = flight.outcome(asked.phase, fate);
-        let kept = self.setup.slo.kept(&outcome.fate, self.alone_ms(asked.input_tokens));
+        self.ended(&mut flight, fate);
+    }
+
+    fn ended(&mut self, flight: &mut Flight, fate: Option<Fate>) {
+        let outcome = flight.outcome(fate);
+        let kept = self.setup.slo.kept(&outcome.fate, self.alone_ms(outcome.input_tokens));
         if !kept.both() {
-            missed(&mut self.hope, &mut flight);
+            missed(&mut self.hope, flight);
         }
-        self.outcomes[flight.index] = outcome;
+        self.tally.ended(&outcome, kept);
     }
 
     fn begin_steps(&mut self) {
@@ -464,7 +463,7 @@ impl<'a> World<'a> {
         let Some(flight) = &mut self.flights[place] else { return };
         let (Some(from), Some(awaited)) = (flight.prefilled_by, flight.awaited) else { return };
         flight.awaited = None;
-        let tokens = flight.input_tokens - awaited.cached_tokens;
+        let tokens = flight.asked.input_tokens - awaited.cached_tokens;
         flight.kv_bytes_moved += u64::from(tokens) * self.setup.kv_bytes_per_token;
         let mut sender = self.workers[from].link;
         let receiver = &mut self.workers[awaited.worker].link;
@@ -535,7 +534,7 @@ impl<'a> World<'a> {
                 }
             }
         }
-        self.samples.push((duration(self.now), sample));
+        self.tally.sampled(duration(self.now), &sample);
         self.foresee(self.now + SAMPLE_INTERVAL, Happening::Sample);
     }
 
@@ -549,17 +548,18 @@ fn missed(hope: &mut Option<Hope>, flight: &mut Flight) {
     if let Some(hope) = hope
         && !std::mem::replace(&mut flight.missed, true)
     {
-        hope.miss(flight.input_tokens, flight.output_tokens);
+        hope.miss(flight.asked.input_tokens, flight.asked.output_tokens);
     }
 }
 
 /// A first token now would be too late.
 fn is_overdue(setup: &Setup, flight: &Flight, now: Nanos) -> bool {
-    let alone_ms = setup.profile.model.prefill_alone_ms(0, flight.input_tokens);
+    let alone_ms = setup.profile.model.prefill_alone_ms(0, flight.asked.input_tokens);
     super::milliseconds(now - flight.arrived) > setup.slo.ttft_limit_ms(alone_ms)
 }
 
 fn core(setup: &Setup) -> Core {
+    let ttft = Duration::from_nanos(super::nanos(setup.slo.ttft_ms));
     let settings = Settings {
         split: match setup.mode {
             Mode::Aggregated => Split::Never,
@@ -570,7 +570,7 @@ fn core(setup: &Setup) -> Core {
             Late::Fifo => Order::Arrival,
             Late::Last => Order::LateLast,
         },
-        ttft: Duration::from_nanos(super::nanos(setup.slo.ttft_ms)),
+        ttft,
         ttft_prefill_factor: setup.slo.ttft_prefill_factor,
         targets: Targets {
             step_ms: STEP_HEADROOM * setup.slo.itl_ms,
@@ -580,6 +580,13 @@ fn core(setup: &Setup) -> Core {
             pull_ms: 0.0,
         },
         first_token_timeout: Duration::MAX / 4,
+        // As a live coordinator has it, but that nobody is turned away.
+        admission: Some(AdmissionSettings {
+            max_waiting: usize::MAX,
+            max_wait: Duration::MAX / 4,
+            backlog: AdmissionSettings::backlog_within(ttft),
+            early_rejection: None,
+        }),
         ..Settings::default()
     };
     let entry = policy::policy(setup.policy_name()).unwrap_or(&policy::POLICIES[0]);

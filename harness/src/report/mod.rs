@@ -12,14 +12,14 @@ mod page;
 mod plot;
 mod table;
 
-use std::{fs, io, path::Path, time::Duration};
+use std::{fs, io, path::Path};
 
 use serde::Serialize;
 
 pub use self::table::to_csv;
 use crate::{
-    outcome::{Fate, Outcome, Slo},
-    summary::{FleetSample, Summary, WorkersSeconds},
+    outcome::Slo,
+    summary::{FleetSample, Ranks, RunFacts, Slot, Summary, Tally, Timeline, WorkersSeconds},
 };
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -156,24 +156,12 @@ pub struct Moment {
 }
 
 impl RunFindings {
-    /// What one run shows. `samples` are in the order of time.
-    pub fn new(
-        summary: Summary,
-        outcomes: &[Outcome],
-        samples: &[(Duration, FleetSample)],
-    ) -> Self {
-        let completed = |latency: fn(&crate::outcome::Latencies) -> f64| {
-            let values = outcomes.iter().filter_map(|outcome| match &outcome.fate {
-                Fate::Completed(latencies) => Some(latency(latencies)),
-                Fate::Rejected | Fate::Unfinished => None,
-            });
-            Distribution::new(values.collect(), outcomes.len())
-        };
+    pub fn new(tally: &Tally, facts: &RunFacts) -> Self {
         Self {
-            ttft_ms: completed(|latencies| latencies.ttft_ms),
-            tbt_ms: completed(|latencies| latencies.tbt_ms),
-            timeline: timeline(outcomes, samples),
-            summary,
+            ttft_ms: Distribution::new(&tally.ttft_ms().ranks(), tally.requests()),
+            tbt_ms: Distribution::new(&tally.tbt_ms().ranks(), tally.requests()),
+            timeline: timeline(tally.timeline()),
+            summary: tally.summary(facts),
         }
     }
 }
@@ -188,11 +176,9 @@ impl RunFindings {
 
 impl Distribution {
     /// `values` of those of `requests` that have one.
-    pub fn new(mut values: Vec<f64>, requests: usize) -> Self {
+    pub fn new(values: &Ranks, requests: usize) -> Self {
         const POINTS: usize = 160;
-        values.retain(|value| value.is_finite());
-        values.sort_by(f64::total_cmp);
-        let count = values.len();
+        let count = values.count();
         let ranks = (1..=POINTS).map(|i| (i * count).div_ceil(POINTS)).filter(|rank| *rank > 0);
         let mut ranks: Vec<usize> = std::iter::once(1).chain(ranks).collect();
         // The last hundredth is what an SLO of 99 % asks about.
@@ -200,8 +186,8 @@ impl Distribution {
         ranks.sort_unstable();
         ranks.dedup();
         let point = |rank: usize| {
-            let ms = *values.get(rank.checked_sub(1)?)?;
-            Some(DistributionPoint { ms, share: ratio(rank, requests) })
+            let share = ratio(rank, requests);
+            values.value(rank).map(|ms| DistributionPoint { ms, share })
         };
         Self { points: ranks.into_iter().filter_map(point).collect() }
     }
@@ -212,56 +198,19 @@ impl Distribution {
     }
 }
 
-fn timeline(outcomes: &[Outcome], samples: &[(Duration, FleetSample)]) -> Vec<Moment> {
-    const SLICES: u32 = 200;
-    let last_arrival = outcomes.iter().map(|outcome| outcome.arrival).max().unwrap_or_default();
-    let last_sample = samples.last().map(|(at, _)| *at).unwrap_or_default();
-    // Shorter slices than samples, or than a second, would show noise and holes.
-    let steps = samples.windows(2).filter_map(|pair| match pair {
-        [a, b] => Some(b.0.saturating_sub(a.0)),
-        _ => None,
-    });
-    let finest = steps.max().unwrap_or_default().max(Duration::from_secs(1));
-    let slice = (last_arrival.max(last_sample) / SLICES).max(finest).as_secs_f64();
-    let index = |at: Duration| whole(at.as_secs_f64() / slice);
-
-    let slices = index(last_arrival.max(last_sample)) + 1;
-    let mut arrivals = vec![0_usize; slices];
-    for outcome in outcomes {
-        if let Some(count) = arrivals.get_mut(index(outcome.arrival)) {
-            *count += 1;
-        }
-    }
-    let mut sums = vec![(FleetSample::default(), 0_usize); slices];
-    for (at, sample) in samples {
-        if let Some((sum, count)) = sums.get_mut(index(*at)) {
-            add(sum, sample, 1.0);
-            *count += 1;
-        }
-    }
+fn timeline(timeline: &Timeline) -> Vec<Moment> {
+    const SLICES: usize = 200;
+    let (seconds, slots) = timeline.slices(SLICES);
     let mut held = FleetSample::default();
-    let mut moments = Vec::with_capacity(slices);
-    for (i, (arrivals, (sum, count))) in arrivals.into_iter().zip(sums).enumerate() {
-        if count > 0 {
-            held = FleetSample::default();
-            add(&mut held, &sum, 1.0 / float(count));
-        }
-        moments.push(Moment {
-            at_s: (float(i) + 0.5) * slice,
-            arrivals_per_s: float(arrivals) / slice,
+    let moment = |(i, slot): (usize, Slot)| {
+        held = slot.fleet().unwrap_or(held);
+        Moment {
+            at_s: (float(i) + 0.5) * seconds,
+            arrivals_per_s: float(slot.arrivals) / seconds,
             fleet: held,
-        });
-    }
-    moments
-}
-
-fn add(sum: &mut FleetSample, sample: &FleetSample, weight: f64) {
-    sum.workers_prefill += sample.workers_prefill * weight;
-    sum.workers_decode += sample.workers_decode * weight;
-    sum.workers_mixed += sample.workers_mixed * weight;
-    sum.requests_queued += sample.requests_queued * weight;
-    sum.requests_running += sample.requests_running * weight;
-    sum.kv_used_ratio += sample.kv_used_ratio * weight;
+        }
+    };
+    slots.into_iter().enumerate().map(moment).collect()
 }
 
 fn ratio(part: usize, whole: usize) -> f64 {
@@ -271,15 +220,6 @@ fn ratio(part: usize, whole: usize) -> f64 {
 #[allow(clippy::cast_precision_loss, reason = "counts stay far below 2^53")]
 fn float(count: usize) -> f64 {
     count as f64
-}
-
-#[allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a count of slices of a run, never negative"
-)]
-fn whole(value: f64) -> usize {
-    value as usize
 }
 
 impl Report {
@@ -309,8 +249,15 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::outcome::Latencies;
+    use crate::{
+        outcome::{Fate, Latencies, Outcome},
+        summary::Spread,
+    };
+
+    const SLO: Slo = Slo { ttft_ms: 1.0, ttft_prefill_factor: 0.0, itl_ms: 1.0 };
 
     fn outcome(arrival_ms: u64, fate: Fate) -> Outcome {
         Outcome {
@@ -333,7 +280,8 @@ mod tests {
         let mut outcomes: Vec<_> =
             (1..=900_u32).map(|i| outcome(i.into(), took(i.into()))).collect();
         outcomes.extend((0..100).map(|i| outcome(i, Fate::Rejected)));
-        let run = RunFindings::new(Summary::default(), &outcomes, &[]);
+        let tally = Tally::of(&outcomes, &[], &[], &SLO, |_| 0.0);
+        let run = RunFindings::new(&tally, &RunFacts::default());
         let end = run.ttft_ms.points.last().unwrap();
         assert_eq!((end.ms, end.share), (900.0, 0.9));
         assert!((run.ttft_ms.quantile(0.5).unwrap() - 500.0).abs() < 6.0);
@@ -341,19 +289,20 @@ mod tests {
         assert_eq!(run.ttft_ms.quantile(0.9), Some(900.0));
         assert_eq!(run.ttft_ms.quantile(0.95), None);
         assert!(run.ttft_ms.points.len() < 200);
-        assert!(Distribution::new(Vec::new(), 10).points.is_empty());
+        assert!(Distribution::new(&Spread::default().ranks(), 10).points.is_empty());
     }
 
     #[test]
     fn a_timeline_counts_arrivals_and_holds_what_was_sampled_last() {
-        let outcomes: Vec<_> = [0, 100, 200, 2_500].map(|at| outcome(at, Fate::Unfinished)).into();
         let sample = |queued| FleetSample { requests_queued: queued, ..FleetSample::default() };
         let samples = [(0, 4.0), (500, 6.0), (1_500, 1.0)]
             .map(|(at, q)| (Duration::from_millis(at), sample(q)));
-        let moments = timeline(&outcomes, &samples);
+        let outcomes = [0, 100, 200, 2_500].map(|at| outcome(at, Fate::Unfinished));
+        let tally = Tally::of(&outcomes, &samples, &[], &SLO, |_| 0.0);
+        let moments = timeline(tally.timeline());
         let shown: Vec<_> =
             moments.iter().map(|m| (m.at_s, m.arrivals_per_s, m.fleet.requests_queued)).collect();
         assert_eq!(shown, [(0.5, 3.0, 5.0), (1.5, 0.0, 1.0), (2.5, 1.0, 1.0)]);
-        assert_eq!(timeline(&[], &[]).len(), 1);
+        assert!(timeline(Tally::default().timeline()).is_empty());
     }
 }

@@ -1,65 +1,99 @@
 use std::{collections::BTreeMap, time::Duration};
 
-use super::{FleetSample, Minute, Percentiles, latencies, share};
+use super::{FleetSample, Minute, Percentiles, Share, Slot, latencies};
 use crate::outcome::{Kept, Outcome};
 
-/// What lies in one minute.
-#[derive(Default)]
-struct Bucket<'a> {
-    requests: Vec<(&'a Outcome, Kept)>,
-    samples: Vec<FleetSample>,
+/// Requests by the minute in which they arrived. A minute that is over, and whose requests have all ended, is summed
+/// up and let go.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Minutes {
+    latest: u32,
+    open: BTreeMap<u32, OpenMinute>,
+    over: BTreeMap<u32, Minute>,
+    sampled: BTreeMap<u32, Slot>,
 }
 
-pub(super) fn of<'a>(
-    judged: impl Iterator<Item = (&'a Outcome, &'a Kept)>,
-    samples: &[(Duration, FleetSample)],
-) -> Vec<Minute> {
-    let mut buckets: BTreeMap<u32, Bucket<'_>> = BTreeMap::new();
-    for (outcome, kept) in judged {
-        buckets.entry(minute_of(outcome.arrival)).or_default().requests.push((outcome, *kept));
+#[derive(Clone, Debug, Default)]
+struct OpenMinute {
+    arrivals: usize,
+    ended: Share,
+    completed: usize,
+    ttft_ms: Vec<f64>,
+    tbt_ms: Vec<f64>,
+}
+
+impl Minutes {
+    pub(super) fn arrived(&mut self, at: Duration) {
+        let minute = minute_of(at);
+        self.open.entry(minute).or_default().arrivals += 1;
+        if minute > self.latest {
+            self.latest = minute;
+            let before: Vec<u32> = self.open.range(..minute).map(|(minute, _)| *minute).collect();
+            before.into_iter().for_each(|minute| self.let_go(minute));
+        }
     }
-    for (at, sample) in samples {
-        buckets.entry(minute_of(*at)).or_default().samples.push(*sample);
+
+    pub(super) fn ended(&mut self, outcome: &Outcome, kept: Kept) {
+        let minute = minute_of(outcome.arrival);
+        let Some(open) = self.open.get_mut(&minute) else { return };
+        open.ended.count(kept.both());
+        if let Some(latencies) = latencies(outcome) {
+            open.completed += 1;
+            open.ttft_ms.push(latencies.ttft_ms);
+            if outcome.output_tokens > 1 {
+                open.tbt_ms.push(latencies.tbt_ms);
+            }
+        }
+        if minute < self.latest {
+            self.let_go(minute);
+        }
     }
-    buckets.into_iter().map(|(minute, bucket)| bucket.summed_up(minute)).collect()
+
+    pub(super) fn sampled(&mut self, at: Duration, sample: &FleetSample) {
+        self.sampled.entry(minute_of(at)).or_default().sampled(sample);
+    }
+
+    #[cfg(test)]
+    pub(super) fn open(&self) -> usize {
+        self.open.len()
+    }
+
+    fn let_go(&mut self, minute: u32) {
+        if let Some(open) = self.open.get(&minute)
+            && open.ended.all == open.arrivals
+        {
+            self.over.insert(minute, open.summed_up(minute));
+            self.open.remove(&minute);
+        }
+    }
+
+    pub(super) fn summed_up(&self) -> Vec<Minute> {
+        let mut minutes = self.over.clone();
+        minutes.extend(self.open.iter().map(|(minute, open)| (*minute, open.summed_up(*minute))));
+        for (minute, sampled) in &self.sampled {
+            let empty = Minute { minute: *minute, ..Minute::default() };
+            minutes.entry(*minute).or_insert(empty).fleet = sampled.fleet().unwrap_or_default();
+        }
+        minutes.into_values().collect()
+    }
 }
 
 fn minute_of(at: Duration) -> u32 {
     u32::try_from(at.as_secs() / 60).unwrap_or(u32::MAX)
 }
 
-impl Bucket<'_> {
+impl OpenMinute {
     fn summed_up(&self, minute: u32) -> Minute {
-        let completed = || self.requests.iter().filter_map(|(outcome, _)| latencies(outcome));
-        let mut ttft_ms: Vec<_> = completed().map(|latencies| latencies.ttft_ms).collect();
-        let with_gaps = self.requests.iter().filter(|(outcome, _)| outcome.output_tokens > 1);
-        let mut tbt_ms: Vec<_> =
-            with_gaps.filter_map(|(outcome, _)| Some(latencies(outcome)?.tbt_ms)).collect();
-        let ttft = Percentiles::of_values(&mut ttft_ms);
+        let ttft = Percentiles::of_values(&mut self.ttft_ms.clone());
         Minute {
             minute,
-            arrivals: self.requests.len(),
-            completed: completed().count(),
-            attainment: share(self.requests.iter().map(|(_, kept)| kept.both())),
+            arrivals: self.arrivals,
+            completed: self.completed,
+            attainment: self.ended.ratio(),
             ttft_ms_p50: ttft.p50,
             ttft_ms_p90: ttft.p90,
-            tbt_ms_p90: Percentiles::of_values(&mut tbt_ms).p90,
-            fleet: mean(&self.samples),
+            tbt_ms_p90: Percentiles::of_values(&mut self.tbt_ms.clone()).p90,
+            fleet: FleetSample::default(),
         }
-    }
-}
-
-fn mean(samples: &[FleetSample]) -> FleetSample {
-    let of = |field: fn(&FleetSample) -> f64| {
-        let sum: f64 = samples.iter().map(field).sum();
-        if samples.is_empty() { 0.0 } else { sum / samples.len() as f64 }
-    };
-    FleetSample {
-        workers_prefill: of(|sample| sample.workers_prefill),
-        workers_decode: of(|sample| sample.workers_decode),
-        workers_mixed: of(|sample| sample.workers_mixed),
-        requests_queued: of(|sample| sample.requests_queued),
-        requests_running: of(|sample| sample.requests_running),
-        kv_used_ratio: of(|sample| sample.kv_used_ratio),
     }
 }

@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use super::*;
+use crate::outcome::Slo;
 
 const SLO: Slo = Slo { ttft_ms: 100.0, ttft_prefill_factor: 1.0, itl_ms: 20.0 };
 
@@ -22,7 +23,7 @@ fn completed(arrival_s: u64, ttft_ms: f64, tbt_ms: f64) -> Outcome {
 fn sum_up(outcomes: &[Outcome], phases: &[&str]) -> Summary {
     let phases: Vec<_> = phases.iter().copied().map(str::to_owned).collect();
     let run = RunFacts { duration: Duration::from_secs(100), ..RunFacts::default() };
-    Summary::of(outcomes, &phases, &SLO, f64::from, &run)
+    Tally::of(outcomes, &[], &phases, &SLO, f64::from).summary(&run)
 }
 
 /// serde_json tells a NaN as null.
@@ -74,8 +75,8 @@ fn nothing_is_summed_up_to_zeros() {
     );
     assert_eq!(nothing.attainment_by_phase["a"], 0.0);
     assert_only_numbers(&nothing);
-    let at_once =
-        Summary::of(&[completed(0, 1.0, 1.0)], &[], &SLO, f64::from, &RunFacts::default());
+    let at_once = Tally::of(&[completed(0, 1.0, 1.0)], &[], &[], &SLO, f64::from)
+        .summary(&RunFacts::default());
     assert_eq!((at_once.goodput_rps, at_once.attainment), (0.0, 1.0));
     assert_only_numbers(&at_once);
 }
@@ -127,8 +128,9 @@ fn a_minute_has_the_mean_of_its_samples() {
         (Duration::from_secs(20), sample(2.0)),
         (Duration::from_secs(200), sample(7.0)),
     ];
-    let run = RunFacts { duration: Duration::from_secs(240), samples, ..RunFacts::default() };
-    let summary = Summary::of(&[completed(0, 1.0, 1.0)], &[], &SLO, f64::from, &run);
+    let run = RunFacts { duration: Duration::from_secs(240), ..RunFacts::default() };
+    let summary =
+        Tally::of(&[completed(0, 1.0, 1.0)], &samples, &[], &SLO, f64::from).summary(&run);
     let minutes: Vec<_> =
         summary.by_minute.iter().map(|m| (m.minute, m.arrivals, m.fleet.requests_queued)).collect();
     assert_eq!(minutes, [(0, 1, 1.5), (3, 0, 7.0)]);
@@ -142,4 +144,31 @@ fn percentiles_are_nearest_ranks() {
     assert_eq!(of(&[2.0, 1.0]), Percentiles { p50: 1.0, p90: 2.0, p99: 2.0 });
     let hundred: Vec<_> = (1..=100).rev().map(f64::from).collect();
     assert_eq!(of(&hundred), Percentiles { p50: 50.0, p90: 90.0, p99: 99.0 });
+}
+
+#[test]
+fn a_minute_is_let_go_when_its_requests_have_ended() {
+    let outcomes: Vec<_> =
+        (0..300).map(|second| completed(second, second as f64, second as f64)).collect();
+    let kept = |outcome: &Outcome| SLO.kept(&outcome.fate, 100.0);
+    let mut as_they_end = Tally::new(&[]);
+    let mut held = Vec::new();
+    for (second, outcome) in outcomes.iter().enumerate() {
+        as_they_end.arrived(outcome.arrival);
+        // Of each minute the first stays for two more, and all others for three seconds.
+        held.push((second + if second % 60 == 0 { 120 } else { 3 }, outcome));
+        held.retain(|(until, outcome)| {
+            let ends = *until <= second;
+            if ends {
+                as_they_end.ended(outcome, kept(outcome));
+            }
+            !ends
+        });
+        assert!(as_they_end.minutes_open() <= 3);
+    }
+    held.iter().for_each(|(_, outcome)| as_they_end.ended(outcome, kept(outcome)));
+    let run = RunFacts { duration: Duration::from_secs(300), ..RunFacts::default() };
+    let at_once = Tally::of(&outcomes, &[], &[], &SLO, |_| 100.0);
+    assert_eq!(as_they_end.summary(&run), at_once.summary(&run));
+    assert_eq!(as_they_end.summary(&run).by_minute.len(), 5);
 }

@@ -1,14 +1,38 @@
 //! More load, or less, of the same traffic.
 
-use std::time::Duration;
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap},
+    time::Duration,
+};
 
 use fastrand::Rng;
 
 use super::{Trace, TraceRequest};
 
-const JITTER_S: f64 = 1.0;
+const JITTER: Duration = Duration::from_secs(1);
 /// Odd, and without a pattern of its own: 2^64 over the golden ratio.
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// A trace at some other rate, made request by request: of a composite's copies only those of the next
+/// second are there at a time, whatever the factor.
+#[derive(Clone, Copy, Debug)]
+pub struct Load<'a> {
+    pub trace: &'a Trace,
+    /// Of the trace's own rate.
+    pub factor: f64,
+    pub seed: u64,
+}
+
+/// What a load comes to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LoadExtent {
+    pub requests: usize,
+    pub last_arrival: Duration,
+    /// How many requests there are of each length.
+    pub input_tokens: BTreeMap<u32, usize>,
+    pub output_tokens: BTreeMap<u32, usize>,
+}
 
 impl Trace {
     /// The same traffic at `factor` times the rate.
@@ -19,60 +43,142 @@ impl Trace {
     /// ends, and with a prefix of its own: copies share prefixes with the same copies of other
     /// requests only. A **single** trace runs `factor` times as fast.
     ///
-    /// Equal arguments give equal traces, and of two factors with one seed the larger gives a
+    /// Equal arguments give equal loads, and of two factors with one seed the larger gives a
     /// composite's requests and some more, at the same times. `factor` is a number above 0; for any
     /// other there is no traffic.
     #[must_use]
-    pub fn scaled(&self, factor: f64, seed: u64) -> Self {
+    pub fn at(&self, factor: f64, seed: u64) -> Load<'_> {
         let factor = if factor.is_finite() && factor > 0.0 { factor } else { 0.0 };
-        let requests = if factor == 0.0 {
-            Vec::new()
-        } else if self.is_composite() {
-            self.replicated(factor, seed)
-        } else {
-            self.requests.iter().map(|request| faster(request, factor)).collect()
-        };
+        Load { trace: self, factor, seed }
+    }
+
+    /// [`Trace::at`], all requests at once.
+    #[must_use]
+    pub fn scaled(&self, factor: f64, seed: u64) -> Self {
         Self {
             name: self.name.clone(),
-            requests,
+            requests: self.at(factor, seed).requests().collect(),
             phases: self.phases.clone(),
             prefix_block_tokens: self.prefix_block_tokens,
         }
     }
+}
 
-    fn replicated(&self, factor: f64, seed: u64) -> Vec<TraceRequest> {
-        let end_s = self.duration().as_secs_f64();
-        let mut requests = Vec::new();
-        for (index, request) in (0_u64..).zip(&self.requests) {
-            // Its own stream for each request: how often one is repeated moves no other.
-            let mut random = Rng::with_seed(seed.wrapping_add(index.wrapping_mul(SPREAD)));
-            let copies = factor + random.f64();
-            let mut copy = 0_u32;
-            while f64::from(copy) + 1.0 <= copies {
-                requests.push(if copy == 0 {
-                    request.clone()
-                } else {
-                    let jitter_s = JITTER_S * (2.0 * random.f64() - 1.0);
-                    let arrival_s = request.arrival.as_secs_f64() + jitter_s;
-                    let arrival_s = arrival_s.clamp(0.0, end_s);
-                    TraceRequest {
-                        arrival: Duration::try_from_secs_f64(arrival_s).unwrap_or(request.arrival),
-                        prefix_blocks: namespaced(&request.prefix_blocks, copy),
-                        ..*request
-                    }
-                });
-                copy += 1;
-            }
-        }
-        requests.shrink_to_fit();
-        requests.sort_by_key(|request| request.arrival);
-        requests
+impl<'a> From<&'a Trace> for Load<'a> {
+    /// The trace as it is.
+    fn from(trace: &'a Trace) -> Self {
+        trace.at(1.0, 0)
     }
 }
 
-fn faster(request: &TraceRequest, factor: f64) -> TraceRequest {
-    let arrival = Duration::try_from_secs_f64(request.arrival.as_secs_f64() / factor);
-    TraceRequest { arrival: arrival.unwrap_or(Duration::MAX), ..request.clone() }
+impl<'a> Load<'a> {
+    /// In the order of their arrival.
+    pub fn requests(&self) -> impl Iterator<Item = TraceRequest> + use<'a> {
+        let trace = self.trace;
+        self.arrivals().map(move |Arrival { at, request, copy }| {
+            let request = &trace.requests[request];
+            let prefix_blocks = match copy {
+                0 => request.prefix_blocks.clone(),
+                _ => namespaced(&request.prefix_blocks, copy),
+            };
+            TraceRequest { arrival: at, prefix_blocks, ..*request }
+        })
+    }
+
+    pub fn extent(&self) -> LoadExtent {
+        let mut extent = LoadExtent::default();
+        for Arrival { at, request, .. } in self.arrivals() {
+            let request = &self.trace.requests[request];
+            extent.requests += 1;
+            extent.last_arrival = at;
+            *extent.input_tokens.entry(request.input_tokens).or_default() += 1;
+            *extent.output_tokens.entry(request.output_tokens).or_default() += 1;
+        }
+        extent
+    }
+
+    /// Arrivals per second between the first and the last; 0 where no time lies between them.
+    pub fn rate_rps(&self) -> f64 {
+        let (requests, last) =
+            self.arrivals().fold((0_usize, Duration::ZERO), |(n, _), next| (n + 1, next.at));
+        let seconds = last.as_secs_f64();
+        if seconds > 0.0 { requests.saturating_sub(1) as f64 / seconds } else { 0.0 }
+    }
+
+    fn arrivals(&self) -> Arrivals<'a> {
+        Arrivals {
+            load: *self,
+            end_s: self.trace.duration().as_secs_f64(),
+            next: 0,
+            drawn: BinaryHeap::new(),
+        }
+    }
+}
+
+/// One request of a load; equal times go in the order of the trace, and of the copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Arrival {
+    at: Duration,
+    /// Place in the trace.
+    request: usize,
+    copy: u32,
+}
+
+struct Arrivals<'a> {
+    load: Load<'a>,
+    end_s: f64,
+    /// Place in the trace of the first request that is not drawn.
+    next: usize,
+    drawn: BinaryHeap<Reverse<Arrival>>,
+}
+
+impl Iterator for Arrivals<'_> {
+    type Item = Arrival;
+
+    fn next(&mut self) -> Option<Arrival> {
+        let Load { trace, factor, .. } = self.load;
+        if factor == 0.0 {
+            return None;
+        }
+        while let Some(request) = trace.requests.get(self.next) {
+            // No copy of those that follow comes before the one that is first here. A millisecond for rounding.
+            let earliest = request.arrival.saturating_sub(JITTER + Duration::from_millis(1));
+            if self.drawn.peek().is_some_and(|Reverse(first)| first.at < earliest) {
+                break;
+            }
+            if !trace.is_composite() {
+                let at = Duration::try_from_secs_f64(request.arrival.as_secs_f64() / factor);
+                self.next += 1;
+                let at = at.unwrap_or(Duration::MAX);
+                return Some(Arrival { at, request: self.next - 1, copy: 0 });
+            }
+            self.draw(request.arrival);
+            self.next += 1;
+        }
+        self.drawn.pop().map(|Reverse(first)| first)
+    }
+}
+
+impl Arrivals<'_> {
+    /// All copies of the next request.
+    fn draw(&mut self, arrival: Duration) {
+        // Its own stream for each request: how often one is repeated moves no other.
+        let stream = (self.next as u64).wrapping_mul(SPREAD);
+        let mut random = Rng::with_seed(self.load.seed.wrapping_add(stream));
+        let copies = self.load.factor + random.f64();
+        let mut copy = 0_u32;
+        while f64::from(copy) + 1.0 <= copies {
+            let at = if copy == 0 {
+                arrival
+            } else {
+                let jitter_s = JITTER.as_secs_f64() * (2.0 * random.f64() - 1.0);
+                let at_s = (arrival.as_secs_f64() + jitter_s).clamp(0.0, self.end_s);
+                Duration::try_from_secs_f64(at_s).unwrap_or(arrival)
+            };
+            self.drawn.push(Reverse(Arrival { at, request: self.next, copy }));
+            copy += 1;
+        }
+    }
 }
 
 /// Names that no other copy has, but for a chance of 2⁻⁶⁴ each.
@@ -145,6 +251,29 @@ mod tests {
             for (scaled, once) in phases(&scaled).into_iter().zip(phases(&trace)) {
                 prop_assert!((scaled as f64) >= least * once as f64);
                 prop_assert!((scaled as f64) <= (least + 1.0) * once as f64);
+            }
+        }
+
+        #[test]
+        fn a_load_is_counted_as_it_comes(
+            trace in prop_oneof![traces(0), traces(3)], factor in 0.1_f64..20.0, seed: u64,
+        ) {
+            let (load, scaled) = (trace.at(factor, seed), trace.scaled(factor, seed));
+            let extent = load.extent();
+            prop_assert_eq!(extent.requests, scaled.requests.len());
+            prop_assert_eq!(extent.last_arrival, scaled.duration());
+            prop_assert_eq!(extent.input_tokens.values().sum::<usize>(), extent.requests);
+            prop_assert_eq!(extent.output_tokens.values().sum::<usize>(), extent.requests);
+            prop_assert_eq!(load.rate_rps().to_bits(), scaled.rate_rps().to_bits());
+        }
+
+        #[test]
+        fn copies_are_drawn_when_they_are_due(trace in traces(3), seed: u64) {
+            let mut arrivals = trace.at(4.0, seed).arrivals();
+            while let Some(arrival) = arrivals.next() {
+                let due = arrival.at + 2 * JITTER + Duration::from_secs(1);
+                let early = |Reverse(drawn): &Reverse<Arrival>| trace.requests[drawn.request].arrival > due;
+                prop_assert!(!arrivals.drawn.iter().any(early));
             }
         }
 

@@ -8,7 +8,7 @@ use baton_harness::{
         Contender, GoodputFindings, Input, Load, LoadPoint, Origin, Report, RunFindings, Scenario,
         Searched,
     },
-    summary::{FleetSample, Percentiles, Summary, WorkersSeconds},
+    summary::{FleetSample, Percentiles, RunFacts, Summary, Tally, WorkersSeconds},
 };
 
 /// Knuth's MMIX generator.
@@ -230,7 +230,7 @@ fn run(character: &Character, skill: f64, seed: u64) -> RunFindings {
         workers_seconds: WorkersSeconds { prefill: 13_440.0, decode: 1_920.0, mixed: 0.0 },
         ..Summary::default()
     };
-    RunFindings::new(summary, &outcomes, &samples)
+    RunFindings { summary, ..findings(&outcomes, &samples) }
 }
 
 /// A fleet that answers nobody.
@@ -248,5 +248,10 @@ pub(crate) fn lost_run() -> RunFindings {
         })
         .collect();
     let summary = Summary { requests: 50, rejected: 25, unfinished: 25, ..Summary::default() };
-    RunFindings::new(summary, &outcomes, &[])
+    RunFindings { summary, ..findings(&outcomes, &[]) }
+}
+
+fn findings(outcomes: &[Outcome], samples: &[(Duration, FleetSample)]) -> RunFindings {
+    let slo = Slo { ttft_ms: 2_000.0, ttft_prefill_factor: 0.0, itl_ms: 50.0 };
+    RunFindings::new(&Tally::of(outcomes, samples, &[], &slo, |_| 0.0), &RunFacts::default())
 }

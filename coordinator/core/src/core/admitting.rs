@@ -6,10 +6,10 @@ use baton_types::Leg;
 
 use super::{Core, OnNoPrefill, attempt::candidate, milliseconds};
 use crate::{
-    admission::{OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant, Waits},
+    admission::{OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant, Turn, Waits},
     decision::{Considered, DecisionReason, PlacementDecision},
     event::{Action, Rejection},
-    fleet::WorkerKey,
+    fleet::{Worker, WorkerKey},
     placement::{self, AggregatedReason, Holders, NoRoute, Plan, Split},
     queue::Order,
     request::{Job, JobId, Request, RequestKey, Stage},
@@ -136,7 +136,7 @@ impl Core {
             rates += worker.load.prefill_rate(targets);
         }
         let room = self.rooms.get(&shape.model);
-        let ahead_ms = room.map_or(0.0, |room| room.alone_ms(shape.priority)) / rates;
+        let ahead_ms = room.map_or(0.0, |room| room.before_ms(shape.priority)) / rates;
         least_ms.is_finite().then(|| milliseconds(ahead_ms + least_ms))
     }
 
@@ -147,7 +147,7 @@ impl Core {
         let mut candidates = Vec::new();
         let plan = placement::plan(&self.fleet, shape, &[], self.split_now(), &mut candidates);
         let room = self.rooms.get(&shape.model);
-        let (mut work_ms, mut rates) = (room.map_or(0.0, |room| room.alone_ms(i32::MAX)), 0.0);
+        let (mut work_ms, mut rates) = (room.map_or(0.0, |room| room.alone_ms()), 0.0);
         for worker in candidates.iter().filter_map(|key| self.fleet.get(*key)) {
             let Some(backlog_ms) = worker.backlog_ms(now, targets) else { return RETRY_AFTER };
             let rate = worker.load.prefill_rate(targets);
@@ -213,11 +213,20 @@ impl Core {
         let gives_way = (room.len() >= most)
             .then(|| room.gives_way(shape.priority, &shape.tenant.name).unwrap_or(key));
         if gives_way != Some(key) {
+            let tokens = shape.prompt_tokens;
+            let alone_ms = model.map_or(0.0, |model| model.prefill_alone_ms(0, tokens));
+            if self.settings.order == Order::LateLast {
+                request.turn = self.late_shares.turn(request.due, tokens, alone_ms);
+            }
             let waits = Waits {
                 priority: shape.priority,
                 tenant: shape.tenant.name.clone(),
-                due: request.turn,
-                alone_ms: model.map_or(0.0, |model| model.prefill_alone_ms(0, shape.prompt_tokens)),
+                arrived: request.arrived,
+                turn: request.turn,
+                due: request.due,
+                prompt_tokens: tokens,
+                alone_ms,
+                is_late: request.turn_by == Turn::Late,
             };
             room.push(key, waits, &mut self.accounts);
             request.waits_until = Some(until);
@@ -262,16 +271,14 @@ impl Core {
         let mut candidates = Vec::new();
         let models: Vec<Option<String>> = self.rooms.keys().cloned().collect();
         for model in models {
-            while let Some(key) = self.next_in(&model, now, &mut candidates) {
+            while let Some((key, turn_by)) = self.next_in(&model, now, &mut candidates) {
                 if let Some(room) = self.rooms.get_mut(&model) {
                     room.admit(key, &mut self.accounts);
                 }
                 self.stop_waiting(key);
                 self.admitted(key);
                 if let Some(request) = self.requests.get_mut(key.0) {
-                    // A worker's queue keeps to the order in which they had their turns.
-                    request.turn = request.turn.max(self.last_turn + Duration::from_nanos(1));
-                    self.last_turn = request.turn;
+                    request.turn_by = turn_by;
                 }
                 self.start_attempt(key, now, actions);
             }
@@ -279,24 +286,58 @@ impl Core {
         self.is_admitting = false;
     }
 
-    /// Whose turn it is for this model, if somebody has room for it.
+    /// Whose turn it is for this model, if somebody has room for it: some work may be before one that is on time, so
+    /// that no engine idles between two prompts, and none before one that is late, so that it delays nobody.
     fn next_in(
         &mut self,
         model: &Option<String>,
         now: Duration,
         candidates: &mut Vec<WorkerKey>,
-    ) -> Option<RequestKey> {
+    ) -> Option<(RequestKey, Turn)> {
         let split = self.split_now();
         let room = self.rooms.get_mut(model)?;
-        let order = self.settings.order;
-        let key = room.next(&self.accounts, |waits| {
-            order == Order::LateLast && now + milliseconds(waits.alone_ms) > waits.due
+        let (order, late_shares) = (self.settings.order, &mut self.late_shares);
+        let (key, turn_by) = room.next(&self.accounts, |waits| {
+            let is_late =
+                order == Order::LateLast && now + milliseconds(waits.alone_ms) > waits.due;
+            if is_late {
+                late_shares.served(waits.prompt_tokens, true);
+            }
+            is_late
         })?;
         let Request { shape, avoid, .. } = self.requests.get(key.0)?;
         let plan = placement::plan(&self.fleet, shape, avoid, split, candidates).ok()?;
         let local = plan == Plan::Aggregated(AggregatedReason::NoPrefillWorker);
-        let has_room = !(local && self.rejects_local()) && self.has_room(candidates, now);
-        has_room.then_some(key)
+        if local && self.rejects_local() {
+            return None;
+        }
+        let has_room = match turn_by {
+            Turn::Late => candidates.iter().any(|worker| self.is_free(*worker)),
+            Turn::OnTime | Turn::Oldest => self.has_room(candidates, now),
+        };
+        has_room.then_some((key, turn_by))
+    }
+
+    fn is_free(&self, worker: WorkerKey) -> bool {
+        self.fleet.get(worker).is_some_and(Worker::is_free)
+    }
+
+    /// Who is late goes to those who have nobody else's prompt, as long as there are any.
+    pub(super) fn only_free(&self, key: RequestKey, candidates: &mut Vec<WorkerKey>) {
+        let is_late = self.requests.get(key.0).is_some_and(|request| request.turn_by == Turn::Late);
+        if is_late && candidates.iter().any(|worker| self.is_free(*worker)) {
+            candidates.retain(|worker| self.is_free(*worker));
+        }
+    }
+
+    /// It had its turn, and is late all the same: it waits behind all who can still make it.
+    pub(super) fn set_behind(&mut self, key: RequestKey, now: Duration, actions: &mut Vec<Action>) {
+        self.expect_no_more(key);
+        if let Some(request) = self.requests.get_mut(key.0) {
+            request.turn_by = Turn::Late;
+            let max_wait = self.settings.admission.map_or(Duration::MAX, |it| it.max_wait);
+            self.wait(key, now.saturating_add(max_wait), now, actions);
+        }
     }
 
     pub(super) fn lose_patience(&mut self, now: Duration, actions: &mut Vec<Action>) {

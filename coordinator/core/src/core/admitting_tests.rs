@@ -1,4 +1,4 @@
-use baton_types::{Leg, Role};
+use baton_types::{HandoffId, Leg, Role};
 
 use super::{super::tests::*, *};
 use crate::{
@@ -131,6 +131,67 @@ fn when_all_have_enough_to_do_the_others_wait_here_for_their_turn() {
     );
 }
 
+/// Lets the jobs of these actions end, one by one and a second each, and says which requests were begun in which order.
+fn run(f: &mut Fixture, actions: &[Action], mut now: Duration) -> Vec<RequestKey> {
+    let mut jobs: std::collections::VecDeque<_> = started(actions).into();
+    let mut order = Vec::new();
+    while let Some((_, job, ..)) = jobs.pop_front() {
+        now += Duration::from_secs(1);
+        let mut actions = Vec::new();
+        for event in [Event::Answered { job }, Event::Ended { job }] {
+            f.core.handle(event, now, &mut actions);
+            f.core.check_invariants();
+        }
+        for action in &actions {
+            if let Action::Start { request, .. } = action {
+                order.push(*request);
+            }
+        }
+        jobs.extend(started(&actions));
+    }
+    order
+}
+
+/// A worker that takes a second for each of these. The engine has two, two wait for it, and the others here.
+#[test]
+fn who_misses_the_deadline_is_served_behind_all_who_can_still_make_it() {
+    for admission in [None, Some(AdmissionSettings::default())] {
+        let ttft = Duration::from_secs(4);
+        let settings = Settings { admission, ttft, ..adaptive() };
+        let (mut f, _) = fixture(settings, [predictable("a", Role::Decode)]);
+        let mut begun = Vec::new();
+        let keys: Vec<_> = (0..8)
+            .map(|_| {
+                let (key, actions) = f.arrive(prompt(9000));
+                begun.extend(actions);
+                key
+            })
+            .collect();
+        // Three can be in time. Whoever comes when these are known to be late goes before the rest of them.
+        let [(_, first, ..), (_, second, ..)] = started(&begun)[..] else { panic!("{begun:?}") };
+        let later = NOW + Duration::from_millis(3500);
+        let mut actions = Vec::new();
+        for job in [first, second] {
+            f.core.handle(Event::Answered { job }, later, &mut actions);
+            f.core.handle(Event::Ended { job }, later, &mut actions);
+        }
+        let one = f.core.arrive(prompt(9000), HandoffId::from_u128(1), later, &mut actions);
+        f.core.check_invariants();
+        let starts = |action: &Action| match action {
+            Action::Start { request, .. } => Some(*request),
+            _ => None,
+        };
+        let mut order: Vec<_> = actions.iter().filter_map(starts).collect();
+        order.extend(run(&mut f, &actions, later));
+        assert_eq!(f.core.requests_open(), 0, "nobody is forgotten");
+        let place = |key| order.iter().position(|one| *one == key);
+        let before = keys.iter().filter(|key| place(**key) < place(one)).count() - 2;
+        assert!(before <= 1, "{before} of those that are late went before: {order:?}");
+        let late: Vec<_> = order.iter().filter(|key| **key != one).copied().collect();
+        assert_eq!(late, keys[2..], "the others in the order of their arrival");
+    }
+}
+
 #[test]
 fn whoever_is_shed_is_told_when_to_come_again() {
     let admission = AdmissionSettings { max_waiting: 2, ..AdmissionSettings::default() };
@@ -228,6 +289,6 @@ fn answers_that_come_whole_do_not_hold_the_next_prompts_back() {
     let begun: Vec<_> = (0..3).map(|_| started(&f.arrive(whole()).1).len()).collect();
     assert_eq!(begun, [1, 1, 0], "the third waits behind two prompts");
     let mut actions = Vec::new();
-    f.core.handle(Event::Tick, NOW + Duration::from_secs(1), &mut actions);
+    f.core.handle(Event::Tick, NOW + Duration::from_millis(600), &mut actions);
     assert_eq!(started(&actions).len(), 1, "the first of them is computed by now: {actions:?}");
 }

@@ -7,18 +7,15 @@ use baton_types::Leg;
 
 use super::{Core, Settings, milliseconds};
 use crate::{
+    admission::Turn,
     decision::{Chosen, Considered},
     event::{Action, HandoffPlan, Rejection},
     fleet::{HandoffMode, Worker, WorkerKey},
     placement::{self, AggregatedReason, Holders, NoRoute, Plan, PrefixPull, Route},
     policy::{Candidate, Choice, Targets},
-    queue::{Order, Waiting},
+    queue::{Order, Popped, Waiting},
     request::{Request, RequestKey},
 };
-
-/// A prompt whose like have been late often enough is served ahead of its turn by this part of what it
-/// takes. With more of it others lose more than these gain.
-const HEAD_START: f64 = 0.5;
 
 impl Core {
     /// Chooses the worker of the first leg, and puts the request into its queue.
@@ -51,6 +48,7 @@ impl Core {
             Ok(_) if self.has_to_wait(key, &candidates, now) => {
                 let max_wait = self.settings.admission.unwrap_or_default().max_wait;
                 self.wait(key, now + max_wait, now, actions);
+                self.admit(now, actions);
             }
             Err(reason) => {
                 let rejection = match reason {
@@ -60,6 +58,7 @@ impl Core {
                 self.reject(key, rejection, now, actions);
             }
             Ok(plan) => {
+                self.only_free(key, &mut candidates);
                 self.decide(key, plan, now);
                 let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
                 self.fleet.placed(worker);
@@ -166,16 +165,15 @@ impl Core {
         };
         let tokens = request.shape.prompt_tokens;
         let work_ms = on.load.prefill_ms(cached_tokens, tokens);
-        let is_late_last = self.settings.order == Order::LateLast;
-        let due = if is_late_last { request.turn } else { Duration::MAX };
-        if is_late_last && self.settings.admission.is_none() && self.late_shares.are_spent(tokens) {
+        let is_hurried = self.settings.order == Order::LateLast && request.turn_by == Turn::OnTime;
+        if is_hurried {
             let takes_ms = work_ms / on.load.prefill_rate(&self.settings.targets);
-            request.turn = due.saturating_sub(milliseconds(HEAD_START * takes_ms));
+            request.turn = self.late_shares.turn(request.due, tokens, takes_ms);
         }
-        on.queue.push(key, request.turn, Waiting { work_ms, tokens, due });
-        on.queued_ms += work_ms;
+        let due = is_hurried.then_some(request.due);
+        on.queue.push(key, request.place(), Waiting { work_ms, tokens, due });
         on.queue_changed();
-        (request.waits_for, request.queued_ms) = (Some(worker), work_ms);
+        request.waits_for = Some(worker);
         self.expect(key, worker);
     }
 
@@ -189,34 +187,31 @@ impl Core {
             let fixed_ms = load.model.map_or(0.0, |model| model.prefill_ms[0]);
             let rate = load.prefill_rate(&targets);
             let ahead_ms = load.dispatched_left_ms(now, rate);
-            let next = on.queue.pop(
+            let popped = on.queue.pop(
                 |waiting| {
                     let left_ms = fixed_ms + (ahead_ms + waiting.work_ms) / rate;
-                    now + milliseconds(left_ms) > waiting.due
+                    waiting.due.is_some_and(|due| now + milliseconds(left_ms) > due)
                 },
                 |waiting| {
                     load.prefills < 2
                         || load.prefill_tokens + u64::from(waiting.tokens) <= most_tokens
                 },
-                &mut self.demoted,
             );
             on.queue_changed();
-            for tokens in self.demoted.drain(..) {
+            let Some(popped) = popped else { break };
+            let (Popped::Served(key) | Popped::Late(key)) = popped;
+            let Some(request) = self.requests.get_mut(key.0) else { break };
+            request.waits_for = None;
+            let (tokens, turn_by) = (request.shape.prompt_tokens, request.turn_by);
+            if popped == Popped::Late(key) {
                 self.late_shares.served(tokens, true);
+                self.set_behind(key, now, actions);
+            } else {
+                if turn_by == Turn::OnTime {
+                    self.late_shares.served(tokens, false);
+                }
+                self.dispatch(key, worker, now, actions);
             }
-            let Some((key, is_late)) = next else { break };
-            if !is_late && let Some(request) = self.requests.get(key.0) {
-                self.late_shares.served(request.shape.prompt_tokens, false);
-            }
-            if let Some(request) = self.requests.get_mut(key.0) {
-                request.waits_for = None;
-                on.queued_ms -= request.queued_ms;
-            }
-            if on.queue.len() == 0 {
-                // Nothing is left of rounding.
-                on.queued_ms = 0.0;
-            }
-            self.dispatch(key, worker, now, actions);
         }
         self.admit(now, actions);
     }
@@ -320,7 +315,7 @@ pub(super) fn candidate<'a>(
         pull: holders.pull_to(key, worker, hit_tokens),
         prefill_rate,
         work_ahead_ms: worker.load.dispatched_left_ms(now, prefill_rate)
-            + worker.queue.work_before_ms(request.turn),
+            + worker.queue.work_before_ms(request.place()),
         is_here: here == Some(key),
     }
 }

@@ -92,13 +92,11 @@ impl Core {
     pub(super) fn withdraw(&mut self, key: RequestKey, now: Duration, actions: &mut Vec<Action>) {
         let Some(request) = self.requests.get_mut(key.0) else { return };
         let jobs = [request.prefill, request.answering, request.lending];
-        let turn = request.turn;
-        let queued_ms = request.queued_ms;
+        let place = request.place();
         if let Some(worker) = request.waits_for.take()
             && let Some(on) = self.fleet.get_mut(worker)
         {
-            on.queue.remove(key, turn);
-            on.queued_ms = if on.queue.len() == 0 { 0.0 } else { on.queued_ms - queued_ms };
+            on.queue.remove(key, place);
             on.queue_changed();
         }
         self.stop_waiting(key);

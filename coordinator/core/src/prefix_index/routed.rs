@@ -1,8 +1,4 @@
-use std::{
-    collections::{HashMap, VecDeque},
-    hash::{BuildHasherDefault, Hash, Hasher},
-    time::Duration,
-};
+use std::{collections::HashMap, hash::Hash, time::Duration};
 
 use baton_types::BlockHash;
 
@@ -11,9 +7,9 @@ use super::PrefixIndex;
 /// What an engine is taken to remember.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RoutedLimits {
-    /// Blocks of one worker; beyond, those that were used longest ago are forgotten.
+    /// Blocks of one worker, at most; at least the latest half of them is remembered.
     pub blocks_per_worker: usize,
-    /// A block that no prompt came for in this time is forgotten.
+    /// A block that no prompt came for in this time is forgotten; it is remembered for at least half of it.
     pub expires_after: Duration,
 }
 
@@ -25,50 +21,39 @@ impl Default for RoutedLimits {
 
 /// A guess at which worker holds which blocks, for engines that do not tell: what was routed to a
 /// worker lies there for a while. Unlike [`PrefixIndex`], it may be wrong both ways.
+///
+/// What is remembered of a worker has two halves. Prompts are noted in the younger one; when that is full, or has
+/// served half its time, the older one is forgotten as a whole and the two change places. To forget thus costs nothing,
+/// and a prompt one insertion a block.
 #[derive(Debug)]
 pub struct RoutedIndex<W> {
     limits: RoutedLimits,
-    index: PrefixIndex<W>,
-    workers: HashMap<W, Routed>,
+    index: PrefixIndex<(W, Half)>,
+    workers: HashMap<W, Younger>,
 }
 
-/// The prompts of one worker.
-#[derive(Debug, Default)]
-struct Routed {
-    /// Oldest first.
-    prompts: VecDeque<Prompt>,
-    /// The last prompt that each block was part of.
-    last_use: HashMap<BlockHash, u64, BuildHasherDefault<NameHasher>>,
-    /// Prompts so far.
-    count: u64,
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Half {
+    One,
+    Other,
 }
 
-#[derive(Debug)]
-struct Prompt {
-    number: u64,
-    routed: Duration,
-    blocks: Box<[BlockHash]>,
-}
-
-/// Blocks' names are hashes already: what is left is to spread them over the upper bits too.
-#[derive(Clone, Copy, Debug, Default)]
-struct NameHasher(u64);
-
-impl Hasher for NameHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u64(u64::from(*byte));
+impl Half {
+    fn other(self) -> Self {
+        match self {
+            Self::One => Self::Other,
+            Self::Other => Self::One,
         }
     }
+}
 
-    fn write_u64(&mut self, name: u64) {
-        // 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4).
-        self.0 = (self.0 ^ name).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
+/// The half in which a worker's prompts are noted.
+#[derive(Clone, Copy, Debug)]
+struct Younger {
+    half: Half,
+    since: Duration,
+    /// What its names stand for.
+    blocks: usize,
 }
 
 impl<W: Copy + Eq + Hash> RoutedIndex<W> {
@@ -76,43 +61,68 @@ impl<W: Copy + Eq + Hash> RoutedIndex<W> {
         Self { limits, index: PrefixIndex::default(), workers: HashMap::new() }
     }
 
-    /// A prompt of these blocks went to a worker.
-    pub fn routed(&mut self, worker: W, blocks: &[BlockHash], now: Duration) {
-        // A longer prompt than the worker has room for keeps its beginning.
-        let blocks = &blocks[..blocks.len().min(self.limits.blocks_per_worker)];
-        let routed = self.workers.entry(worker).or_insert_with(|| {
-            self.index.worker_joined(worker);
-            Routed::default()
-        });
-        routed.count += 1;
-        let prompt = Prompt { number: routed.count, routed: now, blocks: blocks.into() };
-        routed.last_use.extend(blocks.iter().map(|block| (*block, prompt.number)));
-        routed.prompts.push_back(prompt);
-        self.index.stored(worker, blocks);
+    /// A prompt went to a worker. Not each of its blocks need be named: the first n of `names` stand for
+    /// `blocks(n)` of them.
+    pub fn routed(
+        &mut self,
+        worker: W,
+        names: &[BlockHash],
+        blocks: impl Fn(usize) -> usize,
+        now: Duration,
+    ) {
+        let room = self.limits.blocks_per_worker / 2;
+        let mut kept = names.len();
+        // A longer prompt than there is room for keeps its beginning.
+        while blocks(kept) > room {
+            kept -= 1;
+        }
         self.forget(worker, now);
+        let younger = self.workers.entry(worker).or_insert_with(|| {
+            self.index.worker_joined((worker, Half::One));
+            self.index.worker_joined((worker, Half::Other));
+            Younger { half: Half::One, since: now, blocks: 0 }
+        });
+        if younger.blocks + blocks(kept) > room {
+            *younger = Younger { half: younger.half.other(), since: now, blocks: 0 };
+            self.index.cleared((worker, younger.half));
+        }
+        let half = (worker, younger.half);
+        let before = self.index.blocks_of(half);
+        self.index.stored(half, &names[..kept]);
+        // Those that were there are the prompt's first.
+        let new = self.index.blocks_of(half) - before;
+        younger.blocks += blocks(kept) - blocks(kept - new);
     }
 
-    /// As [`PrefixIndex::matched`], of what was routed and has not expired.
+    /// As [`PrefixIndex::matched`], in names, of what was routed and has not expired.
     pub fn matched(&mut self, prompt: &[BlockHash], now: Duration, held: &mut Vec<(W, u32)>) {
-        let from = held.len();
-        self.index.matched(prompt, held);
+        let mut found = Vec::new();
+        self.index.matched(prompt, &mut found);
         let mut any_expired = false;
-        for (worker, _) in held.iter().skip(from).copied().collect::<Vec<_>>() {
-            any_expired |= self.forget(worker, now);
+        for ((worker, _), _) in &found {
+            any_expired |= self.forget(*worker, now);
         }
         if any_expired {
-            held.truncate(from);
-            self.index.matched(prompt, held);
+            found.clear();
+            self.index.matched(prompt, &mut found);
         }
+        let mut longest: HashMap<W, u32> = HashMap::with_capacity(found.len());
+        for ((worker, _), blocks) in found {
+            let held = longest.entry(worker).or_default();
+            *held = blocks.max(*held);
+        }
+        held.extend(longest);
     }
 
     pub fn worker_gone(&mut self, worker: W) {
         self.workers.remove(&worker);
-        self.index.worker_gone(worker);
+        self.index.worker_gone((worker, Half::One));
+        self.index.worker_gone((worker, Half::Other));
     }
 
-    pub fn blocks_of(&self, worker: W) -> usize {
-        self.index.blocks_of(worker)
+    /// Those that stand in both halves count twice.
+    pub fn names_of(&self, worker: W) -> usize {
+        self.index.blocks_of((worker, Half::One)) + self.index.blocks_of((worker, Half::Other))
     }
 
     /// Gives memory back that was of expired prompts.
@@ -123,24 +133,25 @@ impl<W: Copy + Eq + Hash> RoutedIndex<W> {
         self.index.tidy();
     }
 
-    /// Forgets what is too old or too much. Whether there was any.
+    /// Forgets what has expired. Whether there was any.
     fn forget(&mut self, worker: W, now: Duration) -> bool {
-        let Some(routed) = self.workers.get_mut(&worker) else { return false };
-        let mut any = false;
-        while let Some(oldest) = routed.prompts.front() {
-            let expired = now.saturating_sub(oldest.routed) >= self.limits.expires_after;
-            if !expired && routed.last_use.len() <= self.limits.blocks_per_worker {
-                break;
-            }
-            let Some(oldest) = routed.prompts.pop_front() else { break };
-            let mut gone = oldest.blocks.into_vec();
-            gone.retain(|block| routed.last_use.get(block) == Some(&oldest.number));
-            for block in &gone {
-                routed.last_use.remove(block);
-            }
-            self.index.removed(worker, &gone);
-            any = true;
+        let Some(Younger { half, since, .. }) = self.workers.get(&worker).copied() else {
+            return false;
+        };
+        let half_time = self.limits.expires_after / 2;
+        let age = now.saturating_sub(since);
+        if age < half_time {
+            return false;
         }
-        any
+        let before = self.names_of(worker);
+        self.index.cleared((worker, half.other()));
+        // Counted from when it was due, however late this is: or the other half would stay for too long.
+        let mut since = since + half_time;
+        if age >= self.limits.expires_after {
+            self.index.cleared((worker, half));
+            since = now;
+        }
+        self.workers.insert(worker, Younger { half: half.other(), since, blocks: 0 });
+        self.names_of(worker) < before
     }
 }

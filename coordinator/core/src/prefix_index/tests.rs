@@ -337,35 +337,89 @@ fn numbers_of_workers_are_used_again_without_what_they_stood_for() {
     }
 }
 
+fn routed_to(index: &mut RoutedIndex<u32>, prompt: &[BlockHash], now: u64) -> Vec<(u32, u32)> {
+    let mut held = Vec::new();
+    index.matched(prompt, Duration::from_secs(now), &mut held);
+    held.sort_unstable();
+    held
+}
+
 #[test]
 fn what_was_routed_is_remembered_for_a_while() {
     let seconds = Duration::from_secs;
-    let limits = RoutedLimits { blocks_per_worker: 6, expires_after: seconds(10) };
+    let limits = RoutedLimits { blocks_per_worker: 12, expires_after: seconds(10) };
     let mut index = RoutedIndex::new(limits);
-    let matched = |index: &mut RoutedIndex<u32>, prompt: &[BlockHash], now| {
-        let mut held = Vec::new();
-        index.matched(prompt, seconds(now), &mut held);
-        held.sort_unstable();
-        held
-    };
     let (first, second) = (blocks([1, 2, 3]), blocks([1, 2, 4, 5]));
-    index.routed(0, &first, seconds(0));
-    index.routed(0, &second, seconds(6));
-    index.routed(1, &first, seconds(6));
-    assert_eq!(matched(&mut index, &first, 9), [(0, 3), (1, 3)]);
+    index.routed(0, &first, |n| n, seconds(0));
+    index.routed(0, &second, |n| n, seconds(6));
+    index.routed(1, &first, |n| n, seconds(6));
+    assert_eq!(routed_to(&mut index, &first, 9), [(0, 3), (1, 3)]);
     // The first prompt has expired; what it shared with the second has not.
-    assert_eq!(matched(&mut index, &first, 10), [(0, 2), (1, 3)]);
-    assert_eq!(matched(&mut index, &second, 15), [(0, 4), (1, 2)]);
-    assert_eq!(matched(&mut index, &second, 16), []);
+    assert_eq!(routed_to(&mut index, &first, 11), [(0, 2), (1, 3)]);
+    assert_eq!(routed_to(&mut index, &second, 12), [(0, 4), (1, 2)]);
+    assert_eq!(routed_to(&mut index, &second, 22), []);
 
-    index.routed(0, &blocks(10..14), seconds(20));
-    index.routed(0, &blocks(20..24), seconds(21));
-    assert_eq!(index.blocks_of(0), 4, "there was no room for both");
-    assert_eq!(matched(&mut index, &blocks(20..24), 21), [(0, 4)]);
-    index.routed(0, &blocks(30..50), seconds(22));
-    assert_eq!(matched(&mut index, &blocks(30..50), 22), [(0, 6)]);
+    index.routed(0, &blocks(10..14), |n| n, seconds(30));
+    index.routed(0, &blocks(20..24), |n| n, seconds(31));
+    assert_eq!(routed_to(&mut index, &blocks(10..14), 31), [(0, 4)]);
+    index.routed(0, &blocks(30..50), |n| n, seconds(32));
+    assert_eq!(routed_to(&mut index, &blocks(10..14), 32), [], "there was no room for all");
+    assert_eq!(routed_to(&mut index, &blocks(20..24), 32), [(0, 4)]);
+    assert_eq!(routed_to(&mut index, &blocks(30..50), 32), [(0, 6)]);
     index.worker_gone(0);
-    assert_eq!(matched(&mut index, &blocks(30..50), 22), []);
-    index.tidy(seconds(40));
-    assert_eq!(index.blocks_of(1), 0);
+    assert_eq!(routed_to(&mut index, &blocks(30..50), 32), []);
+    index.tidy(seconds(60));
+    assert_eq!(index.names_of(1), 0);
+}
+
+proptest! {
+    #[test]
+    fn a_guess_is_of_what_was_routed_lately(
+        steps in prop::collection::vec((0..2_u32, 0..6_u64, 1..9_u64, 0..5_u64), 1..80)
+    ) {
+        let limits = RoutedLimits { blocks_per_worker: 16, expires_after: Duration::from_secs(8) };
+        let mut index = RoutedIndex::new(limits);
+        let mut now = 0;
+        let mut all: Vec<(u32, u64, Vec<BlockHash>)> = Vec::new();
+        for (worker, conversation, turns, pause) in steps {
+            now += pause;
+            let prompt = blocks(conversation * 100..conversation * 100 + turns);
+            for (worker, held) in routed_to(&mut index, &prompt, now) {
+                let lately = all.iter().filter(|(of, at, _)| *of == worker && now - at < 8);
+                let longest = lately
+                    .map(|(.., other)| other.iter().zip(&prompt).take_while(|(a, b)| a == b).count())
+                    .max();
+                prop_assert!(held as usize <= longest.unwrap_or(0));
+            }
+            index.routed(worker, &prompt, |n| n, Duration::from_secs(now));
+            prop_assert!(index.names_of(worker) <= limits.blocks_per_worker);
+            all.push((worker, now, prompt));
+            for worker in 0..2 {
+                if let Some((_, at, last)) = all.iter().rev().find(|(of, ..)| *of == worker)
+                    && now - at < 4
+                {
+                    let held = routed_to(&mut index, last, now);
+                    prop_assert!(held.contains(&(worker, u32::try_from(last.len()).unwrap())));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn names_count_for_the_blocks_that_they_stand_for() {
+    let limits = RoutedLimits { blocks_per_worker: 40, expires_after: Duration::from_secs(9) };
+    let mut index = RoutedIndex::new(limits);
+    let tens = |n| 10 * n;
+    let (one, longer, other) = (blocks([1]), blocks([1, 2, 3]), blocks([4, 5]));
+    index.routed(0, &one, tens, Duration::ZERO);
+    // What is there already takes no more room, and what has none is left out.
+    index.routed(0, &one, tens, Duration::ZERO);
+    index.routed(0, &longer, tens, Duration::ZERO);
+    assert_eq!(routed_to(&mut index, &longer, 0), [(0, 2)]);
+    index.routed(0, &other, tens, Duration::ZERO);
+    assert_eq!(routed_to(&mut index, &longer, 0), [(0, 2)]);
+    index.routed(0, &one, tens, Duration::ZERO);
+    assert_eq!(routed_to(&mut index, &longer, 0), [(0, 1)], "the older half is gone");
+    assert_eq!(routed_to(&mut index, &other, 0), [(0, 2)]);
 }

@@ -286,12 +286,23 @@ async fn a_scheduler_tells_its_steps_and_is_told_its_pace() {
         "ms": 12.0, "prompts_begun": 0, "prompts": 0, "prefill_tokens": 0, "prefill_squares": 0.0,
         "decode_sequences": 3, "decode_context_tokens": 300,
     });
-    scheduler.send(&json!({"type": "steps", "steps": vec![step; 40]})).await;
+    scheduler.send(&json!({"type": "steps", "steps": vec![step.clone(); 40]})).await;
     let paced = scheduler.receive().await.unwrap();
     assert_eq!((&paced["type"], &paced["pace"]["step_ms"]), (&json!("pace"), &json!(38.0)));
     let model: StepModel = serde_json::from_value(paced["pace"]["model"].clone()).unwrap();
     assert!((model.decode_step_ms(3, 300) - 12.0).abs() < 1.0, "{model:?}");
     assert_eq!(fixture.pacing.fitted().unwrap().1, 40);
+
+    // Where one step of five takes half as long again, all are planned shorter.
+    let steps = (0..3000).map(|place| {
+        let mut step = step.clone();
+        step["ms"] = json!(if place % 5 == 0 { 18.0 } else { 12.0 });
+        step
+    });
+    scheduler.send(&json!({"type": "steps", "steps": steps.collect::<Vec<_>>()})).await;
+    let paced = scheduler.receive().await.unwrap();
+    let step_ms = paced["pace"]["step_ms"].as_f64().unwrap();
+    assert!((24.0..35.0).contains(&step_ms), "{step_ms}");
 
     fixture.pacing.set_itl_target_ms(0.0);
     assert_eq!(scheduler.receive().await.unwrap(), json!({"type": "pace", "pace": null}));
