@@ -5,8 +5,8 @@
 mod fleet;
 
 use baton_config::SimConfig;
-use baton_proto::{Handoff, Hello, Leg, Peer, PrefixPull, PullResult, Report, StartJob};
-use baton_types::{HandoffId, Role};
+use baton_proto::{Hello, Leg, PrefixPull, PullResult, Report, StartJob};
+use baton_types::Role;
 use bytes::Bytes;
 use fleet::{Fleet, Worker, completion, fast, job, split};
 
@@ -23,13 +23,7 @@ fn prompt(tokens: u32) -> Vec<u32> {
     (0..tokens).map(|token| 300 + token).collect()
 }
 
-fn handoff(id: HandoffId, peer: &Hello) -> Option<Handoff> {
-    let compatibility = peer.compatibility.clone();
-    let peer = peer.peer.clone().map(|peer| Peer { compatibility, ..peer });
-    Some(Handoff { id: Bytes::copy_from_slice(id.as_bytes()), generation: 0, peer })
-}
-
-/// The lender's job, and what the puller is told, of so many blocks of a prompt.
+/// So many blocks of a prompt.
 fn pull(
     number: u64,
     prompt: &[u32],
@@ -37,16 +31,7 @@ fn pull(
     from: &Hello,
     to: &Hello,
 ) -> (StartJob, PrefixPull) {
-    let id = HandoffId::random();
-    let told = |peer| PrefixPull {
-        handoff: handoff(id, peer),
-        prompt: prompt[..=(blocks * BLOCK_TOKENS) as usize].to_vec(),
-        model: "baton-sim".into(),
-        give_up_ms: 20_000,
-        ..PrefixPull::default()
-    };
-    let lend = StartJob { pull: Some(told(to)), ..job(number, Leg::Lend, &Bytes::new()) };
-    (StartJob { path: String::new(), ..lend }, told(from))
+    fleet::pull(number, &prompt[..=(blocks * BLOCK_TOKENS) as usize], from, to)
 }
 
 /// The answer of a worker to all of it, which it has cached from then on.
@@ -60,9 +45,7 @@ fn choices(answer: &str) -> serde_json::Value {
 }
 
 async fn told(worker: &mut Worker) -> PullResult {
-    let event = worker.attached.event().await;
-    assert_eq!((event.status, event.end, event.payload.len()), (0, false, 0));
-    event.pull.expect("what became of the copy comes first")
+    fleet::pulled(&worker.attached.event().await)
 }
 
 #[tokio::test]
