@@ -4,8 +4,11 @@
 
 mod fleet;
 
-use baton_config::SimConfig;
+use std::time::Duration;
+
+use baton_config::{EngineConfig, SimConfig, TransferConfig, WorkerConfig};
 use baton_proto::{Hello, Leg, PrefixPull, PullResult, Report, StartJob};
+use baton_transfer::faults::{FaultPlan, Faults};
 use baton_types::Role;
 use bytes::Bytes;
 use fleet::{Fleet, Worker, completion, fast, job, split};
@@ -195,4 +198,63 @@ async fn where_it_does_not_come_all_is_computed() {
     assert_eq!(choices(&b.attached.whole().await.text), right["choices"]);
     b.attached.report(idle).await;
     b.stop().await;
+}
+
+#[tokio::test]
+async fn under_faults_every_answer_is_right_and_nothing_is_left() {
+    const PROMPTS: usize = 60;
+    let plan = FaultPlan { seed: 7, disturbed_ratio: 0.5, block_size_tokens: BLOCK_TOKENS };
+    let faults = Faults::new(plan);
+    let mut fleet = Fleet::start().await;
+    let mut workers = Vec::new();
+    for name in ["a", "b"] {
+        let config =
+            fleet.config(vec![fleet.address()], name, Role::Prefill, EngineConfig::Sim(fast()));
+        let stall_timeout = Duration::from_secs(1);
+        let transfer = TransferConfig { stall_timeout, ..config.transfer };
+        workers.push(fleet.disturbed(&faults, WorkerConfig { transfer, ..config }).await);
+    }
+    let [a, b] = &mut workers[..] else { panic!("two") };
+    let (to_a, to_b) = (a.attached.hello.clone(), b.attached.hello.clone());
+    // Each begins otherwise.
+    let all: Vec<u32> =
+        (0..200 * PROMPTS).map(|at| u32::try_from(300 + at % 5000 + at / 5000).unwrap()).collect();
+    let prompts: Vec<&[u32]> = all.chunks(200).collect();
+    let numbered = || (1..).zip(&prompts);
+    let body = |prompt: &[u32]| completion(prompt.to_vec(), false, 8);
+    let whole = numbered().map(|(number, prompt)| job(number, Leg::Aggregated, &body(prompt)));
+    a.attached.command(vec![], whole.collect()).await;
+    let right = a.attached.all(PROMPTS).await;
+
+    let (mut lends, mut legs) = (Vec::new(), Vec::new());
+    for (number, prompt) in numbered() {
+        let (lend, mut pulled) = pull(1000 + number, prompt, 12, &to_a, &to_b);
+        pulled.give_up_ms = 4000;
+        lends.push(lend);
+        legs.push(StartJob { pull: Some(pulled), ..job(number, Leg::Aggregated, &body(prompt)) });
+    }
+    b.attached.command(vec![], legs).await;
+    a.attached.command(vec![], lends).await;
+    let (mut copied, mut failed, mut ended) = (0, 0, 0);
+    while ended < PROMPTS {
+        let event = b.attached.event().await;
+        if event.status == 0 {
+            let result = fleet::pulled(&event);
+            *(if result.failure.is_empty() { &mut copied } else { &mut failed }) += 1;
+            continue;
+        }
+        assert!(event.end && event.fault.is_none(), "{event:?}");
+        let text = std::str::from_utf8(&event.payload).unwrap();
+        assert_eq!(choices(text), choices(&right[&event.job]), "{}", event.job);
+        ended += 1;
+    }
+    assert_eq!(copied + failed, PROMPTS);
+    assert!(copied > 10 && failed > 5, "{copied} {failed}");
+    a.attached.command(numbered().map(|(number, _)| 1000 + number).collect(), vec![]).await;
+    for worker in &mut workers {
+        worker.attached.report(idle).await;
+    }
+    for worker in workers {
+        worker.stop().await;
+    }
 }

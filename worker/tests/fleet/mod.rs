@@ -8,6 +8,7 @@ use baton_proto::{
     Commands, CoordinatorFrame, Event, Handoff, Hello, Leg, Peer, PrefixPull, PullResult, Report,
     StartJob, Welcome, WorkerFrame, coordinator_frame, fleet_server, worker_frame,
 };
+use baton_transfer::faults::Faults;
 use baton_types::{HandoffId, Role};
 use bytes::Bytes;
 use tokio::{sync::mpsc, task::JoinHandle};
@@ -276,6 +277,18 @@ impl Fleet {
         let running =
             tokio::spawn(baton_worker::run(config, async move { stopped.notified().await }));
         Running { running, stop }
+    }
+
+    /// Whose handoffs are disturbed.
+    pub async fn disturbed(&mut self, faults: &Faults, config: WorkerConfig) -> Worker {
+        let stop = Arc::new(tokio::sync::Notify::new());
+        let (stopped, faults) = (stop.clone(), faults.clone());
+        let running = tokio::spawn(async move {
+            baton_worker::run_through(&faults, config, async move { stopped.notified().await })
+                .await
+        });
+        let attached = self.next_attached().await;
+        Worker { attached, running: Running { running, stop } }
     }
 
     pub async fn next_attached(&mut self) -> Attached {
