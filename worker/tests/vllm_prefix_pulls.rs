@@ -6,10 +6,10 @@ mod fleet;
 use std::{collections::BTreeMap, net::TcpListener, path::PathBuf, time::Duration};
 
 use baton_config::{ArenaConfig, EngineConfig, VllmConfig, VllmSource, WorkerConfig};
-use baton_proto::{Leg, Report, StartJob};
+use baton_proto::{Header, Leg, Report, StartJob};
 use baton_types::Role;
 use bytes::Bytes;
-use fleet::{Fleet, Worker, job, pull, pulled};
+use fleet::{Fleet, Worker, pull, pulled};
 use serde_json::{Value, json};
 
 const MODEL: &str = "smollm2";
@@ -80,9 +80,16 @@ fn body(prompt: &[u32]) -> Bytes {
     body.to_string().into()
 }
 
+/// vLLM wants to be told what a body is.
+fn job(number: u64, body: &Bytes) -> StartJob {
+    let value = Bytes::from_static(b"application/json");
+    let headers = vec![Header { name: "content-type".to_owned(), value }];
+    StartJob { headers, ..fleet::job(number, Leg::Aggregated, body) }
+}
+
 async fn answer(worker: &mut Worker) -> Value {
     let answer = worker.attached.whole().await;
-    assert_eq!((answer.first.status, answer.first.fault), (200, None));
+    assert_eq!((answer.first.status, answer.first.fault), (200, None), "{}", answer.text);
     serde_json::from_str(&answer.text).unwrap()
 }
 
@@ -126,10 +133,10 @@ async fn a_real_vllm_copies_what_another_has_cached() {
     assert!(to_a.pulls_prefixes && to_b.pulls_prefixes);
 
     let first = prompt(1, 1200);
-    a.attached.command(vec![], vec![job(1, Leg::Aggregated, &body(&first))]).await;
+    a.attached.command(vec![], vec![job(1, &body(&first))]).await;
     let right = answer(&mut a).await;
     let (lend, pulling) = pull(2, &first[..=32 * BLOCK_TOKENS], &to_a, &to_b);
-    let leg = StartJob { pull: Some(pulling), ..job(3, Leg::Aggregated, &body(&first)) };
+    let leg = StartJob { pull: Some(pulling), ..job(3, &body(&first)) };
     b.attached.command(vec![], vec![leg]).await;
     a.attached.command(vec![], vec![lend]).await;
     let result = pulled(&b.attached.event().await);
@@ -144,17 +151,17 @@ async fn a_real_vllm_copies_what_another_has_cached() {
 
     // Of this one half is cached: nothing is lent, and nothing computed to be lent.
     let second = prompt(2, 1200);
-    a.attached.command(vec![], vec![job(4, Leg::Aggregated, &body(&second[..512]))]).await;
+    a.attached.command(vec![], vec![job(4, &body(&second[..512]))]).await;
     answer(&mut a).await;
     let (lend, pulling) = pull(5, &second[..=32 * BLOCK_TOKENS], &to_a, &to_b);
-    let leg = StartJob { pull: Some(pulling), ..job(6, Leg::Aggregated, &body(&second)) };
+    let leg = StartJob { pull: Some(pulling), ..job(6, &body(&second)) };
     a.attached.command(vec![], vec![lend]).await;
     b.attached.command(vec![], vec![leg]).await;
     assert_eq!(pulled(&b.attached.event().await).failure, "failed");
     assert!(a.attached.event().await.fault.is_some());
     let computed = answer(&mut b).await;
     assert_eq!(cached(&computed), 0);
-    a.attached.command(vec![], vec![job(7, Leg::Aggregated, &body(&second))]).await;
+    a.attached.command(vec![], vec![job(7, &body(&second))]).await;
     let right = answer(&mut a).await;
     assert_eq!(cached(&right), 512);
     assert_same(&computed, &right);
