@@ -33,7 +33,7 @@ def receive(connection: socket.socket) -> dict[str, Any] | None:
         raise FrameError("the connection ended inside a frame")
     try:
         message = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FrameError("a frame is not JSON") from error
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise FrameError("a frame is not a message")

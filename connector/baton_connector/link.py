@@ -148,7 +148,7 @@ class Link:
                 _slots(answer, "export"),
                 _slots(answer, "import"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise Refused("the worker's welcome is malformed") from error
         if arena.slot_bytes < self._block_bytes:
             raise ArenaError(

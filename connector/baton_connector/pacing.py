@@ -9,6 +9,8 @@ from typing import Any
 MIN_CHUNK_TOKENS = 32
 """Smaller chunks cost more than they bring. Also what each step takes in where there is no time left:
 a prompt that waits for idle decodes might wait for ever."""
+LARGEST = 1e100
+"""Beyond any time in milliseconds, and its squares are numbers still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +30,12 @@ class Pace:
         if wire is None:
             return None
         model = wire["model"]
-        pace = Pace(
-            float(wire["step_ms"]),
+        return Pace(
+            _number(wire["step_ms"]),
             _three(model["prefill_ms"]),
             _three(model["decode_ms"]),
-            float(model["prefill_interference_factor"]),
+            _number(model["prefill_interference_factor"]),
         )
-        if not all(map(_is_possible, (pace.step_ms, pace.interference))):
-            raise ValueError("a pace of what is no time")
-        return pace
 
     def decode_step_ms(self, sequences: int, context_tokens: int) -> float:
         fixed, per_sequence, per_context_token = self.decode_ms
@@ -74,11 +73,16 @@ class Pace:
 
 
 def _three(values: Any) -> tuple[float, float, float]:
-    first, second, third = map(float, values)
-    if not all(map(_is_possible, (first, second, third))):
-        raise ValueError("a coefficient that cannot be")
+    first, second, third = map(_number, values)
     return first, second, third
 
 
-def _is_possible(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+def _number(value: Any) -> float:
+    """What may stand in a pace: times and their factors. None is so large that sums of them are none."""
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError("a number without end") from error
+    if not 0 <= number <= LARGEST:
+        raise ValueError(f"{number} can neither be a time nor a factor")
+    return number

@@ -48,8 +48,8 @@ pub(crate) async fn keep_balanced(
     loop {
         interval.tick().await;
         let decisions = shell.balance(config.actuator);
-        let news: Vec<_> = decisions.iter().map(|it| (it.verdict, it.reason)).collect();
-        for decision in decisions.iter().filter(|it| !told.contains(&(it.verdict, it.reason))) {
+        let news: Vec<_> = decisions.iter().map(|it| (to_tell(it.verdict), it.reason)).collect();
+        for (decision, _) in decisions.iter().zip(&news).filter(|(_, it)| !told.contains(*it)) {
             info!(%decision, "balancer");
         }
         told = news;
@@ -60,6 +60,15 @@ pub(crate) async fn keep_balanced(
         for decision in decisions {
             orders.follow(&shell, pools, &decision, config.dwell);
         }
+    }
+}
+
+/// As far as it is news when it changes: not which of several workers would go.
+fn to_tell(verdict: Verdict) -> (Option<Role>, Option<(Role, u32)>) {
+    match verdict {
+        Verdict::Hold => (None, None),
+        Verdict::Flip { to, .. } => (Some(to), None),
+        Verdict::Scale { role, replicas } => (None, Some((role, replicas))),
     }
 }
 
@@ -135,8 +144,8 @@ impl Shell {
     fn balance(&self, actuator: BalancerActuator) -> Vec<Decision> {
         let mut state = self.lock();
         let decisions = state.core.balance(self.now());
+        self.metrics.balancer.decided(&decisions);
         for decision in &decisions {
-            self.metrics.balancer.decided(decision);
             if let (Verdict::Flip { worker, to, .. }, BalancerActuator::Flip) =
                 (decision.verdict, actuator)
             {

@@ -15,7 +15,7 @@ pub use auth::KeyFileError;
 pub(crate) use auth::Tenants;
 pub(crate) use error::{ClientError, broken_stream_event};
 pub(crate) use forward::is_hop_by_hop;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use peek::{Endpoint, peek};
 pub(crate) use server::{Access, serve};
 pub(crate) use token_budget::TokenBudget;

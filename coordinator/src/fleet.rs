@@ -4,4 +4,6 @@ mod link;
 mod service;
 
 pub(crate) use link::Link;
+#[cfg(feature = "fuzzing")]
+pub(crate) use service::introduce;
 pub(crate) use service::{FleetService, PeerInfo};

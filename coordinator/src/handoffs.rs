@@ -12,6 +12,8 @@ pub(crate) struct HandoffMatrix {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pair {
     pub(crate) handoffs: u64,
+    /// Beside them.
+    pub(crate) failed: u64,
     pub(crate) blocks: u64,
     pub(crate) bytes: u64,
     /// Summed over handoffs, from decode's subscription to its last verified block. It waits for
@@ -41,6 +43,11 @@ impl HandoffMatrix {
         }
     }
 
+    /// As long as both are attached.
+    pub(crate) fn failed(&mut self, prefill: WorkerKey, decode: WorkerKey) {
+        self.pairs.entry((prefill, decode)).or_default().failed += 1;
+    }
+
     pub(crate) fn worker_gone(&mut self, worker: WorkerKey) {
         self.pairs.retain(|(prefill, decode), _| *prefill != worker && *decode != worker);
     }
@@ -49,11 +56,13 @@ impl HandoffMatrix {
         self.pairs.len()
     }
 
-    /// At most so many, of those that carried most.
+    /// At most so many, of those that failed most, and then of those that carried most.
     pub(crate) fn busiest(&self, most: usize) -> Vec<((WorkerKey, WorkerKey), &Pair)> {
         let mut pairs: Vec<_> = self.pairs.iter().map(|(key, pair)| (*key, pair)).collect();
         if pairs.len() > most {
-            pairs.select_nth_unstable_by(most, |a, b| b.1.bytes.cmp(&a.1.bytes));
+            pairs.select_nth_unstable_by(most, |a, b| {
+                (b.1.failed, b.1.bytes).cmp(&(a.1.failed, a.1.bytes))
+            });
             pairs.truncate(most);
         }
         pairs.sort_unstable_by_key(|(key, _)| *key);

@@ -11,6 +11,8 @@ pub mod admin;
 mod balancing;
 mod client;
 mod fleet;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod handoffs;
 mod journal;
 mod listener;

@@ -91,9 +91,9 @@ impl Metrics {
         Self { catalogue, requests, handoffs, prefixes, placement, balancer, workers, certificates }
     }
 
-    /// Of this table of the configuration.
-    pub(crate) fn certificate_expires(&self, table: &'static str, unix_s: i64) {
-        self.certificates.get_or_create(&TableLabels { table }).set(unix_s);
+    /// Of this table of the configuration. Answers whether that was not known.
+    pub(crate) fn certificate_expires(&self, table: &'static str, unix_s: i64) -> bool {
+        self.certificates.get_or_create(&TableLabels { table }).set(unix_s) != unix_s
     }
 
     /// In Prometheus' text format, with how things stand now.

@@ -71,7 +71,7 @@ pub(crate) async fn read(
     }
 }
 
-fn read_now(
+pub(crate) fn read_now(
     body: &[u8],
     fields: &PromptFields,
     tokenizer: Option<&PromptTokenizer>,

@@ -24,7 +24,7 @@ use baton_types::{HandoffId, Leg};
 use bytes::Bytes;
 use http::HeaderValue;
 use parking_lot::{Mutex, MutexGuard};
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::{
     client::{Answer, ClientError, TokenBudget},
@@ -333,17 +333,8 @@ impl Shell {
                     client.answer.complete();
                     self.request_ended(state, client, outcome);
                 }
-                Action::Blame { request, leg, fault } => {
-                    if let Some(client) = state.clients.get_mut(&request) {
-                        client.log_span().in_scope(|| {
-                            warn!(%leg, origin = %fault.origin, kind = %fault.kind,
-                                reason = fault.message, "leg failed");
-                        });
-                        if let Some(trace) = &mut client.trace {
-                            trace.leg_failed(leg, &fault);
-                        }
-                    }
-                    self.metrics.requests.leg_failed(leg, &fault);
+                Action::Blame { request, leg, worker, fault } => {
+                    self.leg_failed(state, request, leg, worker, &fault);
                 }
                 Action::SetRole { worker, role } => {
                     if let Some(view) = state.core.worker(worker) {

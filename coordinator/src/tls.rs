@@ -26,7 +26,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::{info, warn};
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
-use crate::metrics::Metrics;
+use crate::{journal::unix_ms, metrics::Metrics};
 
 /// A stranger who connects and says nothing holds no socket for longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,6 +34,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_HANDSHAKES: usize = 256;
 /// However many come, the log has one line of them in so long.
 const STRANGERS_TOLD_EVERY: Duration = Duration::from_secs(1);
+/// As the alert has it.
+const SOON_DAYS: i64 = 14;
 /// What a certificate's URI begins with that says which worker's it is.
 const WORKER_URI: &str = "baton:worker:";
 
@@ -152,7 +154,13 @@ pub(crate) fn follow(table: &'static str, files: &TlsFiles, metrics: &Metrics) {
             warn!(table, %error, "certificates changed and cannot be used: the former ones stay");
         }
     }
-    metrics.certificate_expires(table, files.current().expires_unix_s);
+    let expires_unix_s = files.current().expires_unix_s;
+    let is_news = metrics.certificate_expires(table, expires_unix_s);
+    let now_s = i64::try_from(unix_ms() / 1000).unwrap_or(i64::MAX);
+    let left_days = expires_unix_s.saturating_sub(now_s) / 86_400;
+    if is_news && left_days < SOON_DAYS {
+        warn!(table, left_days, "this certificate expires soon");
+    }
 }
 
 /// The server's side of one handshake.

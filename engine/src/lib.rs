@@ -17,3 +17,5 @@ pub use kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, RankPort, ToEngi
 pub use pacing::{Pacing, StepPace};
 pub use sim::SimEngine;
 pub use vllm::VllmEngine;
+#[cfg(feature = "fuzzing")]
+pub use vllm::fuzzing;

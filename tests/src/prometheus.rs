@@ -6,16 +6,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// A real Prometheus that scrapes one target each second.
+/// A real Prometheus that scrapes its targets each second.
 #[derive(Debug)]
 pub struct Prometheus {
     child: Child,
     http: reqwest::Client,
     base: String,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 /// The directory of `prometheus` and `promtool`, or `None` after saying that the test is skipped. Where
@@ -41,15 +41,24 @@ pub fn prometheus_or_skip(test: &str) -> Option<PathBuf> {
 impl Prometheus {
     /// Scrapes `target` (`host:port`) as the job `baton`, with the rules of a file.
     pub async fn start(programs: &Path, target: &str, rules: &Path) -> Result<Self> {
+        let prometheus = Self::start_without_targets(programs, rules).await?;
+        prometheus.scrape("baton", target)?;
+        Ok(prometheus)
+    }
+
+    /// Is told later whom to scrape.
+    pub async fn start_without_targets(programs: &Path, rules: &Path) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let file = directory.path().join("prometheus.yml");
+        let targets = directory.path().join("*.targets.json");
         fs::write(
             &file,
             format!(
                 "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}\n\
                  rule_files: [{rules:?}]\n\
-                 scrape_configs:\n  - job_name: baton\n    static_configs: [{{ targets: [{target:?}] }}]\n"
+                 scrape_configs:\n  - job_name: baton\n    \
+                 file_sd_configs: [{{ files: [{targets:?}], refresh_interval: 1s }}]\n"
             ),
         )?;
         let child = Command::new(programs.join("prometheus"))
@@ -62,14 +71,23 @@ impl Prometheus {
             .spawn()
             .context("cannot start prometheus")?;
         let http = reqwest::Client::builder().no_proxy().build()?;
-        let prometheus =
-            Self { child, http, base: format!("http://127.0.0.1:{port}"), _directory: directory };
+        let prometheus = Self { child, http, base: format!("http://127.0.0.1:{port}"), directory };
         let deadline = Instant::now() + Duration::from_secs(60);
         while prometheus.get("/-/ready", &[]).await.is_err() {
             ensure!(Instant::now() < deadline, "prometheus does not become ready");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         Ok(prometheus)
+    }
+
+    /// Scrapes one more target (`host:port`), in the place of the job's former one.
+    pub fn scrape(&self, job: &str, target: &str) -> Result<()> {
+        let groups = json!([{ "targets": [target], "labels": { "job": job } }]);
+        let file = self.directory.path().join(format!("{job}.targets.json"));
+        // Never half a file: it is read whenever it changes.
+        let unfinished = file.with_extension("unfinished");
+        fs::write(&unfinished, groups.to_string())?;
+        Ok(fs::rename(unfinished, file)?)
     }
 
     async fn get(&self, path: &str, query: &[(&str, &str)]) -> Result<String> {
@@ -95,6 +113,12 @@ impl Prometheus {
         let samples = data["result"].as_array().context("a vector")?;
         let values = samples.iter().filter_map(|sample| sample["value"][1].as_str()?.parse().ok());
         Ok(values.filter(|value: &f64| !value.is_nan()).collect())
+    }
+
+    /// The alerts that are pending or fire: `labels`, `annotations`, `state`, `value`.
+    pub async fn alerts(&self) -> Result<Vec<Value>> {
+        let data = self.api("/api/v1/alerts", &[]).await?;
+        Ok(data["alerts"].as_array().context("alerts")?.clone())
     }
 
     /// Each alert rule as Prometheus read it: `name`, `query`, `health`, `state`, ….

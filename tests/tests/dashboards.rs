@@ -34,6 +34,7 @@ fn dashboard() -> Vec<(String, String)> {
 
 /// What a rule compares. A comparison itself has data only while the alert fires.
 fn operands(query: &str) -> Vec<String> {
+    let query = query.split(" or absent(").next().unwrap_or_default();
     let (left, right) = [" > ", " < ", " == "]
         .iter()
         .find_map(|comparison| query.rsplit_once(comparison))

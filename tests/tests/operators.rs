@@ -181,7 +181,7 @@ async fn a_drained_worker_ends_what_it_has_and_takes_nothing_new() {
         .iter()
         .map(|decision| decision["kind"].as_str().unwrap())
         .collect();
-    assert_eq!(kinds, ["attached", "attached", "attached", "drain", "lost", "attached"]);
+    assert_eq!(kinds, ["attached", "attached", "attached", "drain", "left", "attached"]);
 
     for name in ["decode-0", "decode-1"] {
         cluster.admin_post(&format!("/admin/workers/{name}/drain"), &json!({})).await;

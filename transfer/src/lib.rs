@@ -14,8 +14,8 @@ mod counters;
 #[cfg(feature = "faults")]
 pub mod faults;
 mod frame;
-#[cfg(test)]
-mod fuzz;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod lease;
 mod ledger;
 mod mac;

@@ -10,6 +10,9 @@ mod copying;
 mod hello;
 mod produce;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use self::hello::fuzz as fuzz_hello;
+
 use std::{
     collections::HashMap,
     fmt, io,
@@ -301,15 +304,4 @@ fn allow_many_files() {
 
 fn gone(error: &io::Error) -> TransferError {
     TransferError::BrokeOff(error.to_string())
-}
-
-#[cfg(test)]
-pub(crate) fn fuzz_hello(bytes: &[u8]) {
-    if let Some((head, path)) = bytes.split_first_chunk()
-        && let Ok(hello) = hello::Hello::decode(head, path)
-        && hello::Hello::path_bytes(head) == path.len()
-        && hello.arena.is_some()
-    {
-        assert_eq!(&hello.encode()[1..], bytes);
-    }
 }

@@ -24,8 +24,8 @@ use baton_ucx::{Options, Region, Resource, StartError, Ucx, UcxError};
 use parking_lot::Mutex;
 
 pub(crate) use self::lane::Lane;
-#[cfg(test)]
-pub(crate) use self::wire::fuzz as fuzz_wire;
+#[cfg(feature = "fuzzing")]
+pub(crate) use self::wire::{fuzz_frames, fuzz_words};
 use crate::{
     channel::{BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError},
     mac::{Check, MacKey},

@@ -120,7 +120,9 @@ pub(crate) fn with_cached_tokens(payload: Bytes, cached_tokens: u32) -> Bytes {
         let start = details + DETAILS.len();
         let end = memchr::memchr(b'}', &payload[start..]).map_or(payload.len(), |at| start + at);
         let Some(cached) = memmem::find(&payload[start..end], CACHED) else { continue };
-        let Some((_, digits)) = number(&payload, start + cached + CACHED.len()) else { continue };
+        let digits = number(&payload, start + cached + CACHED.len()).map(|(_, digits)| digits);
+        // One object within another has the same number.
+        let Some(digits) = digits.filter(|digits| digits.start >= done) else { continue };
         rewritten.extend_from_slice(&payload[done..digits.start]);
         rewritten.extend_from_slice(cached_tokens.to_string().as_bytes());
         done = digits.end;
@@ -140,6 +142,23 @@ fn number(bytes: &[u8], at: usize) -> Option<(u32, std::ops::Range<usize>)> {
     let end = start + digits;
     let value = std::str::from_utf8(&bytes[start..end]).ok()?.parse().ok()?;
     Some((value, start..end))
+}
+
+/// Whatever an engine answers, what is found lies in it, and only what is to be changed is.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Some((at, _)) = error_event(bytes) {
+        assert!(bytes[at..].starts_with(ERROR_EVENT));
+    }
+    let events: Vec<&[u8]> = each_event(bytes).collect();
+    assert_eq!(events.concat(), bytes);
+    let streamed = streamed_tokens(bytes);
+    assert!(streamed.events as usize <= events.len());
+    let without = without_usage(bytes);
+    assert_eq!(streamed_tokens(&without), StreamedTokens { total: None, ..streamed });
+    let payload = Bytes::copy_from_slice(bytes);
+    let rewritten = with_cached_tokens(payload, 7);
+    assert_eq!(with_cached_tokens(rewritten.clone(), 7), rewritten);
 }
 
 #[cfg(test)]

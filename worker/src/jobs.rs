@@ -89,7 +89,7 @@ impl Jobs {
 }
 
 /// As the coordinator writes it down; a client's own may be no text.
-fn request_id(start: &StartJob) -> String {
+pub(crate) fn request_id(start: &StartJob) -> String {
     let mut headers = start.headers.iter();
     headers
         .find(|header| header.name.eq_ignore_ascii_case("x-request-id"))
@@ -289,7 +289,9 @@ pub(crate) fn consume(
     Ok((consuming, kv))
 }
 
-fn named(handoff: Option<&Handoff>) -> Result<(crate::handoff::Name, &baton_proto::Peer), Fault> {
+pub(crate) fn named(
+    handoff: Option<&Handoff>,
+) -> Result<(crate::handoff::Name, &baton_proto::Peer), Fault> {
     let handoff = handoff.ok_or_else(|| missing("StartJob", "handoff"))?;
     let peer = handoff.peer.as_ref().ok_or_else(|| missing("Handoff", "peer"))?;
     Ok((handoff.name().map_err(|error| refused(&error))?, peer))
@@ -300,7 +302,7 @@ pub(crate) fn missing(message: &'static str, field: &'static str) -> Fault {
 }
 
 /// What goes into a request's body must be one JSON object, whoever sent it.
-fn json_object(bytes: &Bytes) -> Result<Bytes, Fault> {
+pub(crate) fn json_object(bytes: &Bytes) -> Result<Bytes, Fault> {
     let is_object = serde_json::from_slice::<serde_json::Map<_, serde_json::Value>>(bytes).is_ok();
     if is_object {
         Ok(bytes.clone())
@@ -350,7 +352,7 @@ pub(crate) async fn post(
     life.engine.run(request).await.map_err(|error| engine_fault(&error))
 }
 
-fn header_map(headers: Vec<Header>) -> HeaderMap {
+pub(crate) fn header_map(headers: Vec<Header>) -> HeaderMap {
     headers
         .into_iter()
         .filter_map(|header| {

@@ -282,6 +282,37 @@ fn name(key: &RawValue) -> serde_json::Result<Cow<'_, str>> {
     }
 }
 
+/// Of a body that is one, all that it is made into are too: what must change has, and nothing else.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(body: &Bytes) {
+    let part = Part::Consume;
+    let kv = KvParameters::Fenced { part, id: HandoffId::from_u128(1), generation: Generation(2) };
+    let mut parameters = Vec::new();
+    kv.append_to(&mut parameters);
+    let before = Members::of(body);
+    let (prefill, decode) = (prefill_body(body, &kv), decode_body(body, &kv));
+    assert_eq!((prefill.is_ok(), decode.is_ok()), (before.is_ok(), before.is_ok()));
+    let (Ok(before), Ok(prefill), Ok(decode)) = (before, prefill, decode) else { return };
+    for rewritten in [&prefill, &decode] {
+        let after = Members::of(rewritten);
+        assert!(after.is_ok(), "it is an object still");
+        let Ok(after) = after else { return };
+        let named = after.0.iter().filter(|(name, ..)| name == KV_PARAMETERS);
+        assert!(named.map(|(.., value)| value.get().as_bytes()).eq([&parameters[..]]));
+    }
+    let others = |members: &Members<'_>| -> Vec<(String, String)> {
+        let members = members.0.iter().filter(|(name, ..)| name != KV_PARAMETERS);
+        members.map(|(_, key, value)| (key.get().to_owned(), value.get().to_owned())).collect()
+    };
+    assert!(Members::of(&decode).is_ok_and(|after| others(&after) == others(&before)));
+    for path in PATHS_OF_TEXT {
+        for (due_ms, usage) in [(None, true), (Some(i64::MAX >> 1), false), (Some(7), true)] {
+            let asked = asking(path, body, Asked { due_ms, usage });
+            assert!(asked.is_ok_and(|(body, _)| Members::of(&body).is_ok()));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,6 +6,8 @@ mod answer_text;
 mod attach;
 mod counters;
 mod discover;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod handoff;
 mod health;
 mod jobs;

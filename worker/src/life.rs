@@ -176,7 +176,10 @@ impl Life {
             let ended = sent.endings().into_iter().map(|(name, count)| (name.to_owned(), count));
             report.handoffs_ended = ended.collect();
             report.handoffs_open = u32::try_from(handoffs.open()).unwrap_or(u32::MAX);
-            (report.arena_slots_used, report.arena_slots) = handoffs.slots();
+            let arena = handoffs.slots();
+            (report.arena_slots_used, report.arena_slots) = (arena.used, arena.total);
+            (report.arena_import_slots_used, report.arena_import_slots) =
+                (arena.imports_used, arena.imports_total);
         }
         report
     }

@@ -199,7 +199,7 @@ pub(crate) async fn prefill_answer(
     Ok(event)
 }
 
-fn engine_parameters(body: &[u8]) -> Result<Bytes, Fault> {
+pub(crate) fn engine_parameters(body: &[u8]) -> Result<Bytes, Fault> {
     #[derive(Deserialize)]
     struct Answered<'a> {
         #[serde(borrow)]

@@ -1,4 +1,4 @@
-use std::{process::ExitCode, time::Duration};
+use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
 use baton_coordinator::admin::{ClusterState, WorkerState};
 use baton_types::Role;
@@ -56,6 +56,7 @@ pub(crate) fn run(options: &StatusOptions) -> anyhow::Result<ExitCode> {
                 if let Some(state) = readings.last() {
                     lines.push(String::new());
                     lines.extend(workers(state));
+                    lines.extend(troubles(state));
                 }
                 if options.watch && terminal.is_live() {
                     terminal.draw(lines);
@@ -107,17 +108,48 @@ pub(super) fn heading(readings: &Readings) -> Vec<String> {
     ]
 }
 
+/// What is not as it should be, and whom it is about: workers that were lost and did not come back, those that
+/// fit no other, pairs whose handoffs fail.
+pub(super) fn troubles(state: &ClusterState) -> Vec<String> {
+    let attached = |name: &str| state.workers.iter().any(|worker| worker.name == name);
+    let mut told = BTreeMap::new();
+    for decision in &state.decisions {
+        let is_trouble = match decision.kind.as_str() {
+            "lost" => !attached(&decision.subject),
+            "mismatch" => attached(&decision.subject),
+            _ => false,
+        };
+        if is_trouble {
+            // The last of each stays.
+            told.insert((&decision.subject, &decision.kind), decision);
+        }
+    }
+    let workers = told.values().map(|decision| {
+        let ago = state.at_unix_ms.saturating_sub(decision.at_unix_ms);
+        let ago = duration(Duration::from_millis(ago));
+        let (name, kind) = (&decision.subject, &decision.kind);
+        bad(&format!("{name}: {kind} {ago} ago: {}", decision.reason)).to_string()
+    });
+    let pairs = state.handoffs.busiest.iter().filter(|pair| pair.failed > 0).map(|pair| {
+        let (from, to) = (&pair.prefill, &pair.decode);
+        let all = pair.handoffs + pair.failed;
+        bad(&format!("{from} → {to}: {} of {all} handoffs failed", pair.failed)).to_string()
+    });
+    workers.chain(pairs).collect()
+}
+
 pub(super) fn workers(state: &ClusterState) -> Vec<String> {
     let names = state.workers.iter().map(|worker| worker.name.len());
     let width = names.max().unwrap_or(0).max("worker".len());
     let heading = format!(
-        "{:width$}  {:7}  {:8}  {:>7} {:>6} {:>6}  {:>5}  {:>10} {:>10}  {:>6}",
+        "{:width$}  {:7}  {:8}  {:>7} {:>6} {:>6} {:>7}  {:>5}  {:>10} {:>10}  {:>6}",
         "worker",
         "role",
         "state",
         "prefill",
         "decode",
         "queued",
+        "waiting",
         "KV",
         "sent",
         "received",
@@ -139,12 +171,13 @@ fn row(worker: &WorkerState, width: usize) -> String {
     let failed_text = format!("{failed:>6}");
     let failed_text = if failed > 0 { bad(&failed_text).to_string() } else { failed_text };
     format!(
-        "{:width$}  {:7}  {standing}  {:>7} {:>6} {:>6}  {:>3.0} %  {:>10} {:>10}  {failed_text}",
+        "{:width$}  {:7}  {standing}  {:>7} {:>6} {:>6} {:>7}  {:>3.0} %  {:>10} {:>10}  {failed_text}",
         worker.name,
         worker.role,
         worker.load.prefills,
         worker.load.decodes,
         worker.load.queued,
+        worker.engine_load.waiting,
         worker.engine_load.kv_used_ratio * 100.0,
         bytes(worker.handoffs.bytes_sent as f64),
         bytes(worker.handoffs.bytes_received as f64),

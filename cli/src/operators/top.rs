@@ -6,7 +6,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::{
     Access, block_on, ended,
-    status::{INTERVAL, WINDOW, heading, workers},
+    status::{INTERVAL, WINDOW, heading, troubles, workers},
 };
 use crate::{
     quantity::{milliseconds, speed},
@@ -48,6 +48,7 @@ fn screen(readings: &Readings) -> Vec<String> {
         readings.rate(|state| state.output_tokens),
         speed(readings.rate(received_bytes)),
     ));
+    lines.extend(troubles(state));
     lines.push(String::new());
     lines.push(faint("requests: queue · prefill ▒ handoff ▓ decode █").to_string());
     lines.extend(bars(&state.requests));

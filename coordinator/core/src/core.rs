@@ -495,8 +495,12 @@ fn least_load() -> Box<dyn Policy> {
     (least_load.unwrap_or(&POLICIES[0]).make)(0)
 }
 
+/// A prediction is never so long that it could not be added to a time: whatever a worker's model says.
+const LONGEST_PREDICTION: Duration = Duration::from_secs(1 << 40);
+
 fn milliseconds(milliseconds: f64) -> Duration {
-    Duration::try_from_secs_f64(milliseconds / 1000.0).unwrap_or(Duration::MAX)
+    let predicted = Duration::try_from_secs_f64(milliseconds / 1000.0);
+    predicted.map_or(LONGEST_PREDICTION, |predicted| predicted.min(LONGEST_PREDICTION))
 }
 
 #[cfg(test)]

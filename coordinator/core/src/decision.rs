@@ -192,7 +192,7 @@ impl PlacementDecision {
             // The last token of the prompt is computed where its answer begins.
             delay_ms += decode.handoff_ms + decode.step_ms;
         }
-        Some(self.at + Duration::try_from_secs_f64(delay_ms / 1000.0).ok()?)
+        self.at.checked_add(Duration::try_from_secs_f64(delay_ms / 1000.0).ok()?)
     }
 
     /// Time between two tokens, in milliseconds, as the worker was loaded when it was chosen.

@@ -120,8 +120,8 @@ pub enum Action {
     BreakOff { request: RequestKey, fault: Fault },
     /// The answer is complete.
     Finish { request: RequestKey },
-    /// A leg failed: for the record.
-    Blame { request: RequestKey, leg: Leg, fault: Fault },
+    /// A leg failed at this worker: for the record.
+    Blame { request: RequestKey, leg: Leg, worker: WorkerKey, fault: Fault },
     /// Tell a worker which role it shall have.
     SetRole { worker: WorkerKey, role: Role },
     /// Tell a worker that on account of this coordinator it can change its role: nothing of ours is

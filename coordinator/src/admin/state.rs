@@ -167,6 +167,9 @@ pub struct EngineState {
 pub struct ArenaState {
     pub slots: u32,
     pub slots_used: u32,
+    /// Of these, what is for blocks that it receives; the others are for those that it sends.
+    pub import_slots: u32,
+    pub import_slots_used: u32,
 }
 
 /// A worker's own counts, since it started.
@@ -248,6 +251,8 @@ pub struct HandoffPair {
     pub prefill: String,
     pub decode: String,
     pub handoffs: u64,
+    /// Those that were tried and failed.
+    pub failed: u64,
     pub blocks: u64,
     pub bytes: u64,
     /// From decode's subscription to its last verified block, summed; while prefill computed too.
@@ -259,7 +264,7 @@ pub struct HandoffPair {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
     pub at_unix_ms: u64,
-    /// `mode`, `drain`, `undrain`, `attached`, `lost`, ….
+    /// `mode`, `drain`, `undrain`, `attached`, `left`, `lost`, `mismatch`, ….
     pub kind: String,
     /// A worker, mostly.
     pub subject: String,

@@ -60,7 +60,7 @@ impl BalancerMetrics {
     pub(crate) fn register(&self, registry: &mut Catalogue) {
         registry.register(
             "pool_pressure",
-            "Of a pool's least pressed worker, or as arrivals predict: pressed from 1 on",
+            "Of a pool's least pressed worker, or as arrivals predict, where step times are known: pressed from 1 on",
             self.pressure.clone(),
         );
         registry.register(
@@ -100,27 +100,49 @@ impl BalancerMetrics {
         );
     }
 
-    pub(crate) fn decided(&self, decision: &Decision) {
+    /// What was decided at one look, for each kind of workers.
+    pub(crate) fn decided(&self, decisions: &[Decision]) {
         for role in Role::ALL {
-            let labels = PoolLabels { role: role.as_str() };
-            let figures = decision.pool(role);
-            self.pressure.get_or_create(&labels).set(figures.pressure);
-            self.demand.get_or_create(&labels).set(figures.demand);
-            self.size.get_or_create(&labels).set(figures.workers.into());
-            let wanted = match decision.verdict {
-                Verdict::Scale { role: scaled, replicas } if scaled == role => replicas,
-                _ => figures.workers,
-            };
-            self.wanted.get_or_create(&labels).set(wanted.into());
+            self.set_pool(role, decisions);
         }
-        let verdict = match decision.verdict {
-            Verdict::Hold => "hold",
-            Verdict::Flip { .. } => "flip",
-            Verdict::Scale { role, replicas } if replicas > decision.pool(role).workers => "more",
-            Verdict::Scale { .. } => "fewer",
-        };
-        let reason = decision.reason.as_str();
-        self.decisions.get_or_create(&DecisionLabels { verdict, reason }).inc();
+        for decision in decisions {
+            let verdict = match decision.verdict {
+                Verdict::Hold => "hold",
+                Verdict::Flip { .. } => "flip",
+                Verdict::Scale { role, replicas } if replicas > decision.pool(role).workers => {
+                    "more"
+                }
+                Verdict::Scale { .. } => "fewer",
+            };
+            let reason = decision.reason.as_str();
+            self.decisions.get_or_create(&DecisionLabels { verdict, reason }).inc();
+        }
+    }
+
+    /// All kinds' workers, and the figures of the kind that is pressed most. Of a pool without workers, or
+    /// without step models, nothing is known: no figure is shown.
+    fn set_pool(&self, role: Role, decisions: &[Decision]) {
+        let labels = PoolLabels { role: role.as_str() };
+        let pools = || decisions.iter().map(|decision| (decision, decision.pool(role)));
+        let known =
+            pools().map(|(_, figures)| figures).filter(|figures| figures.demand.is_finite());
+        match known.max_by(|a, b| a.pressure.total_cmp(&b.pressure)) {
+            Some(figures) => {
+                self.pressure.get_or_create(&labels).set(figures.pressure);
+                self.demand.get_or_create(&labels).set(figures.demand);
+            }
+            None => {
+                self.pressure.remove(&labels);
+                self.demand.remove(&labels);
+            }
+        }
+        let wanted = pools().map(|(decision, figures)| match decision.verdict {
+            Verdict::Scale { role: scaled, replicas } if scaled == role => replicas,
+            _ => figures.workers,
+        });
+        self.wanted.get_or_create(&labels).set(wanted.sum::<u32>().into());
+        let workers = pools().map(|(_, figures)| figures.workers);
+        self.size.get_or_create(&labels).set(workers.sum::<u32>().into());
     }
 
     pub(crate) fn flip(&self, to: Role, reason: &'static str) {

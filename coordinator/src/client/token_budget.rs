@@ -29,7 +29,8 @@ impl TokenBudget {
     /// How long to wait until there is a token; `None` where there is one.
     pub(super) fn wait(&self, now: Instant) -> Option<Duration> {
         let tokens = self.filled(now, 0.0);
-        (tokens < 1.0).then(|| Duration::from_secs_f64((1.0 - tokens) * 60.0 / self.per_minute))
+        let wait = || Duration::try_from_secs_f64((1.0 - tokens) * 60.0 / self.per_minute);
+        (tokens < 1.0).then(|| wait().unwrap_or(Duration::MAX))
     }
 
     /// A request took so many.

@@ -17,6 +17,8 @@ use crate::{
 
 const REPORT_INTERVAL_MS: u32 = 500;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// More than any engine has room for, and little enough to be added up.
+const MOST_KV_TOKENS: u64 = 1 << 40;
 
 /// How other workers reach a worker, as it said itself.
 #[derive(Clone, Debug)]
@@ -107,7 +109,7 @@ async fn read(
 }
 
 #[derive(Debug, thiserror::Error)]
-enum Refused {
+pub(crate) enum Refused {
     #[error("this coordinator speaks protocol {}, the worker {theirs}", wire::PROTOCOL_VERSION)]
     Protocol { theirs: u32 },
     #[error("Hello.{field} is empty")]
@@ -127,7 +129,7 @@ fn names_of_certificate<T>(request: &Request<T>) -> Vec<String> {
     certificates.and_then(|chain| chain.first().map(worker_names)).unwrap_or_default()
 }
 
-fn introduce(
+pub(crate) fn introduce(
     hello: &wire::Hello,
     names: &[String],
 ) -> Result<(WorkerDescription, Option<PeerInfo>), Refused> {
@@ -160,7 +162,7 @@ fn introduce(
         kv_capacity_tokens: hello
             .kv_cache
             .as_ref()
-            .map(|cache| cache.capacity_tokens)
+            .map(|cache| cache.capacity_tokens.min(MOST_KV_TOKENS))
             .filter(|capacity| *capacity > 0),
         pulls_prefixes: hello.pulls_prefixes,
     };

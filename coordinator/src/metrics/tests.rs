@@ -47,12 +47,12 @@ fn observed() -> (Metrics, String) {
         transport: "shm".to_owned(),
         ..wire::HandoffResult::default()
     });
-    metrics.balancer.decided(&Decision {
+    metrics.balancer.decided(&[Decision {
         verdict: Verdict::Hold,
         reason: Reason::Balanced,
         prefill: PoolFigures::default(),
         decode: PoolFigures::default(),
-    });
+    }]);
     metrics.balancer.flip(Role::Prefill, "operator");
     metrics.balancer.in_flight(0);
     metrics.balancer.scaled(Role::Prefill, &Ok(Scaled { before: 1, after: 2 }));
@@ -182,6 +182,43 @@ A histogram has `_bucket`, `_sum` and `_count`.
 | `origin`, `kind` | who is to blame for a leg's failure, and in which way |
 | `worker`, `role` | a worker's name, and `prefill` or `decode` |
 | `result` | of the start of a prompt that was to be copied: `copied`; `held`: it was there by then; or why the engine computed it: `too_slow`, `unavailable`, `failed` (it was no longer cached, mostly), `refused`, `timed_out`, `corrupt`, `other` |
+| `half` | of an arena: `export`, for blocks that the worker sends, or `import`, for those that it receives |
 | `table` | of the configuration: `tls`, `coordinator.https` |
 | `name` | how a handoff failed or ended: [transfer.md](transfer.md#what-is-checked-and-where) |
 ";
+
+/// A pool is shown pressed where that is known, not where nothing is.
+#[test]
+fn what_is_not_known_of_a_pool_is_not_shown() {
+    let metrics = Metrics::new(SloConfig::default());
+    let known = |workers, pressure| PoolFigures {
+        workers,
+        pressure,
+        demand: pressure,
+        ..PoolFigures::default()
+    };
+    let decision = |prefill, decode| Decision {
+        verdict: Verdict::Hold,
+        reason: Reason::Balanced,
+        prefill,
+        decode,
+    };
+    let unknown = known(2, f64::INFINITY);
+    let shown = || metrics.render(0, &BTreeMap::new(), &[]);
+    metrics
+        .balancer
+        .decided(&[decision(known(2, 1.5), known(1, 0.25)), decision(known(1, 0.5), unknown)]);
+    let text = shown();
+    for line in [
+        "baton_pool_pressure{role=\"prefill\"} 1.5",
+        "baton_pool_pressure{role=\"decode\"} 0.25",
+        "baton_pool_workers{role=\"prefill\"} 3",
+        "baton_pool_workers{role=\"decode\"} 3",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    metrics.balancer.decided(&[decision(unknown, known(1, 0.25))]);
+    let text = shown();
+    assert!(!text.contains("baton_pool_pressure{role=\"prefill\"}"), "{text}");
+    assert!(text.contains("baton_pool_workers{role=\"prefill\"} 2"), "{text}");
+}

@@ -28,6 +28,14 @@ struct NameLabels {
     name: String,
 }
 
+/// The half of a worker's arena for what it sends, or for what it receives.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ArenaLabels {
+    worker: String,
+    role: &'static str,
+    half: &'static str,
+}
+
 /// By what a worker's KV may pass.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct WorkerTransportLabels {
@@ -62,8 +70,8 @@ pub(super) struct WorkerMetrics {
     handoff_errors: Family<NameLabels, Counter>,
     handoffs_ended: Family<NameLabels, Counter>,
     transfer_info: Family<WorkerTransportLabels, Gauge>,
-    arena_slots_used: Family<WorkerLabels, Gauge>,
-    arena_slots: Family<WorkerLabels, Gauge>,
+    arena_slots_used: Family<ArenaLabels, Gauge>,
+    arena_slots: Family<ArenaLabels, Gauge>,
     kv_blocks_cached: Family<WorkerLabels, Gauge>,
     prefix_blocks: Family<WorkerLabels, Gauge>,
 }
@@ -182,8 +190,6 @@ impl WorkerMetrics {
             &self.engine_running,
             &self.engine_waiting,
             &self.handoffs_open,
-            &self.arena_slots_used,
-            &self.arena_slots,
             &self.kv_blocks_cached,
             &self.prefix_blocks,
         ];
@@ -197,6 +203,7 @@ impl WorkerMetrics {
         per_worker.iter().for_each(|family| family.clear());
         counted.iter().for_each(|family| family.clear());
         self.kv_used.clear();
+        [&self.arena_slots_used, &self.arena_slots].iter().for_each(|family| family.clear());
         let by_name = [&self.handoff_errors, &self.handoffs_ended];
         by_name.iter().for_each(|family| family.clear());
         self.transfer_info.clear();
@@ -209,8 +216,6 @@ impl WorkerMetrics {
                 report.engine_requests_running.into(),
                 report.engine_requests_waiting.into(),
                 report.handoffs_open.into(),
-                report.arena_slots_used.into(),
-                report.arena_slots.into(),
                 report.engine_kv_blocks_cached,
                 worker.prefix_blocks as u64,
             ];
@@ -226,6 +231,21 @@ impl WorkerMetrics {
             ];
             for (family, count) in counted.iter().zip(counts) {
                 family.get_or_create(&labels).inc_by(count);
+            }
+            let (imports_used, imports) =
+                (report.arena_import_slots_used, report.arena_import_slots);
+            for (half, used, slots) in [
+                (
+                    "export",
+                    report.arena_slots_used.saturating_sub(imports_used),
+                    report.arena_slots.saturating_sub(imports),
+                ),
+                ("import", imports_used, imports),
+            ] {
+                let WorkerLabels { worker, role } = labels.clone();
+                let labels = ArenaLabels { worker, role, half };
+                self.arena_slots_used.get_or_create(&labels).set(gauge(used.into()));
+                self.arena_slots.get_or_create(&labels).set(gauge(slots.into()));
             }
             for (family, names) in by_name.iter().zip([&FAULTS[..], &ENDS[..]]) {
                 for name in names {

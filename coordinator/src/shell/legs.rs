@@ -7,9 +7,9 @@ use baton_proto as wire;
 use baton_types::{Fault, FaultKind, Generation, HandoffId, Leg, Origin};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use tracing::debug;
+use tracing::{debug, warn};
 
-use super::{Shell, State, client::Relaying};
+use super::{Shell, State, client::Relaying, operators::name_of};
 use crate::{
     client::Head,
     metrics::{Outcome, Path},
@@ -106,6 +106,36 @@ impl Shell {
         }
         if event.end {
             self.tell_core(state, Event::Ended { job }, None);
+        }
+    }
+
+    /// What is said and kept of a leg that failed: where, and which two it was to pass between.
+    pub(super) fn leg_failed(
+        &self,
+        state: &mut State,
+        request: RequestKey,
+        leg: Leg,
+        worker: WorkerKey,
+        fault: &Fault,
+    ) {
+        self.metrics.requests.leg_failed(leg, fault);
+        let Some(client) = state.clients.get(&request) else { return };
+        let pair = client.timeline.prefill_worker.zip(client.timeline.answering_worker);
+        let peer = pair.map(|(prefill, decode)| if prefill == worker { decode } else { prefill });
+        client.log_span().in_scope(|| {
+            warn!(%leg, worker = name_of(state, worker),
+                peer = peer.map(|peer| name_of(state, peer)).unwrap_or_default(),
+                origin = %fault.origin, kind = %fault.kind, reason = fault.message, "leg failed");
+        });
+        if fault.origin == Origin::Handoff
+            && let Some((prefill, decode)) = pair
+        {
+            state.handoffs.failed(prefill, decode);
+        }
+        if let Some(client) = state.clients.get_mut(&request)
+            && let Some(trace) = &mut client.trace
+        {
+            trace.leg_failed(leg, fault);
         }
     }
 

@@ -170,7 +170,7 @@ pub(super) fn ended_request(state: &State, ended: &Ended) -> EndedRequest {
     }
 }
 
-fn name_of(state: &State, worker: WorkerKey) -> String {
+pub(super) fn name_of(state: &State, worker: WorkerKey) -> String {
     match state.core.worker(worker) {
         Some(view) => view.description.name.clone(),
         None => state.journal.departed(worker).unwrap_or_default().to_owned(),
@@ -269,7 +269,12 @@ fn worker_state(state: &State, view: &WorkerView<'_>, attached: &Attached) -> Wo
                 .unwrap_or_default(),
             kv_blocks_cached: report.engine_kv_blocks_cached,
         },
-        arena: ArenaState { slots: report.arena_slots, slots_used: report.arena_slots_used },
+        arena: ArenaState {
+            slots: report.arena_slots,
+            slots_used: report.arena_slots_used,
+            import_slots: report.arena_import_slots,
+            import_slots_used: report.arena_import_slots_used,
+        },
         handoffs: handoff_counters(report),
         prefix_blocks: state.core.told().blocks_of(view.key),
         roles: state.journal.roles_of(&view.description.name),
@@ -304,6 +309,7 @@ fn handoffs(state: &State, bytes: u64) -> Handoffs {
         prefill: name_of(state, prefill),
         decode: name_of(state, decode),
         handoffs: pair.handoffs,
+        failed: pair.failed,
         blocks: pair.blocks,
         bytes: pair.bytes,
         micros: pair.micros,

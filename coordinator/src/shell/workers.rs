@@ -15,6 +15,9 @@ use crate::{
     journal::unix_ms,
 };
 
+/// More than any engine takes, and few enough to be added up.
+const MOST_JOBS: u32 = 1 << 24;
+
 #[derive(Debug)]
 pub(super) struct Attached {
     pub(super) link: Arc<Link>,
@@ -25,6 +28,8 @@ pub(super) struct Attached {
     pub(super) engine: String,
     pub(super) since_unix_ms: u64,
     pub(super) report: wire::Report,
+    /// It said that it was told to stop.
+    pub(super) leaves: bool,
 }
 
 /// A worker as status pages and metrics show it.
@@ -40,7 +45,7 @@ pub(crate) struct WorkerStatus {
 
 impl State {
     /// Says once, of the first, why workers of one model are not paired with this one.
-    fn tell_of_mismatch(&self, description: &WorkerDescription, peer: &PeerInfo) {
+    fn tell_of_mismatch(&mut self, description: &WorkerDescription, peer: &PeerInfo) {
         let of_this_model =
             |other: &&Attached| other.models.iter().any(|name| description.models.contains(name));
         let mismatch = self.links.values().filter(of_this_model).find_map(|other| {
@@ -50,6 +55,8 @@ impl State {
         });
         if let Some((other, mismatch)) = mismatch {
             warn!(worker = description.name, other, %mismatch, "KV cannot pass between these workers");
+            let why = format!("KV cannot pass to or from {other}: {mismatch}");
+            self.journal.decided("mismatch", &description.name, why, "coordinator");
         }
     }
 }
@@ -78,6 +85,7 @@ impl Shell {
             engine: hello.engine.chars().take(128).collect(),
             since_unix_ms: unix_ms(),
             report: wire::Report::default(),
+            leaves: false,
         };
         state.journal.role(&description.name, description.role);
         let epoch: String = description.epoch.to_string().chars().take(8).collect();
@@ -97,11 +105,17 @@ impl Shell {
 
     pub(crate) fn worker_lost(&self, worker: WorkerKey) {
         let mut state = self.state.lock();
+        let leaves = state.links.get(&worker).is_some_and(|attached| attached.leaves);
         if let Some(view) = state.core.worker(worker) {
-            warn!(worker = view.description.name, role = %view.description.role, "worker lost");
-            let name = view.description.name.clone();
+            let (name, role) = (view.description.name.clone(), view.description.role);
             state.journal.worker_goes(worker, &name);
-            state.journal.decided("lost", name, "its stream ended", "coordinator");
+            if leaves {
+                info!(worker = name, %role, "worker left");
+                state.journal.decided("left", name, "it was told to stop", "worker");
+            } else {
+                warn!(worker = name, %role, "worker lost");
+                state.journal.decided("lost", name, "its stream ended", "coordinator");
+            }
         }
         self.tell_core(&mut state, Event::WorkerLost { worker }, None);
         state.links.remove(&worker);
@@ -114,14 +128,19 @@ impl Shell {
         if let Some(view) = state.core.worker(worker) {
             info!(worker = view.description.name, role = %view.description.role, "worker leaves");
         }
+        if let Some(attached) = state.links.get_mut(&worker) {
+            attached.leaves = true;
+        }
         self.tell_core(&mut state, Event::Drain { worker }, None);
     }
 
     pub(crate) fn report(&self, worker: WorkerKey, report: wire::Report) {
         let mut state = self.state.lock();
         let is_unheard = state.prefixes.is_unheard(worker, state.core.told());
-        let elsewhere =
-            Elsewhere { prefills: report.prefills_elsewhere, decodes: report.decodes_elsewhere };
+        let elsewhere = Elsewhere {
+            prefills: report.prefills_elsewhere.min(MOST_JOBS),
+            decodes: report.decodes_elsewhere.min(MOST_JOBS),
+        };
         self.tell_core(&mut state, Event::BusyElsewhere { worker, elsewhere }, None);
         self.tell_core(&mut state, Event::Heard { worker, follows: report.leads }, None);
         self.role_change(&mut state, worker, report.role_change.as_ref());
@@ -159,12 +178,15 @@ impl Shell {
     /// What a worker says of its prefix cache.
     pub(crate) fn kv_events(&self, worker: WorkerKey, events: &wire::KvEvents) {
         let mut state = self.state.lock();
-        let State { core, prefixes, .. } = &mut *state;
+        let State { core, prefixes, links, .. } = &mut *state;
         let news = prefixes.news(worker, events);
         if news.is_some_and(|news| core.kv_told(worker, &news) == Heard::NeedsRestart)
-            && let Some(attached) = state.links.get(&worker)
+            && let Some((attached, view)) = links.get(&worker).zip(core.worker(worker))
         {
-            warn!("news of a worker's prefix cache were missed: it is asked to tell it anew");
+            warn!(
+                worker = view.description.name,
+                "news of a worker's prefix cache were missed: it is asked to tell it anew"
+            );
             self.metrics.prefixes.gap();
             attached.link.restart_kv_events();
         }

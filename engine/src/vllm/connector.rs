@@ -196,7 +196,7 @@ async fn accept(listener: UnixListener, host: Arc<Host>) {
 }
 
 /// What a connector says of its engine; nothing where it is a scheduler.
-fn fitting(hello: &Hello) -> Result<Option<Compatibility>, Refused> {
+pub(super) fn fitting(hello: &Hello) -> Result<Option<Compatibility>, Refused> {
     let (protocol, compatibility) = match hello {
         Hello::Scheduler { protocol } => (*protocol, None),
         Hello::Connector { protocol, compatibility, .. } => {
@@ -273,7 +273,7 @@ enum ConnectorError {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum Refused {
+pub(super) enum Refused {
     #[error("it speaks protocol {theirs}, this worker {}", frames::PROTOCOL)]
     Protocol { theirs: u32 },
     #[error("its {0} is 0")]

@@ -95,6 +95,8 @@ enum FollowError {
     SequenceNumber(usize),
     #[error("an event could not be read: {0}")]
     Payload(#[from] rmp_serde::decode::Error),
+    #[error("the sequence number {0} came, which vLLM keeps for the end of a replay")]
+    NoNumber(u64),
     #[error("no replay came within {} s", REPLAY_TIMEOUT.as_secs())]
     NoReplay,
 }
@@ -159,6 +161,9 @@ impl Follower {
 
     /// Takes the messages in their order; what it has heard already, it passes over.
     fn take(&mut self, number: u64, payload: &[u8]) -> Result<(), FollowError> {
+        if number == END_OF_REPLAY {
+            return Err(FollowError::NoNumber(number));
+        }
         if number < self.next {
             return Ok(());
         }
@@ -192,6 +197,30 @@ fn parts_of(parts: Vec<Bytes>) -> Result<(u64, Bytes), FollowError> {
     let number =
         <[u8; 8]>::try_from(&number[..]).map_err(|_| FollowError::SequenceNumber(number.len()))?;
     Ok((u64::from_be_bytes(number), payload))
+}
+
+/// Takes one message after the other: how far its number is from the one that is due (the last few stand for
+/// the last numbers that there are), its length as a `u16`, and its payload.
+#[cfg(feature = "fuzzing")]
+pub(super) fn fuzz(mut bytes: &[u8]) {
+    let log = KvCacheLog::default();
+    let sockets = EventSockets { events: PathBuf::new(), replay: PathBuf::new() };
+    let translation = Translation::new("m".to_owned(), 2, log.clone());
+    let mut follower = Follower { sockets, translation, next: 0 };
+    while let Some((&[step, low, high], rest)) = bytes.split_first_chunk() {
+        let length = usize::from(u16::from_le_bytes([low, high])).min(rest.len());
+        let payload;
+        (payload, bytes) = rest.split_at(length);
+        let number = match step {
+            ..=250 => follower.next.saturating_add(step.into()),
+            _ => u64::MAX - u64::from(u8::MAX - step),
+        };
+        let taken = follower.take(number, payload);
+        // It may undercount, never overcount.
+        assert!(log.len() <= follower.translation.len());
+        let is_unread = matches!(taken, Err(FollowError::Payload(_)));
+        assert!(!is_unread || log.is_empty());
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 pub(crate) mod arena_files;
 mod connector;
 mod frames;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod http;
 mod kv_events;
 mod probe;

@@ -104,8 +104,8 @@ fn parse_load(metrics: &str) -> EngineLoad {
         let Ok(value) = value.parse::<f32>() else { continue };
         let name = series.split('{').next().unwrap_or_default();
         match name {
-            "vllm:num_requests_running" => load.requests_running += whole(value),
-            "vllm:num_requests_waiting" => load.requests_waiting += whole(value),
+            "vllm:num_requests_running" => add(&mut load.requests_running, value),
+            "vllm:num_requests_waiting" => add(&mut load.requests_waiting, value),
             "vllm:kv_cache_usage_perc" => load.kv_used_ratio = load.kv_used_ratio.max(value),
             _ => {}
         }
@@ -113,10 +113,10 @@ fn parse_load(metrics: &str) -> EngineLoad {
     load
 }
 
-/// A gauge that counts things.
+/// Adds a gauge that counts things.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // `as` saturates, NaN is 0.
-fn whole(value: f32) -> u32 {
-    value as u32
+fn add(to: &mut u32, gauge: f32) {
+    *to = to.saturating_add(gauge as u32);
 }
 
 async fn read<T: DeserializeOwned>(
@@ -133,6 +133,18 @@ async fn read<T: DeserializeOwned>(
 
 fn unexpected(what: &'static str, status: StatusCode) -> EngineError {
     EngineError::Unexpected { what, reason: format!("HTTP {status}") }
+}
+
+#[cfg(feature = "fuzzing")]
+pub(super) fn fuzz(bytes: &[u8]) {
+    let _ = serde_json::from_slice::<Models>(bytes);
+    let _ = serde_json::from_slice::<Version>(bytes);
+    let text = String::from_utf8_lossy(bytes);
+    let load = parse_load(&text);
+    assert!(load.kv_used_ratio >= 0.0);
+    if let Some(cache) = parse_cache_config(&text) {
+        assert!(cache.capacity_tokens.is_none_or(|all| all >= cache.block_size_tokens.into()));
+    }
 }
 
 #[cfg(test)]
@@ -168,5 +180,7 @@ mod tests {
             load,
             EngineLoad { requests_running: 5, requests_waiting: 7, kv_used_ratio: 0.5 }
         );
+        let most = "vllm:num_requests_running 1e30\nvllm:num_requests_running 1.0\n";
+        assert_eq!(parse_load(most).requests_running, u32::MAX);
     }
 }

@@ -28,7 +28,10 @@ pub(super) async fn serve(
     }
 }
 
-async fn hear(read: &mut (impl AsyncRead + Unpin), pacing: &Pacing) -> Result<(), FrameError> {
+pub(super) async fn hear(
+    read: &mut (impl AsyncRead + Unpin),
+    pacing: &Pacing,
+) -> Result<(), FrameError> {
     let mut buffer = Vec::new();
     while let Some(FromScheduler::Steps { steps }) = frames::read(read, &mut buffer).await? {
         for step in steps {

@@ -413,6 +413,11 @@ pub struct Report {
     pub prefills_elsewhere: u32,
     #[prost(uint32, tag = "25")]
     pub decodes_elsewhere: u32,
+    /// Of the arena's slots and those in use, the half for what this worker receives.
+    #[prost(uint32, tag = "26")]
+    pub arena_import_slots_used: u32,
+    #[prost(uint32, tag = "27")]
+    pub arena_import_slots: u32,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

@@ -66,6 +66,18 @@ impl Hello {
     }
 }
 
+/// A hello that is taken is what would be said.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Some((head, path)) = bytes.split_first_chunk()
+        && let Ok(hello) = Hello::decode(head, path)
+        && Hello::path_bytes(head) == path.len()
+        && hello.arena.is_some()
+    {
+        assert_eq!(&hello.encode()[1..], bytes);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -205,22 +205,28 @@ impl Inbox {
     }
 }
 
-/// Takes what comes, to its end or to its first fault.
-#[cfg(test)]
-pub(crate) fn fuzz(bytes: &[u8]) {
-    let (mut words, mut frames) = (BytesMut::from(bytes), BytesMut::from(bytes));
-    while let Ok(Some(word)) = Word::take(&mut words) {
+/// What a consumer says: an address, then words to the first fault.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz_words(bytes: &[u8]) {
+    let mut unread = BytesMut::from(bytes);
+    if let Ok(Some(address)) = take_address(&mut unread) {
+        assert!(address.len() <= MAX_BLOB_BYTES);
+    }
+    while let Ok(Some(word)) = Word::take(&mut unread) {
         let mut encoded = BytesMut::new();
         word.encode(&mut encoded);
         assert_eq!(Word::take(&mut encoded), Ok(Some(word)));
     }
-    while let Ok(Some(frame)) = Frame::take(&mut frames) {
+}
+
+/// What a producer says, to the first fault.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz_frames(bytes: &[u8]) {
+    let mut unread = BytesMut::from(bytes);
+    while let Ok(Some(frame)) = Frame::take(&mut unread) {
         let mut encoded = BytesMut::new();
         frame.encode(&mut encoded);
         assert_eq!(Frame::take(&mut encoded), Ok(Some(frame)));
-    }
-    if let Ok(Some(address)) = take_address(&mut BytesMut::from(bytes)) {
-        assert!(address.len() <= MAX_BLOB_BYTES);
     }
 }
 

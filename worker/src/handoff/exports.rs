@@ -1,6 +1,6 @@
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
-use baton_arena::{Arena, Slot, SlotView};
+use baton_arena::{Arena, ArenaLayout, Slot, SlotView};
 use baton_engine::{BlockInSlot, ToEngine};
 use baton_transfer::{Ending, HandoffError, Ledger};
 use baton_types::{Fault, FaultKind, Origin, PromptDigest};
@@ -121,8 +121,8 @@ impl Exports {
         self.lent.slots.lock().len()
     }
 
-    pub(super) fn total_slots(&self) -> u32 {
-        self.arena.layout().total_slots()
+    pub(super) fn layout(&self) -> ArenaLayout {
+        self.arena.layout()
     }
 
     fn ledger(&self, rank: u32) -> Result<&Ledger, PortError> {

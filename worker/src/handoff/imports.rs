@@ -218,13 +218,20 @@ impl Imports {
     }
 
     fn fail(&self, name: Name, fault: Fault) {
-        tracing::warn!(handoff = %name.0, generation = %name.1, %fault, "a handoff failed");
+        let producer = self.producer_of(name);
+        tracing::warn!(handoff = %name.0, generation = %name.1, producer, %fault, "a handoff failed");
         self.counters.handoffs_failed.add(1);
         let reason = fault.to_string();
         if let Some(consumer) = self.consumers.lock().get(&name) {
             consumer.progress.send_replace(Progress::Failed(fault));
         }
         self.fail_in_engine(name, reason);
+    }
+
+    /// By its name.
+    fn producer_of(&self, name: Name) -> String {
+        let consumers = self.consumers.lock();
+        consumers.get(&name).map(|it| it.producer.address.worker_name.clone()).unwrap_or_default()
     }
 
     fn fail_in_engine(&self, name: Name, reason: String) {
@@ -260,8 +267,9 @@ impl Imports {
     pub(super) fn corrupt(&self, name: Name, index: u32) {
         let error = TransferError::Rotten { index };
         let fault = fault::of_transfer(&error);
+        let producer = self.producer_of(name);
         if self.give_up(name, fault.clone()) {
-            tracing::error!(handoff = %name.0, generation = %name.1, %fault, "a handoff failed");
+            tracing::error!(handoff = %name.0, generation = %name.1, producer, %fault, "a handoff failed");
             self.counters.handoff_errors.add(error.name());
             self.counters.handoffs_failed.add(1);
             self.fail_in_engine(name, fault.to_string());

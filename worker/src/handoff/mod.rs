@@ -92,6 +92,15 @@ struct Carried {
     queue: Queue,
 }
 
+/// Slots of the arena, and those of them that are the imports'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ArenaUse {
+    pub(crate) used: u32,
+    pub(crate) total: u32,
+    pub(crate) imports_used: u32,
+    pub(crate) imports_total: u32,
+}
+
 impl Handoffs {
     /// Takes a port in use under a fresh epoch.
     pub(crate) fn of_port(
@@ -154,10 +163,17 @@ impl Handoffs {
         self.exports.open() + self.imports.open()
     }
 
-    /// Slots in use, of how many.
-    pub(crate) fn slots(&self) -> (u32, u32) {
-        let used = self.exports.slots_used() + self.imports.slots_used();
-        (u32::try_from(used).unwrap_or(u32::MAX), self.exports.total_slots())
+    /// How full the arena is.
+    pub(crate) fn slots(&self) -> ArenaUse {
+        let count = |slots| u32::try_from(slots).unwrap_or(u32::MAX);
+        let imports_used = count(self.imports.slots_used());
+        let layout = self.exports.layout();
+        ArenaUse {
+            used: count(self.exports.slots_used()).saturating_add(imports_used),
+            total: layout.total_slots(),
+            imports_used,
+            imports_total: layout.import_slots,
+        }
     }
 
     fn take(&self, rank: u32, message: FromEngine) {

@@ -187,5 +187,5 @@ async fn a_piece_of_another_length_is_no_piece() {
     let assembly = Assembly::new(&handoffs.imports, *name, reslicing, 0, &verified);
     let refused = assembly.piece(1).reserve(0, 120).await.err();
     assert_eq!(refused, Some(TransferError::Truncated { index: 0, bytes: 120, expected: 60 }));
-    assert_eq!(handoffs.slots().0, 0, "before anything is reserved");
+    assert_eq!(handoffs.slots().used, 0, "before anything is reserved");
 }

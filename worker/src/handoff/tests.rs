@@ -179,7 +179,7 @@ impl Fixture {
 
     async fn until_idle(&self) {
         timeout(async {
-            while self.handoffs.open() > 0 || self.handoffs.slots().0 > 0 {
+            while self.handoffs.open() > 0 || self.handoffs.slots().used > 0 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         })
@@ -302,7 +302,7 @@ async fn a_pull_that_fails_fails_the_request_and_its_job() {
         assert_eq!(reason, fault.to_string());
         drop(consuming);
         // What the engine holds is its own until it gives it back.
-        assert_eq!(fixture.handoffs.slots().0 as usize, lent.len());
+        assert_eq!(fixture.handoffs.slots().used as usize, lent.len());
         let slots = lent.into_iter().map(|block| block.slot).collect();
         fixture.tell(FromEngine::Loaded { handoff: name.0, generation: name.1, slots }).await;
         fixture.until_idle().await;
@@ -362,11 +362,11 @@ async fn slots_that_an_engine_keeps_are_taken_back_in_time() {
     fixture.subscribe(name, 0).await;
     timeout(consuming.failed()).await;
     drop(consuming);
-    assert_eq!(fixture.handoffs.slots().0, 2);
+    assert_eq!(fixture.handoffs.slots().used, 2);
     tokio::time::sleep(STALL / 2).await;
-    assert_eq!(fixture.handoffs.slots().0, 2);
+    assert_eq!(fixture.handoffs.slots().used, 2);
     tokio::time::sleep(STALL).await;
-    assert_eq!((fixture.handoffs.slots().0, fixture.handoffs.open()), (0, 0));
+    assert_eq!((fixture.handoffs.slots().used, fixture.handoffs.open()), (0, 0));
     // Late, and harmless.
     let slots = vec![Slot(4), Slot(5)];
     fixture.tell(FromEngine::Loaded { handoff: name.0, generation: name.1, slots }).await;
@@ -412,7 +412,7 @@ async fn slots_of_an_aborted_request_come_back_from_the_engine() {
     }
     fixture.tell(FromEngine::Aborted { handoff, generation }).await;
     timeout(consuming.failed()).await;
-    assert_eq!(fixture.handoffs.slots().0, 2);
+    assert_eq!(fixture.handoffs.slots().used, 2);
     drop(consuming);
     fixture.tell(FromEngine::Loaded { handoff, generation, slots }).await;
     fixture.until_idle().await;
@@ -484,7 +484,7 @@ async fn a_producer_that_is_dropped_frees_its_blocks_and_stops_the_engine() {
     let producing = fixture.handoffs.produce(name, CONSUMER, None).unwrap();
     assert!(fixture.handoffs.produce(name, CONSUMER, None).is_err(), "it is under way");
     fixture.export(name, &[(0, 0), (1, 1)]).await;
-    while fixture.handoffs.slots().0 < 2 {
+    while fixture.handoffs.slots().used < 2 {
         tokio::task::yield_now().await;
     }
     drop(producing);

@@ -246,7 +246,7 @@ impl Core {
         actions: &mut Vec<Action>,
     ) {
         let Some(request) = self.requests.get_mut(key.0) else { return };
-        actions.push(Action::Blame { request: key, leg, fault: fault.clone() });
+        actions.push(Action::Blame { request: key, leg, worker, fault: fault.clone() });
 
         if request.phase == Phase::Relaying {
             if request.answering.is_some() {

@@ -151,6 +151,12 @@ function gauge(cell, share, text) {
   say(label, text);
 }
 
+/** Blocks to send and blocks that come have slots of their own. */
+function fullerHalf({ slots, slots_used, import_slots, import_slots_used }) {
+  return Math.max(import_slots_used / Math.max(import_slots, 1),
+    (slots_used - import_slots_used) / Math.max(slots - import_slots, 1));
+}
+
 function roles(cell, spells, now) {
   const box = cell.firstChild ?? cell.appendChild(make("div", "roles"));
   const spans = spells.map((spell, at) =>
@@ -183,18 +189,18 @@ export function drawWorkers(state, view, act) {
   keep(find("#workers tbody"), shown, (w) => w.name, (w) => {
     const row = make("tr");
     row.dataset.worker = w.name;
-    for (let at = 0; at < 14; at += 1) row.append(make("td"));
+    for (let at = 0; at < 15; at += 1) row.append(make("td"));
     row.children[0].className = "name";
     row.children[2].append(make("span"));
-    for (const at of [3, 4, 5, 8, 9, 10]) row.children[at].className = "n";
+    for (const at of [3, 4, 5, 6, 9, 10, 11]) row.children[at].className = "n";
     const button = make("button");
     button.type = "button";
     button.addEventListener("click", () => act(row.dataset.worker, button.dataset.order));
-    row.children[13].append(button);
+    row.children[14].append(button);
     return row;
   }, (row, w) => {
-    const [name, role, standing, prefill, decode, queued, kv, arena, sent, got, failed, spells,
-      epoch, order] = row.children;
+    const [name, role, standing, prefill, decode, queued, waiting, kv, arena, sent, got, failed,
+      spells, epoch, order] = row.children;
     say(name, w.name);
     name.title = `${w.name}: ${w.engine}, ${w.models.join(", ")}`;
     say(role, w.role);
@@ -204,8 +210,9 @@ export function drawWorkers(state, view, act) {
     say(prefill, amount(w.load.prefills));
     say(decode, amount(w.load.decodes));
     say(queued, amount(w.load.queued));
+    say(waiting, amount(w.engine_load.waiting));
     gauge(kv, w.engine_load.kv_used_ratio, `${(w.engine_load.kv_used_ratio * 100).toFixed(0)} %`);
-    gauge(arena, w.arena.slots_used / Math.max(w.arena.slots, 1),
+    gauge(arena, fullerHalf(w.arena),
       `${amount(w.arena.slots_used)}/${amount(w.arena.slots)}`);
     say(sent, bytes(w.handoffs.bytes_sent));
     say(got, bytes(w.handoffs.bytes_received));
@@ -273,13 +280,15 @@ export function drawRequests(state) {
 
 const speed = (pair) => (pair.micros > 0 ? pair.bytes / pair.micros / 1000 : 0);
 const told = (pair) => `${pair.prefill} → ${pair.decode}: ${amount(pair.handoffs)} handoffs, `
-  + `${bytes(pair.bytes)} over ${pair.transport}, ${speed(pair).toFixed(3)} GB/s`;
+  + `${bytes(pair.bytes)} over ${pair.transport}, ${speed(pair).toFixed(3)} GB/s`
+  + (pair.failed > 0 ? `; ${amount(pair.failed)} failed` : "");
 
 function cell(pair, fastest) {
   const td = make("td", "cell-value", pair ? speed(pair).toFixed(2) : "");
   if (pair) {
     td.title = told(pair);
     td.style.setProperty("--heat", (speed(pair) / fastest).toFixed(2));
+    if (pair.failed > 0) td.append(make("b", "wrong", ` ${amount(pair.failed)} failed`));
   }
   return td;
 }

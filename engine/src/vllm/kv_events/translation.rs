@@ -24,6 +24,12 @@ impl Translation {
         Self { model, block_size_tokens, ours: HashMap::new(), log, is_hybrid: false }
     }
 
+    /// Blocks that have a name of ours.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn len(&self) -> usize {
+        self.ours.len()
+    }
+
     pub(super) fn apply(&mut self, event: &Event) {
         match event {
             Event::BlockStored(stored) if is_device(stored.medium.as_deref()) => {
