@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use baton_proto::{Event, HandoffResult, Header, PrefixPull, PullResult, StartJob};
 use baton_types::{Fault, FaultKind, Origin};
+use bytes::Bytes;
 use http::StatusCode;
 use tokio::time::timeout;
 
@@ -103,8 +104,11 @@ async fn ask(
     life: &Life,
 ) -> Result<Event, Fault> {
     let priority = life.engine.takes_priority().then(|| life.due_ms(0));
-    // The request's own name is that of its legs in the engines.
-    headers.retain(|header| !header.name.eq_ignore_ascii_case("x-request-id"));
+    // The request's own name is that of its legs in the engines, and the body is not the client's.
+    let replaced = ["x-request-id", "content-type"];
+    headers.retain(|header| !replaced.iter().any(|name| header.name.eq_ignore_ascii_case(name)));
+    let value = Bytes::from_static(b"application/json");
+    headers.push(Header { name: "content-type".to_owned(), value });
     let body = prefix_body(pull, priority, kv);
     let answer = post(life, PATH.to_owned(), headers, body).await?;
     let event = relay::prefill_answer(job, answer, false).await?;

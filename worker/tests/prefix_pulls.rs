@@ -4,9 +4,12 @@
 
 mod fleet;
 
-use baton_config::SimConfig;
-use baton_proto::{Handoff, Hello, Leg, Peer, PrefixPull, PullResult, Report, StartJob};
-use baton_types::{HandoffId, Role};
+use std::time::Duration;
+
+use baton_config::{EngineConfig, SimConfig, TransferConfig, WorkerConfig};
+use baton_proto::{Hello, Leg, PrefixPull, PullResult, Report, StartJob};
+use baton_transfer::faults::{FaultPlan, Faults};
+use baton_types::Role;
 use bytes::Bytes;
 use fleet::{Fleet, Worker, completion, fast, job, split};
 
@@ -23,13 +26,7 @@ fn prompt(tokens: u32) -> Vec<u32> {
     (0..tokens).map(|token| 300 + token).collect()
 }
 
-fn handoff(id: HandoffId, peer: &Hello) -> Option<Handoff> {
-    let compatibility = peer.compatibility.clone();
-    let peer = peer.peer.clone().map(|peer| Peer { compatibility, ..peer });
-    Some(Handoff { id: Bytes::copy_from_slice(id.as_bytes()), generation: 0, peer })
-}
-
-/// The lender's job, and what the puller is told, of so many blocks of a prompt.
+/// So many blocks of a prompt.
 fn pull(
     number: u64,
     prompt: &[u32],
@@ -37,16 +34,7 @@ fn pull(
     from: &Hello,
     to: &Hello,
 ) -> (StartJob, PrefixPull) {
-    let id = HandoffId::random();
-    let told = |peer| PrefixPull {
-        handoff: handoff(id, peer),
-        prompt: prompt[..=(blocks * BLOCK_TOKENS) as usize].to_vec(),
-        model: "baton-sim".into(),
-        give_up_ms: 20_000,
-        ..PrefixPull::default()
-    };
-    let lend = StartJob { pull: Some(told(to)), ..job(number, Leg::Lend, &Bytes::new()) };
-    (StartJob { path: String::new(), ..lend }, told(from))
+    fleet::pull(number, &prompt[..=(blocks * BLOCK_TOKENS) as usize], from, to)
 }
 
 /// The answer of a worker to all of it, which it has cached from then on.
@@ -60,9 +48,7 @@ fn choices(answer: &str) -> serde_json::Value {
 }
 
 async fn told(worker: &mut Worker) -> PullResult {
-    let event = worker.attached.event().await;
-    assert_eq!((event.status, event.end, event.payload.len()), (0, false, 0));
-    event.pull.expect("what became of the copy comes first")
+    fleet::pulled(&worker.attached.event().await)
 }
 
 #[tokio::test]
@@ -212,4 +198,63 @@ async fn where_it_does_not_come_all_is_computed() {
     assert_eq!(choices(&b.attached.whole().await.text), right["choices"]);
     b.attached.report(idle).await;
     b.stop().await;
+}
+
+#[tokio::test]
+async fn under_faults_every_answer_is_right_and_nothing_is_left() {
+    const PROMPTS: usize = 60;
+    let plan = FaultPlan { seed: 7, disturbed_ratio: 0.5, block_size_tokens: BLOCK_TOKENS };
+    let faults = Faults::new(plan);
+    let mut fleet = Fleet::start().await;
+    let mut workers = Vec::new();
+    for name in ["a", "b"] {
+        let config =
+            fleet.config(vec![fleet.address()], name, Role::Prefill, EngineConfig::Sim(fast()));
+        let stall_timeout = Duration::from_secs(1);
+        let transfer = TransferConfig { stall_timeout, ..config.transfer };
+        workers.push(fleet.disturbed(&faults, WorkerConfig { transfer, ..config }).await);
+    }
+    let [a, b] = &mut workers[..] else { panic!("two") };
+    let (to_a, to_b) = (a.attached.hello.clone(), b.attached.hello.clone());
+    // Each begins otherwise.
+    let all: Vec<u32> =
+        (0..200 * PROMPTS).map(|at| u32::try_from(300 + at % 5000 + at / 5000).unwrap()).collect();
+    let prompts: Vec<&[u32]> = all.chunks(200).collect();
+    let numbered = || (1..).zip(&prompts);
+    let body = |prompt: &[u32]| completion(prompt.to_vec(), false, 8);
+    let whole = numbered().map(|(number, prompt)| job(number, Leg::Aggregated, &body(prompt)));
+    a.attached.command(vec![], whole.collect()).await;
+    let right = a.attached.all(PROMPTS).await;
+
+    let (mut lends, mut legs) = (Vec::new(), Vec::new());
+    for (number, prompt) in numbered() {
+        let (lend, mut pulled) = pull(1000 + number, prompt, 12, &to_a, &to_b);
+        pulled.give_up_ms = 4000;
+        lends.push(lend);
+        legs.push(StartJob { pull: Some(pulled), ..job(number, Leg::Aggregated, &body(prompt)) });
+    }
+    b.attached.command(vec![], legs).await;
+    a.attached.command(vec![], lends).await;
+    let (mut copied, mut failed, mut ended) = (0, 0, 0);
+    while ended < PROMPTS {
+        let event = b.attached.event().await;
+        if event.status == 0 {
+            let result = fleet::pulled(&event);
+            *(if result.failure.is_empty() { &mut copied } else { &mut failed }) += 1;
+            continue;
+        }
+        assert!(event.end && event.fault.is_none(), "{event:?}");
+        let text = std::str::from_utf8(&event.payload).unwrap();
+        assert_eq!(choices(text), choices(&right[&event.job]), "{}", event.job);
+        ended += 1;
+    }
+    assert_eq!(copied + failed, PROMPTS);
+    assert!(copied > 10 && failed > 5, "{copied} {failed}");
+    a.attached.command(numbered().map(|(number, _)| 1000 + number).collect(), vec![]).await;
+    for worker in &mut workers {
+        worker.attached.report(idle).await;
+    }
+    for worker in workers {
+        worker.stop().await;
+    }
 }

@@ -5,9 +5,10 @@ use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use baton_config::{ArenaConfig, EngineConfig, SimConfig, TransferConfig, WorkerConfig};
 use baton_proto::{
-    Commands, CoordinatorFrame, Event, Handoff, Hello, Leg, Peer, Report, StartJob, Welcome,
-    WorkerFrame, coordinator_frame, fleet_server, worker_frame,
+    Commands, CoordinatorFrame, Event, Handoff, Hello, Leg, Peer, PrefixPull, PullResult, Report,
+    StartJob, Welcome, WorkerFrame, coordinator_frame, fleet_server, worker_frame,
 };
+use baton_transfer::faults::Faults;
 use baton_types::{HandoffId, Role};
 use bytes::Bytes;
 use tokio::{sync::mpsc, task::JoinHandle};
@@ -278,8 +279,25 @@ impl Fleet {
         Running { running, stop }
     }
 
+    /// Whose handoffs are disturbed.
+    pub async fn disturbed(&mut self, faults: &Faults, config: WorkerConfig) -> Worker {
+        let stop = Arc::new(tokio::sync::Notify::new());
+        let (stopped, faults) = (stop.clone(), faults.clone());
+        let running = tokio::spawn(async move {
+            baton_worker::run_through(&faults, config, async move { stopped.notified().await })
+                .await
+        });
+        let attached = self.next_attached().await;
+        Worker { attached, running: Running { running, stop } }
+    }
+
     pub async fn next_attached(&mut self) -> Attached {
         timeout(self.attached.recv()).await.unwrap()
+    }
+
+    /// The same, of a worker whose engine takes its time to start.
+    pub async fn next_attached_within(&mut self, patience: Duration) -> Attached {
+        tokio::time::timeout(patience, self.attached.recv()).await.expect("it attaches").unwrap()
     }
 
     /// A prefill and a decode worker.
@@ -333,4 +351,31 @@ pub fn split(number: u64, body: &Bytes, prefill: &Hello, decode: &Hello) -> (Sta
         ..job(number, leg, body)
     };
     (leg(Leg::Prefill, decode), leg(Leg::Decode, prefill))
+}
+
+/// The lender's job, and what the puller is told, of the start of a prompt.
+pub fn pull(number: u64, start: &[u32], from: &Hello, to: &Hello) -> (StartJob, PrefixPull) {
+    let id = HandoffId::random();
+    let told = |peer: &Hello| PrefixPull {
+        handoff: Some(Handoff {
+            id: Bytes::copy_from_slice(id.as_bytes()),
+            generation: 0,
+            peer: peer
+                .peer
+                .clone()
+                .map(|known| Peer { compatibility: peer.compatibility.clone(), ..known }),
+        }),
+        prompt: start.to_vec(),
+        model: from.models[0].clone(),
+        give_up_ms: 30_000,
+        ..PrefixPull::default()
+    };
+    let lend = StartJob { pull: Some(told(to)), ..job(number, Leg::Lend, &Bytes::new()) };
+    (StartJob { path: String::new(), ..lend }, told(from))
+}
+
+/// What became of a copy: an event of its own.
+pub fn pulled(event: &Event) -> PullResult {
+    assert_eq!((event.status, event.end, event.payload.len()), (0, false, 0), "{event:?}");
+    event.pull.clone().expect("what became of the copy comes first")
 }
