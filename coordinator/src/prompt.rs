@@ -132,8 +132,7 @@ fn text(
 }
 
 fn chat(body: &[u8], tokenizer: &PromptTokenizer) -> Option<PromptContent> {
-    let chat: Chat = serde_json::from_slice(body).ok()?;
-    match tokenizer.chat(&chat) {
+    match tokenizer.chat(&conversation(body)?) {
         Ok(tokens) => Some(PromptContent::Tokens(tokens)),
         Err(error) => {
             // Its text may hold some of the prompt.
@@ -141,6 +140,12 @@ fn chat(body: &[u8], tokenizer: &PromptTokenizer) -> Option<PromptContent> {
             None
         }
     }
+}
+
+/// A client's own template is a program that could take any time and memory. vLLM runs none either unless it is told
+/// to trust them; the prompt is compared by its bytes then.
+fn conversation(body: &[u8]) -> Option<Chat> {
+    serde_json::from_slice(body).ok().filter(|chat: &Chat| !chat.brings_template())
 }
 
 #[cfg(test)]
@@ -181,6 +186,16 @@ mod tests {
                 "messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#,
         );
         assert!(second.starts_with(&first), "{first:?} {second:?}");
+    }
+
+    #[test]
+    fn templates_of_clients_are_not_run() {
+        let body =
+            |more: &str| format!(r#"{{"messages":[{{"role":"user","content":"a"}}]{more}}}"#);
+        assert!(conversation(body("").as_bytes()).is_some());
+        assert!(conversation(body(r#","chat_template":null"#).as_bytes()).is_some());
+        let endless = r#","chat_template":"{% for i in range(99999) %}{{ i }}{% endfor %}""#;
+        assert!(conversation(body(endless).as_bytes()).is_none());
     }
 
     #[test]

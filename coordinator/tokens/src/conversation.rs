@@ -45,6 +45,11 @@ pub(crate) enum ContentFormat {
 }
 
 impl Chat {
+    /// Whether the client wants another template than the model's.
+    pub fn brings_template(&self) -> bool {
+        self.chat_template.is_some()
+    }
+
     /// The messages as a template reads them.
     pub(crate) fn conversation(&self, format: ContentFormat) -> Result<Vec<Value>, Unknown> {
         if self.reasoning_effort.as_ref().is_some_and(|effort| !effort.is_none()) {
