@@ -88,6 +88,8 @@ pub enum ShedReason {
 }
 
 impl ShedReason {
+    pub const ALL: [Self; 3] = [Self::QueueFull, Self::WaitedTooLong, Self::CannotMeetSlo];
+
     /// A name for metrics.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -104,6 +104,10 @@ impl PlacementMetrics {
         );
         let shed = Family::<ShedLabels, Counter>::default();
         catalogue.register("requests_shed", "Requests that were answered with 429", shed.clone());
+        // A rate needs what was there before.
+        for reason in ShedReason::ALL {
+            shed.get_or_create(&ShedLabels { reason: reason.as_str(), priority: 0 }).inc_by(0);
+        }
         Self { decisions, ttft_error, itl_error, wait, waiting, shed }
     }
 

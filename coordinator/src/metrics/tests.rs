@@ -144,6 +144,7 @@ fn what_workers_count_is_a_counter_and_what_alerts_ask_for_is_there_before() {
         "baton_worker_handoff_errors_total{worker=\"prefill-0\",role=\"prefill\",name=\"corrupt\"} 0",
         "baton_worker_handoffs_ended_total{worker=\"prefill-0\",role=\"prefill\",name=\"expired\"} 0",
         "baton_requests_total{path=\"none\",outcome=\"server_error\"} 0",
+        "baton_requests_shed_total{reason=\"waited_too_long\",priority=\"0\"} 0",
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
