@@ -4,18 +4,14 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{
-        Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::Duration,
 };
 
 use baton_engine::sim::Profile;
 use baton_harness::{
-    fleet::{Mode, Setup, simulate},
-    goodput::{Goal, highest_scale},
+    fleet::{Hope, Mode, Setup, simulate, simulate_while_hopeful},
     outcome::Slo,
     trace::{Trace, TraceRequest},
 };
@@ -90,40 +86,44 @@ fn profile(tensor_parallel: u32) -> Profile {
     Profile::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
 }
 
+/// Whether 90 % of the requests are within both SLOs at this rate.
+fn holds(cell: &Cell, rps: f64) -> bool {
+    let trace = Trace::read(&reference(&format!("{}.jsonl.gz", cell.trace))).unwrap();
+    let mode: Mode = cell.mode.parse().unwrap();
+    let mut setup = Setup::new(profile(4), cell.workers, mode, cell.slo);
+    setup.chunk_tokens = cell.chunk_tokens;
+    setup.reserves_output = true;
+    let load = trace.at(rps / trace.rate_rps(), setup.seed);
+    let hope = Hope::of(&load.extent(), 0.9, 0.0);
+    let run = simulate_while_hopeful(load, &setup, hope).unwrap();
+    !run.given_up && run.summary().attainment >= 0.9
+}
+
 #[test]
 fn goodput_is_that_of_an_independent_simulator() {
     let cells = cells();
     let (next, close) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let found = Mutex::new(Vec::new());
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
                 while let Some(cell) = cells.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let file = reference(&format!("{}.jsonl.gz", cell.trace));
-                    let trace = Trace::read(&file).unwrap();
-                    let mode: Mode = cell.mode.parse().unwrap();
-                    let mut setup = Setup::new(profile(4), cell.workers, mode, cell.slo);
-                    setup.chunk_tokens = cell.chunk_tokens;
-                    setup.reserves_output = true;
-                    let goal = Goal { attainment: 0.9, min_decile: 0.0 };
-                    let expected = cell.goodput_rps / trace.rate_rps();
-                    let (scale, _) = highest_scale(&trace, &setup, goal, Some(expected)).unwrap();
-                    let goodput_rps = scale * trace.rate_rps();
-                    let error = goodput_rps / cell.goodput_rps - 1.0;
-                    close.fetch_add(usize::from(error.abs() <= 0.05), Ordering::Relaxed);
-                    found.lock().unwrap().push((cell, goodput_rps));
+                    let low = holds(cell, 0.95 * cell.goodput_rps);
+                    let high = low && holds(cell, 1.05 * cell.goodput_rps);
+                    close.fetch_add(usize::from(low && !high), Ordering::Relaxed);
                     println!(
-                        "{:<30} {:>5.0} ms + {}×, {:>3.0} ms {:>2} workers {:<13} {:>6.2} requests/s, \
-                         reference {:>5.1}: {:+.1} %",
+                        "{:<30} {:>5.0} ms + {}×, {:>3.0} ms {:>2} workers {:<13} reference {:>5.1} requests/s: {}",
                         cell.trace,
                         cell.slo.ttft_ms,
                         cell.slo.ttft_prefill_factor,
                         cell.slo.itl_ms,
                         cell.workers,
                         cell.mode,
-                        goodput_rps,
                         cell.goodput_rps,
-                        100.0 * error
+                        match (low, high) {
+                            (false, _) => "less than 95 % of it",
+                            (true, false) => "within 5 % of it",
+                            (true, true) => "more than 105 % of it",
+                        }
                     );
                 }
             });
@@ -132,18 +132,29 @@ fn goodput_is_that_of_an_independent_simulator() {
     let close = close.into_inner();
     println!("{close} of {} within 5 %", cells.len());
     assert!(close * 10 >= cells.len() * 8, "{close} of {} cells are within 5 %", cells.len());
+}
 
-    // Where splitting begins to pay, on traffic whose phases want different splits.
+#[test]
+fn splitting_pays_where_the_independent_simulator_has_it_pay() {
+    let cells = cells();
     let best = |itl_ms: f64, splits: bool| {
-        let found = found.lock().unwrap();
-        let of_code_and_chat = found.iter().filter(|(cell, _)| {
+        let of_code_and_chat = cells.iter().filter(move |cell| {
             cell.trace.contains("code_conv") && cell.workers == 8 && cell.slo.itl_ms == itl_ms
         });
-        let of_mode = of_code_and_chat.filter(|(cell, _)| splits == (cell.mode != "aggregated"));
-        of_mode.map(|(_, goodput_rps)| *goodput_rps).fold(0.0, f64::max)
+        let of_mode = of_code_and_chat.filter(|cell| splits == (cell.mode != "aggregated"));
+        of_mode.max_by(|one, other| one.goodput_rps.total_cmp(&other.goodput_rps)).unwrap()
     };
-    assert!(best(25.0, true) > best(25.0, false), "at 25 ms splitting wins");
-    assert!(best(100.0, true) < best(100.0, false), "at 100 ms it loses");
+    // At a rate between the two, the one is good enough and the other is not.
+    for (itl_ms, splitting_wins) in [(25.0, true), (100.0, false)] {
+        let (split, aggregated) = (best(itl_ms, true), best(itl_ms, false));
+        let between = (split.goodput_rps * aggregated.goodput_rps).sqrt();
+        assert_eq!(
+            holds(split, between),
+            splitting_wins,
+            "split, {itl_ms} ms, {between} requests/s"
+        );
+        assert_eq!(holds(aggregated, between), !splitting_wins, "aggregated, {itl_ms} ms");
+    }
 }
 
 #[test]

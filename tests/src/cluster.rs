@@ -77,7 +77,7 @@ impl TlsPem {
 #[derive(Clone, Debug)]
 enum Engine {
     Sim { toml: String },
-    Vllm { installation: VllmInstallation, arguments: Vec<String> },
+    Vllm { program: PathBuf, model: PathBuf, arguments: Vec<String> },
 }
 
 impl ClusterBuilder {
@@ -89,8 +89,10 @@ impl ClusterBuilder {
 
     /// One prefill and one decode worker with a real vLLM each, in float32, of which token-for-token
     /// equality can be asked.
-    pub fn vllm(installation: VllmInstallation) -> Self {
-        Self::new(Engine::Vllm { installation, arguments: Vec::new() })
+    pub fn vllm(installation: &VllmInstallation) -> Self {
+        let program = installation.environment.join("bin/vllm");
+        let model = installation.model.clone();
+        Self::new(Engine::Vllm { program, model, arguments: Vec::new() })
     }
 
     fn new(engine: Engine) -> Self {
@@ -322,10 +324,9 @@ impl ClusterBuilder {
             for keys in ["", role].iter().filter_map(|role| self.transfer_toml.get(*role)) {
                 writeln!(toml, "{keys}")?;
             }
-            if let Engine::Vllm { installation, arguments } = &self.engine {
+            if let Engine::Vllm { program, model, arguments } = &self.engine {
                 let socket = directory.join(format!("{name}.sock"));
-                let program = installation.environment.join("bin/vllm");
-                let model = installation.model.to_string_lossy().into_owned();
+                let model = model.to_string_lossy().into_owned();
                 let base = [
                     "serve",
                     &model,

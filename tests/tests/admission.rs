@@ -1,8 +1,5 @@
 //! Who waits for a turn, whose turn it is, and who is turned away.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::time::Duration;
 
 use baton_tests::{Answer, Cluster, ClusterBuilder};

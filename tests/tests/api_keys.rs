@@ -1,8 +1,5 @@
 //! Who may send requests, how many at once, and how much in a minute.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{fs, time::Duration};
 
 use baton_tests::{Answer, Cluster, ClusterBuilder};

@@ -1,8 +1,5 @@
 //! What clients and strangers send: an error that says what is wrong, and others undisturbed.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::time::Duration;
 
 use baton_tests::{Cluster, ClusterBuilder};

@@ -1,8 +1,5 @@
 //! `baton bench` and `baton profile` against real clusters.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{
     net::TcpListener,
     path::Path,

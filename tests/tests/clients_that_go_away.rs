@@ -1,8 +1,5 @@
 //! A client may leave at any moment: both engines stop, and nothing of its request is left.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::time::Duration;
 
 use baton_tests::{Cluster, ClusterBuilder};

@@ -1,8 +1,5 @@
 //! `baton compare --live`: the same requests in each mode, on a cluster that is not restarted.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{path::Path, process::Stdio};
 
 use baton_tests::{ADMIN_TOKEN, Cluster, ClusterBuilder, baton};

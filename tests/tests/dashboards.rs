@@ -1,9 +1,6 @@
 //! The dashboard and the alert rules over a real Prometheus that scrapes a live cluster under a little
 //! load: each expression has data, and rules see what they are for.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{
     path::{Path, PathBuf},
     process::Command,

@@ -1,9 +1,6 @@
 //! A worker that is killed takes its engine with it: left alone, that would keep its port and its GPU
 //! from the worker's next life.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{
     fs,
     path::Path,

@@ -5,9 +5,6 @@
 //! verification of blocks, in the arena, and, where there are any, between the sockets of a network. `BATON_FAULT_HANDOFFS` says how many,
 //! `BATON_FAULT_SEED` which.
 
-// A scenario says what must hold by panicking, and its seed on the terminal.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
-
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, TcpListener, UdpSocket},

@@ -1,8 +1,5 @@
 //! Workers go over to the other pool under load, and no request notices.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{
     collections::BTreeSet,
     sync::{
@@ -263,8 +260,11 @@ async fn a_pair_of_vllm_swaps_its_roles_under_load() {
     let Some(installation) = vllm_or_skip("a_pair_of_vllm_swaps_its_roles_under_load") else {
         return;
     };
-    let cluster =
-        ClusterBuilder::vllm(installation).balancer("actuator = \"advise\"").start().await.unwrap();
+    let cluster = ClusterBuilder::vllm(&installation)
+        .balancer("actuator = \"advise\"")
+        .start()
+        .await
+        .unwrap();
     let unsplittable = ("prompt_logprobs", 0.into());
     let questions = Questions::with_answers(&cluster, &[40, 100, 300], 12, unsplittable).await;
     let load = Load::start(&cluster, 3, &questions);

@@ -1,9 +1,6 @@
 //! A coordinator scales Deployments of a real API server as the load shifts, from nothing and back. There
 //! are no nodes: the scenario itself runs a worker for each replica that is wanted.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{
     path::{Path, PathBuf},
     sync::{

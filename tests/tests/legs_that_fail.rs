@@ -1,8 +1,5 @@
 //! Workers that die, and come back.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::time::Duration;
 
 use baton_tests::{ClusterBuilder, StreamEvent, read_events};

@@ -1,9 +1,6 @@
 //! The page `/ui` in a real browser: it asks for the token, its values change, orders work, and nothing
 //! overflows, with four workers or a thousand.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::process::Command;
 
 use baton_tests::{ADMIN_TOKEN, Browser, ClusterBuilder, chromium_or_skip};

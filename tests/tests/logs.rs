@@ -1,9 +1,6 @@
 //! What the logs say at their most talkative useful level: each line is JSON, lines about a request name
 //! it, and neither prompts, answers nor keys are in any of them.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use baton_tests::{ADMIN_TOKEN, Cluster, ClusterBuilder};
 use serde_json::{Value, json};
 

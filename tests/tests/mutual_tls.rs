@@ -1,8 +1,5 @@
 //! Who gets in: coordinator and workers know each other by certificates of one private CA.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::time::Duration;
 
 use baton_tests::{Cluster, ClusterBuilder, TlsPem};

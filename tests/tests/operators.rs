@@ -1,8 +1,5 @@
 //! The operators' listener: who gets in, what it shows, and what drains and modes do to live requests.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::time::{Duration, Instant};
 
 use baton_tests::{Cluster, ClusterBuilder, read_events};

@@ -2,9 +2,6 @@
 //! and with which status they exit. Then what changes under a coordinator that is not started anew: its
 //! token, and nothing by SIGHUP.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{
     fs,
     path::Path,

@@ -1,8 +1,5 @@
 //! Where requests go, by what is predicted of each way; and what can be asked of it afterwards.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::collections::BTreeMap;
 
 use baton_tests::{Answer, Cluster, ClusterBuilder, read_events};

@@ -1,8 +1,5 @@
 //! The coordinator knows which blocks each engine holds.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::time::Duration;
 
 use baton_tests::{Cluster, ClusterBuilder, Metrics};

@@ -1,8 +1,5 @@
 //! The start of a prompt that one worker has cached is copied into another's cache, which computes the rest.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use baton_tests::{Answer, Cluster, ClusterBuilder};
 use futures::future::join_all;
 use serde_json::{Value, json};

@@ -1,8 +1,5 @@
 //! Pools that are replaced worker by worker, while requests come.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{
     collections::BTreeSet,
     sync::{

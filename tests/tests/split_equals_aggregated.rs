@@ -1,8 +1,5 @@
 //! A split answer is the aggregated answer, token for token, and its KV really crossed.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use baton_tests::{ClusterBuilder, read_events, streamed_text};
 use proptest::{
     prelude::*,

@@ -1,8 +1,5 @@
 //! One trace of a request over both its legs, as a collector receives it.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex},

@@ -1,8 +1,5 @@
 //! By whatever way the blocks go: the answer is the same, and what carried them is told.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stderr, clippy::unwrap_used)]
-
 use std::env;
 
 use baton_tests::{Cluster, ClusterBuilder, Metrics};

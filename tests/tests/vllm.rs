@@ -1,9 +1,6 @@
 //! A real vLLM with a real model on both sides. One cluster for all scenarios, since it takes a minute to
 //! start; each scenario says its name as it begins.
 
-// A scenario says what must hold by panicking, and its name by printing it.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
-
 use std::{process::Command, time::Duration};
 
 use baton_tests::{Cluster, ClusterBuilder, Metrics, read_events, streamed_text, vllm_or_skip};
@@ -25,7 +22,7 @@ async fn vllm_on_both_sides() {
         "--tool-call-parser",
         "hermes",
     ];
-    let mut cluster = ClusterBuilder::vllm(installation.clone())
+    let mut cluster = ClusterBuilder::vllm(&installation)
         .vllm_arguments(&arguments)
         // Less than any step takes: no more of a prompt is computed beside decodes than has to be.
         .slo("itl_ms = 1.0")

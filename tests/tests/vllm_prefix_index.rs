@@ -1,8 +1,5 @@
 //! The coordinator knows which blocks a real vLLM holds, and tokenizes prompts as it does.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use baton_tests::{Cluster, ClusterBuilder, Metrics, vllm_or_skip};
 use baton_tokens::{Chat, PromptTokenizer};
 use serde_json::{Value, json};
@@ -26,7 +23,7 @@ async fn what_a_real_vllm_holds_and_how_it_counts() {
         return;
     };
     let tokenizer = PromptTokenizer::open(&installation.model).unwrap();
-    let mut cluster = ClusterBuilder::vllm(installation)
+    let mut cluster = ClusterBuilder::vllm(&installation)
         .vllm_arguments(&["--trust-request-chat-template"])
         .pools(0, 1)
         .not_ready()

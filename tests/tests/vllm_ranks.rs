@@ -1,8 +1,5 @@
 //! A real vLLM of three ranks, one KV head each, hands over to one that holds all heads.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
-
 use baton_tests::{ClusterBuilder, vllm_or_skip};
 use serde_json::{Value, json};
 
@@ -17,7 +14,7 @@ fn choice(answer: &Value) -> (Value, Vec<f64>) {
 #[ignore = "four processes of vLLM: two minutes and 12 GB"]
 async fn three_ranks_hand_over_to_one() {
     let Some(installation) = vllm_or_skip("three_ranks_hand_over_to_one") else { return };
-    let cluster = ClusterBuilder::vllm(installation)
+    let cluster = ClusterBuilder::vllm(&installation)
         .vllm_ranks("prefill", 3)
         .vllm_arguments(&["--max-num-batched-tokens", "512"])
         .start()

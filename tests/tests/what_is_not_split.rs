@@ -1,8 +1,5 @@
 //! Requests that stay on one worker, each counted with its reason.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use baton_tests::ClusterBuilder;
 use serde_json::json;
 

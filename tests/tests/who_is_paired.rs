@@ -1,8 +1,5 @@
 //! Workers that are not alike, and two that claim to be one.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
-
 use std::time::Duration;
 
 use baton_tests::{Cluster, ClusterBuilder};

@@ -5,7 +5,7 @@ use std::time::Duration;
 use baton_tests::ClusterBuilder;
 use serde_json::json;
 
-use crate::stage::{Asked, Clients, Watch};
+use super::stage::{Asked, Clients, Watch};
 
 pub(crate) async fn a_healthy_cluster_is_quiet(watch: Watch) {
     let cluster = ClusterBuilder::sim()

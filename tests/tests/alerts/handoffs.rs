@@ -14,7 +14,7 @@ use std::{
 
 use baton_tests::{Cluster, ClusterBuilder};
 
-use crate::stage::{Asked, Clients, Watch, ask};
+use super::stage::{Asked, Clients, Watch, ask};
 
 fn prompts() -> Asked {
     Asked { prompt_tokens: 400, pause: Duration::from_millis(50), ..Asked::default() }

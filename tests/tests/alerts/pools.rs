@@ -8,7 +8,7 @@ use futures::StreamExt as _;
 use serde_json::json;
 use tonic::transport::Endpoint;
 
-use crate::stage::{Asked, Clients, Watch, ask};
+use super::stage::{Asked, Clients, Watch, ask};
 
 pub(crate) async fn a_coordinator_does_not_start(watch: Watch) {
     let mut cluster = ClusterBuilder::sim().start().await.unwrap();

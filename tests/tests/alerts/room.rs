@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use baton_tests::{Cluster, ClusterBuilder};
 
-use crate::stage::{Asked, Clients, Watch};
+use super::stage::{Asked, Clients, Watch};
 
 /// A decode worker whose cache holds a sixteenth of what the prefill worker's holds.
 async fn with_tight_decode(arena: &str, stall_timeout_s: u32) -> Cluster {

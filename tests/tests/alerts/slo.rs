@@ -5,7 +5,7 @@ use std::time::Duration;
 use baton_tests::{Cluster, ClusterBuilder};
 use serde_json::json;
 
-use crate::stage::{Asked, Clients, Watch};
+use super::stage::{Asked, Clients, Watch};
 
 async fn moves(cluster: &Cluster, worker: &str, role: &str) {
     let path = format!("/admin/workers/{worker}/role");

@@ -4,9 +4,6 @@
 //! `BATON_ALERT=BatonArenaFull` plays the scenes of one alert; `BATON_SEEN=DIRECTORY` keeps what operators see
 //! while it fires, and `BATON_SCREENSHOTS=DIRECTORY` beside it what the live page shows.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
-
 mod answers;
 mod handoffs;
 mod pools;

@@ -1,8 +1,5 @@
 //! The manifests of `deploy/kubernetes` and the actuator, at a real API server without nodes.
 
-// A scenario says what must hold by panicking.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
-
 mod actuator;
 mod dead_node;
 mod manifests;

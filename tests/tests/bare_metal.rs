@@ -5,9 +5,6 @@
 //! Needs root for network namespaces, and says so where it is skipped; `BATON_REQUIRE_NETNS` makes
 //! that a failure.
 
-// A scenario says what must hold by panicking, and what it saw on the terminal.
-#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, clippy::print_stdout)]
-
 mod load;
 mod machines;
 
