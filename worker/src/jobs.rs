@@ -69,6 +69,8 @@ impl Jobs {
         );
         let entry = Entry { job, running: self.running.clone() };
         let (life, outbox, own) = (self.life.clone(), self.outbox.clone(), self.own.clone());
+        // The task is as large as all that it may come to hold, and there is one for each request.
+        let start = Box::new(start);
         let task = async move {
             let _entry = entry;
             let _open = life.counters.jobs_open.one();
@@ -109,13 +111,13 @@ impl Drop for Entry {
     }
 }
 
-async fn run(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) {
+async fn run(start: Box<StartJob>, life: &Life, outbox: &Outbox, own: &Running) {
     let job = start.job;
     let ran = match Leg::try_from(start.leg()) {
         Ok(Leg::Aggregated) => aggregated(start, life, outbox, own).await,
         Ok(Leg::Decode) => decode(start, life, outbox, own).await,
         Ok(Leg::Prefill) => prefill(start, life, outbox, own).await,
-        Ok(Leg::Lend) => prefix::lend(start, life, outbox).await,
+        Ok(Leg::Lend) => Box::pin(prefix::lend(start, life, outbox)).await,
         Err(error) => Err(refused(&error)),
     };
     if let Err(fault) = ran {
@@ -126,7 +128,7 @@ async fn run(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) {
 }
 
 async fn aggregated(
-    mut start: StartJob,
+    mut start: Box<StartJob>,
     life: &Life,
     outbox: &Outbox,
     own: &Running,
@@ -140,7 +142,12 @@ async fn aggregated(
     relay.stream(answer).await
 }
 
-async fn decode(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) -> Result<(), Fault> {
+async fn decode(
+    start: Box<StartJob>,
+    life: &Life,
+    outbox: &Outbox,
+    own: &Running,
+) -> Result<(), Fault> {
     let _counted = (life.counters.running.decodes.one(), own.decodes.one());
     let job = start.job;
     let (consuming, kv) = match handoff_mode(life) {
@@ -172,7 +179,7 @@ async fn decode(start: StartJob, life: &Life, outbox: &Outbox, own: &Running) ->
 }
 
 async fn prefill(
-    mut start: StartJob,
+    mut start: Box<StartJob>,
     life: &Life,
     outbox: &Outbox,
     own: &Running,
@@ -337,8 +344,9 @@ fn asking(
     legs::asking(&start.path, body, asked).map_err(|error| not_an_object(&error))
 }
 
-async fn ask_engine(life: &Life, start: StartJob, body: Bytes) -> Result<Answer, Fault> {
-    post(life, start.path, start.headers, body).await
+async fn ask_engine(life: &Life, start: Box<StartJob>, body: Bytes) -> Result<Answer, Fault> {
+    let StartJob { path, headers, .. } = *start;
+    post(life, path, headers, body).await
 }
 
 pub(crate) async fn post(

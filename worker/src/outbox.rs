@@ -15,9 +15,13 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-/// Tokens in the middle of a stream wait until the last batch is this old. It is what makes batches:
-/// a third to a quarter of the coordinator's CPU, and nobody sees a millisecond between tokens.
-const PACE: Duration = Duration::from_millis(1);
+/// Tokens in the middle of a stream wait until the last batch is at least this old. It is what makes
+/// batches: a third to a quarter of the coordinator's CPU, and nobody sees a millisecond between tokens.
+const SHORTEST_PACE: Duration = Duration::from_millis(1);
+/// Those of slow streams wait longer, up to this: a thousand of them fill their batches no sooner.
+const LONGEST_PACE: Duration = Duration::from_millis(4);
+/// So small a part of the time since its stream's tokens before it a token is held back.
+const PART_OF_GAP: u32 = 32;
 
 /// With more than this waiting for the coordinator, jobs read no more from their engines.
 const FULL_BYTES: usize = 64 << 20;
@@ -33,8 +37,15 @@ const EVENT_BYTES: usize = 64;
 pub(crate) enum Pace {
     /// First and last events of a job, and faults: sent at once.
     AtOnce,
-    /// Tokens in the middle of a stream: sent together with others.
-    Paced,
+    /// Tokens in the middle of a stream: sent together with others, once the last batch is this old.
+    Within(Duration),
+}
+
+impl Pace {
+    /// Of tokens that came so long after those before them.
+    pub(crate) fn after(gap: Duration) -> Self {
+        Self::Within((gap / PART_OF_GAP).clamp(SHORTEST_PACE, LONGEST_PACE))
+    }
 }
 
 /// The events of all jobs towards one coordinator, until its stream takes them.
@@ -60,10 +71,11 @@ struct State {
     leaving: bool,
     kv_events: Option<KvEvents>,
     held_bytes: usize,
-    at_once: bool,
+    /// The shortest of the events' paces; nothing where one goes at once.
+    pace: Duration,
     last_batch: Option<Instant>,
-    /// The reader has a timer running: only what cannot wait need wake it.
-    timer_runs: bool,
+    /// The pace by which the reader has a timer running: only what cannot wait so long need wake it.
+    timed: Option<Duration>,
     reader: Option<Waker>,
     closed: bool,
 }
@@ -78,9 +90,9 @@ impl Outbox {
             leaving: false,
             kv_events: None,
             held_bytes: 0,
-            at_once: false,
+            pace: LONGEST_PACE,
             last_batch: None,
-            timer_runs: false,
+            timed: None,
             reader: None,
             closed: false,
         };
@@ -99,8 +111,11 @@ impl Outbox {
         }
         state.held_bytes += cost(&event);
         state.events.push(event);
-        state.at_once |= pace == Pace::AtOnce;
-        if state.at_once || !state.timer_runs {
+        state.pace = state.pace.min(match pace {
+            Pace::AtOnce => Duration::ZERO,
+            Pace::Within(pace) => pace,
+        });
+        if state.timed.is_none_or(|timed| state.pace < timed) {
             state.wake();
         }
     }
@@ -191,7 +206,9 @@ impl State {
             self.events.drain(..count).collect()
         };
         self.held_bytes = self.events.iter().map(cost).sum();
-        self.at_once &= !self.events.is_empty();
+        if self.events.is_empty() {
+            self.pace = LONGEST_PACE;
+        }
         EventBatch { events }
     }
 }
@@ -220,10 +237,10 @@ impl Stream for Frames {
         if let Some(hello) = state.hello.take() {
             return frame(Frame::Hello(hello));
         }
-        state.timer_runs = false;
+        state.timed = None;
         if !state.events.is_empty() {
-            let due = state.last_batch.map(|last| last + PACE);
-            if state.at_once || is_due(due, &mut this.timer, cx) {
+            let due = state.last_batch.map(|last| last + state.pace);
+            if is_due(due, &mut this.timer, cx) {
                 state.last_batch = Some(Instant::now());
                 let was_full = state.held_bytes >= FULL_BYTES;
                 let batch = state.take_batch();
@@ -232,7 +249,7 @@ impl Stream for Frames {
                 }
                 return frame(Frame::Events(batch));
             }
-            state.timer_runs = true;
+            state.timed = Some(state.pace);
         }
         if std::mem::take(&mut state.leaving) {
             return frame(Frame::Leaving(Leaving {}));
@@ -275,6 +292,9 @@ mod tests {
 
     use super::*;
 
+    /// As fast streams are.
+    const PACED: Pace = Pace::Within(SHORTEST_PACE);
+
     fn event(job: u64) -> Event {
         Event { job, payload: Bytes::from_static(b"x"), ..Event::default() }
     }
@@ -293,6 +313,10 @@ mod tests {
         }
     }
 
+    fn ms(milliseconds: u64) -> Duration {
+        Duration::from_millis(milliseconds)
+    }
+
     fn jobs(frame: Option<Frame>) -> Vec<u64> {
         match frame {
             Some(Frame::Events(batch)) => batch.events.iter().map(|event| event.job).collect(),
@@ -304,11 +328,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn mid_stream_tokens_go_at_once_only_after_a_quiet_millisecond() {
         let (outbox, mut frames) = greeted().await;
-        outbox.push(event(1), Pace::Paced);
+        outbox.push(event(1), PACED);
         assert_eq!(jobs(next(&mut frames)), [1], "nothing was sent yet");
 
-        outbox.push(event(1), Pace::Paced);
-        outbox.push(event(2), Pace::Paced);
+        outbox.push(event(1), PACED);
+        outbox.push(event(2), PACED);
         assert_eq!(jobs(next(&mut frames)), [0; 0]);
         tokio::time::advance(Duration::from_micros(900)).await;
         assert_eq!(jobs(next(&mut frames)), [0; 0]);
@@ -316,8 +340,33 @@ mod tests {
         assert_eq!(jobs(next(&mut frames)), [1, 2]);
 
         tokio::time::advance(Duration::from_millis(5)).await;
-        outbox.push(event(3), Pace::Paced);
+        outbox.push(event(3), PACED);
         assert_eq!(jobs(next(&mut frames)), [3]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tokens_wait_a_small_part_of_their_streams_own_gaps() {
+        let milliseconds = |pace| match pace {
+            Pace::AtOnce => 0,
+            Pace::Within(pace) => pace.as_millis(),
+        };
+        let paces = [0, 10, 96, 10_000].map(|gap| milliseconds(Pace::after(ms(gap))));
+        assert_eq!(paces, [1, 1, 3, 4]);
+
+        let (outbox, mut frames) = greeted().await;
+        outbox.push(event(0), Pace::AtOnce);
+        assert_eq!(jobs(next(&mut frames)), [0]);
+        outbox.push(event(1), Pace::after(ms(96)));
+        tokio::time::advance(ms(2)).await;
+        assert_eq!(jobs(next(&mut frames)), [0; 0]);
+        tokio::time::advance(ms(1)).await;
+        assert_eq!(jobs(next(&mut frames)), [1]);
+
+        outbox.push(event(1), Pace::after(ms(96)));
+        assert_eq!(jobs(next(&mut frames)), [0; 0]);
+        outbox.push(event(2), PACED);
+        tokio::time::advance(ms(1)).await;
+        assert_eq!(jobs(next(&mut frames)), [1, 2], "the fast stream's pace holds for both");
     }
 
     #[tokio::test(start_paused = true)]
@@ -325,11 +374,11 @@ mod tests {
         let (outbox, mut frames) = greeted().await;
         outbox.push(event(1), Pace::AtOnce);
         assert_eq!(jobs(next(&mut frames)), [1]);
-        outbox.push(event(2), Pace::Paced);
+        outbox.push(event(2), PACED);
         assert_eq!(jobs(next(&mut frames)), [0; 0]);
         outbox.push(event(3), Pace::AtOnce);
         assert_eq!(jobs(next(&mut frames)), [2, 3]);
-        outbox.push(event(4), Pace::Paced);
+        outbox.push(event(4), PACED);
         assert_eq!(jobs(next(&mut frames)), [0; 0], "being urgent was not remembered");
     }
 
@@ -338,7 +387,7 @@ mod tests {
         let (outbox, mut frames) = greeted().await;
         outbox.push(event(0), Pace::AtOnce);
         assert_eq!(jobs(next(&mut frames)), [0]);
-        for pace in [Pace::Paced, Pace::AtOnce] {
+        for pace in [PACED, Pace::AtOnce] {
             let pushing = {
                 let outbox = outbox.clone();
                 tokio::spawn(async move { outbox.push(event(1), pace) })

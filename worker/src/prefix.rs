@@ -26,9 +26,9 @@ const PATH: &str = "/v1/completions";
 const TOO_SLOW: &str = "too_slow";
 
 /// Has the engine export what it has cached, and keeps it until the other worker has it.
-pub(crate) async fn lend(start: StartJob, life: &Life, outbox: &Outbox) -> Result<(), Fault> {
-    let StartJob { job, deadline_ms, headers, .. } = start;
-    let pull = start.pull.ok_or_else(|| missing("StartJob", "pull"))?;
+pub(crate) async fn lend(start: Box<StartJob>, life: &Life, outbox: &Outbox) -> Result<(), Fault> {
+    let StartJob { job, deadline_ms, headers, pull, .. } = *start;
+    let pull = pull.ok_or_else(|| missing("StartJob", "pull"))?;
     let (mut producing, kv) = produce(Part::Lend, pull.handoff.as_ref(), deadline_ms, life)?;
     let event = until_answered(&mut producing, ask(job, &pull, headers, &kv, life)).await?;
     let ending = producing.ended().await;
@@ -42,7 +42,8 @@ pub(crate) async fn pull(start: &mut StartJob, life: &Life, outbox: &Outbox) {
     let Some(pull) = start.pull.take() else { return };
     let began = Instant::now();
     let give_up = Duration::from_millis(pull.give_up_ms.into());
-    let copying = copy(start.job, &pull, start.headers.clone(), life);
+    // Few requests have one: the others' tasks need no room for it.
+    let copying = Box::pin(copy(start.job, &pull, start.headers.clone(), life));
     let result = match timeout(give_up, copying).await {
         Ok(Ok(received)) => copied(&pull, received, life),
         Ok(Err(fault)) => {

@@ -1,3 +1,5 @@
+use std::time::Instant;
+
 use baton_engine::Answer;
 use baton_proto::{Event, HandoffResult, Header};
 use baton_types::{Fault, FaultKind, Origin};
@@ -60,6 +62,7 @@ impl Relay<'_> {
         let mut head = Some((answer.status, answer.headers));
         let mut body = answer.body;
         let mut tokens_told = 0;
+        let mut last = Instant::now();
         let mut next = body.next().await;
         while let Some(chunk) = next {
             let mut chunk = chunk.map_err(|error| engine_fault(&error))?;
@@ -81,7 +84,10 @@ impl Relay<'_> {
                 tokens_told += tokens;
                 let at_once = head.is_some() || first_token || ends;
                 let event = self.event(head.take(), chunk, tokens, ends);
-                self.outbox.push(event, if at_once { Pace::AtOnce } else { Pace::Paced });
+                let now = Instant::now();
+                let pace = if at_once { Pace::AtOnce } else { Pace::after(now - last) };
+                last = now;
+                self.outbox.push(event, pace);
                 if ends {
                     return Ok(());
                 }
