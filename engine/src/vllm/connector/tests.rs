@@ -1,12 +1,12 @@
 //! A fake connector speaks the protocol over a real socket.
 
-use baton_arena::Slot;
+use baton_arena::{ArenaFile, Slot};
 use baton_types::{Generation, HandoffId, PromptDigest, StepModel};
 use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, net::UnixStream};
 
 use super::*;
-use crate::{BlockInSlot, BlockToLoad};
+use crate::{BlockInSlot, BlockToLoad, MappedBlockToLoad};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -71,7 +71,7 @@ async fn timeout<T>(future: impl Future<Output = T>) -> T {
 fn hello() -> Value {
     json!({
         "type": "hello",
-        "protocol": 4,
+        "protocol": 5,
         "connector_version": "0.1.0",
         "vllm_version": "0.32.0",
         "compatibility": {
@@ -92,7 +92,7 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
     assert_eq!(
         welcome,
         json!({
-            "type": "welcome", "protocol": 4, "arena": port.arena.path(),
+            "type": "welcome", "protocol": 5, "arena": port.arena.path(),
             "slot_bytes": 8192, "first_export_slot": 0, "export_slots": 4,
             "first_import_slot": 4, "import_slots": 3,
         })
@@ -136,6 +136,44 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
     port.ranks[0].to_engine.send(ToEngine::Load { handoff, generation, blocks }).await.unwrap();
     assert_eq!(connector.receive().await.unwrap(), json!({"type": "release", "slots": [3]}));
     assert_eq!(connector.receive().await.unwrap()["type"], "load");
+
+    // Another worker's arena, and a block in it.
+    let file = ArenaFile { path: "/dev/shm/p1".into(), device: 1, inode: 2, len_bytes: 1 << 40 };
+    let to_engine = &port.ranks[0].to_engine;
+    to_engine.send(ToEngine::Map { arena: 3, file }).await.unwrap();
+    let blocks = vec![MappedBlockToLoad { index: 4, offset: 1 << 33, crc32: u32::MAX }];
+    let load = ToEngine::LoadMapped { handoff, generation, arena: 3, blocks };
+    to_engine.send(load).await.unwrap();
+    to_engine.send(ToEngine::Unmap { arena: 3 }).await.unwrap();
+    assert_eq!(
+        connector.receive().await.unwrap(),
+        json!({
+            "type": "map", "arena": 3,
+            "file": {"path": "/dev/shm/p1", "device": 1, "inode": 2, "len_bytes": 1_u64 << 40},
+        })
+    );
+    assert_eq!(
+        connector.receive().await.unwrap(),
+        json!({
+            "type": "load_mapped", "handoff": handoff, "generation": 2, "arena": 3,
+            "blocks": [{"index": 4, "offset": 1_u64 << 33, "crc32": u32::MAX}],
+        })
+    );
+    assert_eq!(connector.receive().await.unwrap(), json!({"type": "unmap", "arena": 3}));
+    connector.send(&json!({"type": "mapped", "arena": 3})).await;
+    connector.send(&json!({"type": "mapped", "arena": 4, "refused": "no"})).await;
+    connector
+        .send(&json!({
+            "type": "loaded_mapped", "handoff": handoff, "generation": 2, "indices": [4],
+        }))
+        .await;
+    for expected in [
+        FromEngine::Mapped { arena: 3, refused: None },
+        FromEngine::Mapped { arena: 4, refused: Some("no".into()) },
+        FromEngine::LoadedMapped { handoff, generation, indices: vec![4] },
+    ] {
+        assert_eq!(timeout(port.ranks[0].from_engine.recv()).await.unwrap(), expected);
+    }
 
     drop(connector);
     assert_eq!(timeout(port.ranks[0].from_engine.recv()).await, None);
@@ -276,10 +314,10 @@ async fn a_scheduler_tells_its_steps_and_is_told_its_pace() {
     let mut fixture = Fixture::new();
     // Both come at once, and neither ends the other.
     let (mut connector, mut scheduler) = (fixture.connect().await, fixture.connect().await);
-    scheduler.send(&json!({"type": "scheduler", "protocol": 4})).await;
+    scheduler.send(&json!({"type": "scheduler", "protocol": 5})).await;
     connector.send(&hello()).await;
     let _port = fixture.port().await;
-    assert_eq!(scheduler.receive().await.unwrap(), json!({"type": "attached", "protocol": 4}));
+    assert_eq!(scheduler.receive().await.unwrap(), json!({"type": "attached", "protocol": 5}));
 
     fixture.pacing.set_itl_target_ms(40.0);
     let step = json!({
