@@ -22,7 +22,7 @@ from .arena import Arena, ArenaError
 
 logger = init_logger("vllm.baton_connector.link")
 
-PROTOCOL = 4
+PROTOCOL = 5
 FIRST_ATTACH_SECONDS = 60.0
 """The worker may start later than vLLM."""
 HANDSHAKE_SECONDS = 60.0

@@ -36,6 +36,7 @@ class _Load:
     first_block: int
     block_ids: list[int]
     missing: set[int] = field(default_factory=set)
+    """Counted from the first that is not cached, each layer group for itself."""
     in_flight: int = 0
     spoiled: bool = False
     """What lay in the arena was not what the worker verified: the worker is about to fail it."""
@@ -70,7 +71,7 @@ class Loads:
 
     def subscribe(self, plan: Subscribe) -> None:
         load = _Load(plan.req_id, plan.key, plan.first_block, plan.block_ids)
-        load.missing = set(range(len(plan.block_ids)))
+        load.missing = set(range(len(plan.block_ids) * self._cache.layer_groups))
         self._by_request[plan.req_id] = load
         if plan.key is None:
             self._fail(load, "it names no handoff that could be loaded")
@@ -81,7 +82,7 @@ class Loads:
             fields = {
                 "prompt_tokens": plan.prompt_tokens,
                 "prompt_digest": plan.prompt_digest,
-                "first_block": plan.first_block,
+                "first_block": plan.first_block * self._cache.layer_groups,
             }
             self._send("subscribe", plan.key, fields)
 
@@ -132,8 +133,9 @@ class Loads:
         with self._copier.batch():
             for block in blocks:
                 index, slot = block["index"], block["slot"]
-                position = index - load.first_block if type(index) is int else -1
-                if not (0 <= position < len(load.block_ids) and arena.is_import(slot)):
+                groups = self._cache.layer_groups
+                position = index - load.first_block * groups if type(index) is int else -1
+                if not (0 <= position < len(load.block_ids) * groups and arena.is_import(slot)):
                     self._fail(load, "the worker sent a block that does not belong to it")
                     return
                 view = arena.slot(slot)[: self._cache.block_bytes]
@@ -141,7 +143,8 @@ class Loads:
                     load.spoiled = True
                     self._send("corrupt", load.key, {"index": index})
                     return
-                self._cache.copy_in(view, load.block_ids[position])
+                block, group = divmod(position, groups)
+                self._cache.copy_in(view, load.block_ids[block], group)
                 load.missing.discard(position)
 
     def _loaded(self, load: _Load | None, key: HandoffKey, slots: list[Any]) -> None:

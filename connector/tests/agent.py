@@ -144,7 +144,7 @@ class Agent:
         hello = frames.receive(connection)
         if hello is None:
             return
-        assert hello["protocol"] == 4
+        assert hello["protocol"] == 5
         if hello["type"] == "scheduler":
             self._serve_scheduler(connection)
         else:
@@ -152,7 +152,7 @@ class Agent:
 
     def _serve_scheduler(self, connection: socket.socket) -> None:
         with self._changed:
-            connection.sendall(frames.encode({"type": "attached", "protocol": 4}))
+            connection.sendall(frames.encode({"type": "attached", "protocol": 5}))
             self._scheduler = connection
             self.schedulers += 1
             self._changed.notify_all()
@@ -198,7 +198,7 @@ class Agent:
         self._export_held = set()
         return {
             "type": "welcome",
-            "protocol": 4,
+            "protocol": 5,
             "arena": path,
             "slot_bytes": self._slot_bytes,
             "first_export_slot": 0,
@@ -264,8 +264,7 @@ class Agent:
 
     def _outstanding(self, handoff: Handoff) -> bool:
         assert handoff.subscribed is not None and handoff.sealed is not None
-        block_size = self.hello["compatibility"]["block_size_tokens"]
-        count = -(-handoff.sealed["prompt_tokens"] // block_size)
-        return len(self._free_import) < self.import_slots or not set(
-            range(handoff.subscribed["first_block"], count)
-        ) <= set(handoff.blocks)
+        compatibility = self.hello["compatibility"]
+        blocks = -(-handoff.sealed["prompt_tokens"] // compatibility["block_size_tokens"])
+        indices = range(handoff.subscribed["first_block"], blocks * compatibility["layer_groups"])
+        return len(self._free_import) < self.import_slots or not set(indices) <= set(handoff.blocks)

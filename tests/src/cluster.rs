@@ -77,7 +77,7 @@ impl TlsPem {
 #[derive(Clone, Debug)]
 enum Engine {
     Sim { toml: String },
-    Vllm { installation: VllmInstallation, arguments: Vec<String> },
+    Vllm { installation: VllmInstallation, arguments: Vec<String>, toml: String },
 }
 
 impl ClusterBuilder {
@@ -90,7 +90,7 @@ impl ClusterBuilder {
     /// One prefill and one decode worker with a real vLLM each, in float32, of which token-for-token
     /// equality can be asked.
     pub fn vllm(installation: VllmInstallation) -> Self {
-        Self::new(Engine::Vllm { installation, arguments: Vec::new() })
+        Self::new(Engine::Vllm { installation, arguments: Vec::new(), toml: String::new() })
     }
 
     fn new(engine: Engine) -> Self {
@@ -126,15 +126,14 @@ impl ClusterBuilder {
         self
     }
 
-    /// More keys of `[engine]` (embedded engine only), in place of those of the same name.
+    /// More keys of `[engine]`, in place of those of the same name.
     pub fn engine(mut self, keys: &str) -> Self {
-        if let Engine::Sim { toml } = &mut self.engine {
-            let named = |line: &str| line.split('=').next().unwrap_or_default().trim().to_owned();
-            let given: Vec<_> = keys.lines().map(named).collect();
-            toml.retain_lines(|line| !given.contains(&named(line)));
-            toml.push_str(keys);
-            toml.push('\n');
-        }
+        let (Engine::Sim { toml } | Engine::Vllm { toml, .. }) = &mut self.engine;
+        let named = |line: &str| line.split('=').next().unwrap_or_default().trim().to_owned();
+        let given: Vec<_> = keys.lines().map(named).collect();
+        toml.retain_lines(|line| !given.contains(&named(line)));
+        toml.push_str(keys);
+        toml.push('\n');
         self
     }
 
@@ -322,7 +321,7 @@ impl ClusterBuilder {
             for keys in ["", role].iter().filter_map(|role| self.transfer_toml.get(*role)) {
                 writeln!(toml, "{keys}")?;
             }
-            if let Engine::Vllm { installation, arguments } = &self.engine {
+            if let Engine::Vllm { installation, arguments, toml: keys } = &self.engine {
                 let socket = directory.join(format!("{name}.sock"));
                 let program = installation.environment.join("bin/vllm");
                 let model = installation.model.to_string_lossy().into_owned();
@@ -359,7 +358,7 @@ impl ClusterBuilder {
                     "[worker.engine]\nkind = \"vllm\"\ncommand = {command:?}\nport = {}\n\
                      connector_socket = {socket:?}\n\
                      environment = {{ HF_HUB_OFFLINE = \"1\", VLLM_NO_USAGE_STATS = \"1\", \
-                     VLLM_SERVER_DEV_MODE = \"1\", VLLM_CPU_OMP_THREADS_BIND = \"{}\" }}",
+                     VLLM_SERVER_DEV_MODE = \"1\", VLLM_CPU_OMP_THREADS_BIND = \"{}\" }}\n{keys}",
                     engine_port,
                     bound.join("|"),
                 )?;

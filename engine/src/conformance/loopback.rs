@@ -15,7 +15,8 @@ use crate::kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, RankPort, ToE
 
 type Key = (HandoffId, Generation);
 
-/// How a handoff is carried.
+/// How a handoff is carried. Blocks are the engine's: of one that has several layer groups, what happens to it happens
+/// to one of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Interference {
     #[default]
@@ -70,6 +71,7 @@ pub struct Outstanding {
 pub struct Loopback {
     shared: Arc<Shared>,
     block_size_tokens: u32,
+    layer_groups: u32,
     carrier: JoinHandle<()>,
 }
 
@@ -96,7 +98,7 @@ impl Loopback {
     ) -> Self {
         let shared = Arc::new(Shared::default());
         let layout = consumer.0.arena.layout();
-        let block_size_tokens = producer.0.compatibility.block_size_tokens;
+        let Compatibility { block_size_tokens, layer_groups, .. } = producer.0.compatibility;
         let carrier = Carrier {
             imports: SlotPool::new((layout.export_slots..layout.total_slots()).map(Slot)),
             producer: Side::of(producer.0),
@@ -107,7 +109,7 @@ impl Loopback {
             last_blocks: HashMap::new(),
             shared: shared.clone(),
         };
-        Self { shared, block_size_tokens, carrier: tokio::spawn(carrier.run()) }
+        Self { shared, block_size_tokens, layer_groups, carrier: tokio::spawn(carrier.run()) }
     }
 
     pub fn block_size_tokens(&self) -> u32 {
@@ -121,7 +123,10 @@ impl Loopback {
 
     /// Waits for a handoff's end.
     pub async fn passed(&self, handoff: HandoffId) -> Passed {
-        self.wait_for(|state| state.passed.get(&handoff).copied()).await
+        let passed = self.wait_for(|state| state.passed.get(&handoff).copied()).await;
+        let Passed { first_block, blocks, .. } = passed;
+        let groups = self.layer_groups;
+        Passed { first_block: first_block / groups, blocks: blocks.div_ceil(groups), ..passed }
     }
 
     /// The same, for whoever does not ask what became of it.
@@ -288,7 +293,8 @@ impl Carrier {
             Some((*passing.exported.front()?, first_block?))
         }) {
             if block.index >= first_block {
-                if matches!(interference, Interference::HoldFrom { block: from } if block.index >= from)
+                let groups = self.producer.compatibility.layer_groups;
+                if matches!(interference, Interference::HoldFrom { block: from } if block.index / groups >= from)
                 {
                     self.hold(key.0);
                     return;
@@ -314,15 +320,18 @@ impl Carrier {
             self.producer.arena.view(block.slot, bytes).expect("an export slot of the arena");
         let mut copy = view.as_ref().to_vec();
         let sent = copy.clone();
+        // Of each block another layer group.
+        let groups = self.producer.compatibility.layer_groups;
+        let meant = |of: u32| block.index == of * groups + of % groups;
         match interference {
-            Interference::Skip { block: skipped } if skipped == block.index => {
+            Interference::Skip { block: skipped } if meant(skipped) => {
                 self.passings.entry(key).or_default().carried += 1;
                 return;
             }
-            Interference::Flip { block: flipped, byte } if flipped == block.index => {
+            Interference::Flip { block: flipped, byte } if meant(flipped) => {
                 copy[usize::try_from(byte).expect("a byte of a block")] ^= 1;
             }
-            Interference::Stale { block: stale } if stale == block.index => {
+            Interference::Stale { block: stale } if meant(stale) => {
                 copy.clone_from(self.last_blocks.get(&block.index).expect("an earlier handoff"));
             }
             _ => {}
@@ -331,7 +340,7 @@ impl Carrier {
         // Of what came, right or wrong: that what came is right is for a worker to find out.
         let crc32 = BlockToLoad::checksum(&copy);
         if let Interference::Rot { block: rotten, byte } = interference
-            && rotten == block.index
+            && meant(rotten)
         {
             copy[usize::try_from(byte).expect("a byte of a block")] ^= 0x10;
         }

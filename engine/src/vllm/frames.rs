@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use crate::pacing::StepPace;
 
 /// Raised with every change that an older connector would misunderstand.
-pub(super) const PROTOCOL: u32 = 4;
+pub(super) const PROTOCOL: u32 = 5;
 
 /// A longer frame is refused.
 pub(super) const MAX_FRAME_BYTES: usize = 16 << 20;

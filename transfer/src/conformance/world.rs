@@ -179,7 +179,8 @@ impl Consumer {
     }
 
     pub(super) fn sink(&self, id: HandoffId) -> Sink {
-        Sink { id, staging: Arc::clone(&self.staging), pace: Arc::new(Pace::default()) }
+        let (staging, pace) = (Arc::clone(&self.staging), Arc::new(Pace::default()));
+        Sink { id, staging, pace, layer_groups: 1 }
     }
 
     pub(super) async fn pull(
@@ -207,6 +208,7 @@ pub(super) struct Sink {
     id: HandoffId,
     staging: Arc<Staging>,
     pub(super) pace: Arc<Pace>,
+    pub(super) layer_groups: u32,
 }
 
 /// Slows a sink down, and tells how far it is.
@@ -261,6 +263,10 @@ impl Pace {
 impl BlockSink for Sink {
     fn max_block_bytes(&self) -> u32 {
         u32::try_from(self.staging.arena.layout().slot_bytes).unwrap()
+    }
+
+    fn layer_groups(&self) -> u32 {
+        self.layer_groups
     }
 
     async fn reserve(&self, _index: u32, len: u32) -> Result<Landing, TransferError> {

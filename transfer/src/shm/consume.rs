@@ -107,7 +107,7 @@ impl Producer {
         sink: &dyn BlockSink,
         copiers: &Copiers,
     ) -> Result<Pulled, TransferError> {
-        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, None);
+        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, None, sink.layer_groups());
         let mut copying = Copying::new(copiers);
         loop {
             let Came(frame, bytes) = match self.next(&mut copying).await? {
@@ -125,7 +125,7 @@ impl Producer {
                     self.mapped((head, offset), arena, sink, &mut copying, &mut arrivals).await?;
                 }
                 ProducerFrame::Block(head) => {
-                    arrivals.announced(&head, 0, self.max_block_bytes)?;
+                    arrivals.announced(&head, self.max_block_bytes)?;
                     let landing = self.attend(sink.reserve(head.index, head.len)).await?;
                     let bytes = bytes.unwrap_or_default();
                     let failed = |error| TransferError::NoRoom(format!("{error}"));
@@ -160,7 +160,7 @@ impl Producer {
     ) -> Result<(), TransferError> {
         let mut next = Some(first);
         while let Some((head, offset)) = next.take() {
-            arrivals.announced(&head, small(copying.len()), self.max_block_bytes)?;
+            arrivals.announced(&head, self.max_block_bytes)?;
             let landing = match sink.reserve(head.index, head.len).now_or_never() {
                 Some(landing) => landing?,
                 None if copying.is_empty() => {
@@ -168,6 +168,7 @@ impl Producer {
                 }
                 None => {
                     copying.waits_for_slots();
+                    arrivals.put_back(&head);
                     self.frames.push_front(Came(ProducerFrame::Mapped { head, offset }, None));
                     break;
                 }
@@ -388,11 +389,6 @@ impl Producer {
         let writing = timeout(SILENCE, self.writer.write_all(bytes));
         written(writing.await.map_err(|_| silent())?)
     }
-}
-
-/// Blocks of one batch fit.
-fn small(number: usize) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 fn ended_early() -> TransferError {

@@ -200,16 +200,17 @@ impl Imports {
     fn complete(&self, name: Name, pulled: Pulled, first_block: u32, duration: Duration) {
         let consumers = self.consumers.lock();
         let Some(consumer) = consumers.get(&name) else { return };
+        let blocks_reused = first_block / self.layer_groups();
         // The job knows before the engine does, and so before there is a token.
         consumer.progress.send_replace(Progress::Complete(Received {
-            blocks: pulled.blocks,
+            blocks: pulled.blocks / self.layer_groups(),
             bytes: pulled.bytes,
             duration,
-            blocks_reused: first_block,
+            blocks_reused,
             transport: pulled.transport,
             cached_tokens: pulled.seal.cached_tokens,
         }));
-        self.counters.handoff_blocks_reused.add(u64::from(first_block));
+        self.counters.handoff_blocks_reused.add(u64::from(blocks_reused));
         self.tell_all(&ToEngine::Complete { handoff: name.0, generation: name.1 });
     }
 
@@ -334,6 +335,17 @@ impl Imports {
 
     pub(super) fn count_ranks(&self) -> u32 {
         u32::try_from(self.ranks.len()).unwrap_or(u32::MAX)
+    }
+
+    /// In which each block of the engine comes, each as a block of its own.
+    pub(super) fn layer_groups(&self) -> u32 {
+        self.compatibility.layer_groups.max(1)
+    }
+
+    /// Blocks of the engine that count as come with this one: it, if it is of the last layer group.
+    pub(super) fn whole_blocks(&self, index: u32) -> u64 {
+        let groups = self.layer_groups();
+        u64::from(index % groups + 1 == groups)
     }
 
     /// Bytes of a block of one rank.

@@ -71,12 +71,12 @@ async fn timeout<T>(future: impl Future<Output = T>) -> T {
 fn hello() -> Value {
     json!({
         "type": "hello",
-        "protocol": 4,
+        "protocol": 5,
         "connector_version": "0.1.0",
         "vllm_version": "0.32.0",
         "compatibility": {
             "model": "m", "revision": "r", "kv_dtype": "float32", "kv_layout": "NHD",
-            "block_size_tokens": 32, "block_bytes": 5000,
+            "block_size_tokens": 32, "layer_groups": 2, "block_bytes": 5000,
             "tensor_parallel_rank": 0, "tensor_parallel_size": 1, "connector_version": "0.1.0",
         },
     })
@@ -92,7 +92,7 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
     assert_eq!(
         welcome,
         json!({
-            "type": "welcome", "protocol": 4, "arena": port.arena.path(),
+            "type": "welcome", "protocol": 5, "arena": port.arena.path(),
             "slot_bytes": 8192, "first_export_slot": 0, "export_slots": 4,
             "first_import_slot": 4, "import_slots": 3,
         })
@@ -222,6 +222,7 @@ async fn what_does_not_fit_is_refused_with_a_reason() {
         (change("/protocol", json!(9)), "protocol 9"),
         (change("/compatibility/block_bytes", json!(0)), "block_bytes"),
         (change("/compatibility/tensor_parallel_size", json!(0)), "tensor_parallel_size"),
+        (change("/compatibility/layer_groups", json!(0)), "layer_groups"),
         (change("/compatibility/tensor_parallel_rank", json!(1)), "rank is 1, of 1"),
         (change("/compatibility/block_bytes", json!(16_000)), "arena.import_bytes"),
         (change("/compatibility/block_bytes", json!(u64::MAX)), "arena.export_bytes"),
@@ -276,10 +277,10 @@ async fn a_scheduler_tells_its_steps_and_is_told_its_pace() {
     let mut fixture = Fixture::new();
     // Both come at once, and neither ends the other.
     let (mut connector, mut scheduler) = (fixture.connect().await, fixture.connect().await);
-    scheduler.send(&json!({"type": "scheduler", "protocol": 4})).await;
+    scheduler.send(&json!({"type": "scheduler", "protocol": 5})).await;
     connector.send(&hello()).await;
     let _port = fixture.port().await;
-    assert_eq!(scheduler.receive().await.unwrap(), json!({"type": "attached", "protocol": 4}));
+    assert_eq!(scheduler.receive().await.unwrap(), json!({"type": "attached", "protocol": 5}));
 
     fixture.pacing.set_itl_target_ms(40.0);
     let step = json!({
