@@ -5,11 +5,13 @@ use std::{
 };
 
 use memmap2::{MmapOptions, MmapRaw};
+use serde::{Deserialize, Serialize};
 
 use crate::{Arena, ArenaError};
 
 /// By what another process finds an arena's file, and knows that it is the one that was meant.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ArenaFile {
     pub path: PathBuf,
     pub device: u64,
@@ -47,7 +49,7 @@ impl PeerArena {
         let refused = |reason| ArenaError::NotAPeers { path: path.clone(), reason };
         let opened = fs::OpenOptions::new()
             .read(true)
-            .custom_flags(no_follow())
+            .custom_flags(flags())
             .open(path)
             .map_err(io("open"))?;
         let found = opened.metadata().map_err(io("look at"))?;
@@ -77,6 +79,22 @@ impl PeerArena {
         &self.file
     }
 
+    /// Whether the file still has its name: its worker takes it away when it has done with it.
+    pub fn is_there(&self) -> bool {
+        let found = fs::symlink_metadata(&self.file.path);
+        found.is_ok_and(|found| (found.dev(), found.ino()) == (self.file.device, self.file.inode))
+    }
+
+    /// What lies there, not copied: `len` bytes from so far into it on. Its worker may write there at any time,
+    /// and another value may be read the second time: whoever reads them for more than their checksum copies
+    /// them, and takes the checksum over the copy.
+    pub fn bytes(&self, offset: u64, len: usize) -> Result<&[u8], ArenaError> {
+        let begin = self.at(offset, len)?;
+        // SAFETY: `at` checked that all of it lies in the mapping, which lives as long as this borrow. Who writes
+        // there, in another process, can only change the bytes' values.
+        Ok(unsafe { std::slice::from_raw_parts(begin, len) })
+    }
+
     /// Where these bytes are, if they are all in it.
     pub(crate) fn at(&self, offset: u64, len: usize) -> Result<*const u8, ArenaError> {
         let start = usize::try_from(offset).ok();
@@ -94,8 +112,10 @@ impl PeerArena {
     }
 }
 
-fn no_follow() -> i32 {
-    i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0)
+/// Follows no link, and waits for nobody should it be a pipe.
+fn flags() -> i32 {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    i32::try_from(flags.bits()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -128,10 +148,15 @@ mod tests {
         landing.copy_from(&peer, offset, |_| {}).unwrap();
         assert_eq!(landing.as_bytes(), b"kv");
         assert_eq!(producer.offset_of(consumer.view(Slot(0), 4).unwrap().as_ref()), None);
+        assert_eq!(peer.bytes(offset, 2).unwrap(), b"kv");
         // Not beyond the end, whoever says so.
         for offset in [4 * 4096 - 1, 4 * 4096, u64::MAX] {
             assert!(landing.copy_from(&peer, offset, |_| {}).is_err());
+            assert!(peer.bytes(offset, 2).is_err());
         }
+        // As its worker changes it.
+        producer.write(Slot(1), 8, b"vk").unwrap();
+        assert_eq!(peer.bytes(offset, 2).unwrap(), b"vk");
         landing.copy_from(&peer, 4 * 4096 - 2, |_| {}).unwrap();
     }
 

@@ -84,7 +84,7 @@ fn the_bench_says_what_verification_costs() {
     let few = ["--bytes", "4194304", "--rounds", "1", "--json"];
     let ran = output(baton(&[&["bench-transfer", "--channel", "shm"], &few[..]].concat()));
     let report: serde_json::Value = serde_json::from_slice(&ran.stdout).unwrap();
-    for rate in ["gb_per_s", "memcpy_gb_per_s", "verified_memcpy_gb_per_s"] {
+    for rate in ["gb_per_s", "mapped_gb_per_s", "memcpy_gb_per_s", "verified_memcpy_gb_per_s"] {
         assert!(report[rate].as_f64().unwrap() > 0.0, "{report}");
     }
 }

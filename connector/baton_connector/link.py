@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 
 from . import frames
 from .arena import Arena, ArenaError
+from .peers import PeerMapped, map_peer
 
 logger = init_logger("vllm.baton_connector.link")
 
@@ -75,7 +76,7 @@ class Received:
     message: dict[str, Any]
 
 
-Event = Attached | Detached | Received
+Event = Attached | Detached | Received | PeerMapped
 
 
 class Link:
@@ -178,12 +179,22 @@ class Link:
     def _read(self, connection: Connection) -> str:
         try:
             while (message := frames.receive(connection._socket)) is not None:
-                self.inbox.put(Received(message))
+                self.inbox.put(arrived(message))
             return "closed by the worker"
         except (OSError, frames.FrameError) as error:
             return str(error)
         finally:
             connection.close()
+
+
+def arrived(message: dict[str, Any]) -> Event:
+    """Another worker's arena is mapped here, and not on the model's thread: it touches every page."""
+    if message["type"] != "map":
+        return Received(message)
+    try:
+        return map_peer(message)
+    except (KeyError, TypeError, ValueError) as error:
+        raise frames.FrameError(f"a message that names no arena: {error!r}") from error
 
 
 def _slots(welcome: dict[str, Any], half: str) -> range:

@@ -1,4 +1,5 @@
-"""The consuming half in a worker process: blocks on their way from the arena into the paged cache.
+"""The consuming half in a worker process: blocks on their way into the paged cache, from the arena or
+from where they lie in a peer's.
 
 Why an abort cannot make a copy land in blocks that are another request's by then:
 
@@ -10,20 +11,23 @@ Why an abort cannot make a copy land in blocks that are another request's by the
   between two calls). So vLLM frees the blocks after the last copy, and gives them to another
   request in a later step than that.
 - Messages of the worker for a load that is gone find no load: they touch no memory. Its slots are
-  answered with ``loaded`` all the same, so each slot of each ``load`` comes back exactly once.
+  answered with ``loaded`` all the same, so each slot of each ``load`` comes back exactly once, and
+  each block of each ``load_mapped`` likewise with ``loaded_mapped``.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 
 from .arena import Arena
 from .exports import Later
 from .handoff import HandoffKey
 from .layout import Copier, PagedCache
+from .peers import Peers
 from .plan import Subscribe
 
 logger = init_logger("vllm.baton_connector.loads")
@@ -50,11 +54,13 @@ class Loads:
         self,
         cache: PagedCache,
         copier: Copier,
+        peers: Peers,
         send: Callable[[str, HandoffKey, dict[str, Any]], None],
         later: Later,
     ) -> None:
         self._cache = cache
         self._copier = copier
+        self._peers = peers
         self._send = send
         self._later = later
         self._arena: Arena | None = None
@@ -94,12 +100,15 @@ class Loads:
                 self._send("aborted", load.key, {})
 
     def load(self, key: HandoffKey, blocks: list[dict[str, Any]]) -> None:
-        load = self._by_key.get(key)
         slots = [block["slot"] for block in blocks]
-        if load is not None:
-            self._copy(load, blocks)
-            load.in_flight += 1
-        self._later(lambda: self._loaded(load, key, slots))
+        self._take(key, blocks, map(self._in_slot, slots), "loaded", {"slots": slots})
+
+    def load_mapped(self, key: HandoffKey, peer: object, blocks: list[dict[str, Any]]) -> None:
+        arena, size = self._peers.get(peer), self._cache.block_bytes
+        offsets = [block["offset"] for block in blocks]
+        views = (None if arena is None else arena.block(offset, size) for offset in offsets)
+        indices = [block["index"] for block in blocks]
+        self._take(key, blocks, views, "loaded_mapped", {"indices": indices})
 
     def complete(self, key: HandoffKey) -> None:
         load = self._by_key.get(key)
@@ -125,32 +134,56 @@ class Loads:
             del self._by_request[load.req_id]
         return {d.req_id for d in ended}, {d.req_id for d in ended if d.failed}
 
-    def _copy(self, load: _Load, blocks: list[dict[str, Any]]) -> None:
+    def _in_slot(self, slot: object) -> torch.Tensor | None:
         arena = self._arena
-        assert arena is not None and load.key is not None
+        assert arena is not None
+        if not arena.is_import(slot):
+            return None
+        return arena.slot(slot)[: self._cache.block_bytes]  # type: ignore[arg-type]
+
+    def _take(
+        self,
+        key: HandoffKey,
+        blocks: list[dict[str, Any]],
+        views: Iterable[torch.Tensor | None],
+        done: str,
+        fields: dict[str, Any],
+    ) -> None:
+        """Copies blocks in, and says that it is done with where they lay when the copies have ended."""
+        load = self._by_key.get(key)
+        if load is not None:
+            self._copy(load, blocks, views)
+            load.in_flight += 1
+        self._later(lambda: self._loaded(load, key, done, fields))
+
+    def _copy(
+        self, load: _Load, blocks: list[dict[str, Any]], views: Iterable[torch.Tensor | None]
+    ) -> None:
+        assert load.key is not None
         if load.spoiled:
             return
         with self._copier.batch():
-            for block in blocks:
-                index, slot = block["index"], block["slot"]
-                groups = self._cache.layer_groups
+            groups = self._cache.layer_groups
+            for block, view in zip(blocks, views):
+                index = block["index"]
                 position = index - load.first_block * groups if type(index) is int else -1
-                if not (0 <= position < len(load.block_ids) * groups and arena.is_import(slot)):
+                if view is None or not 0 <= position < len(load.block_ids) * groups:
                     self._fail(load, "the worker sent a block that does not belong to it")
                     return
-                view = arena.slot(slot)[: self._cache.block_bytes]
                 if zlib.crc32(view.numpy()) != block["crc32"]:
                     load.spoiled = True
                     self._send("corrupt", load.key, {"index": index})
                     return
-                block, group = divmod(position, groups)
-                self._cache.copy_in(view, load.block_ids[block], group)
+                at, group = divmod(position, groups)
+                self._cache.copy_in(view, load.block_ids[at], group)
                 load.missing.discard(position)
 
-    def _loaded(self, load: _Load | None, key: HandoffKey, slots: list[Any]) -> None:
+    def _loaded(
+        self, load: _Load | None, key: HandoffKey, kind: str, fields: dict[str, Any]
+    ) -> None:
         if load is not None:
             load.in_flight -= 1
-        self._send("loaded", key, {"slots": slots})
+        self._send(kind, key, fields)
 
     def _fail(self, load: _Load, reason: str) -> None:
         if not load.live:

@@ -23,6 +23,7 @@ from .handoff import HandoffKey
 from .layout import Copier, PagedCache, Ticket
 from .link import Attached, Connection, Detached, Event, Link
 from .loads import Loads
+from .peers import PeerMapped, Peers
 from .plan import StepPlan, WorkerReport
 
 logger = init_logger("vllm.baton_connector.worker")
@@ -44,7 +45,8 @@ class WorkerSide:
         self._unfinished: deque[tuple[Ticket, Callable[[], None]]] = deque()
         self._awaited: queue.SimpleQueue[Ticket | None] | None = None
         self._exports = Exports(cache, self._copier, self._send, self._later)
-        self._loads = Loads(cache, self._copier, self._send, self._later)
+        self._peers = Peers(self._pins_arena, self._tell)
+        self._loads = Loads(cache, self._copier, self._peers, self._send, self._later)
 
     def before_forward(self, plan: StepPlan) -> None:
         """Takes up what needs no forward, so that a consumer does not wait for others' prefill."""
@@ -140,7 +142,10 @@ class WorkerSide:
             self._connection = None
             self._exports.detached()
             self._loads.detached()
+            self._peers.clear()
             event.connection.arena.unpin()
+        elif isinstance(event, PeerMapped):
+            self._peers.add(event)
         else:
             try:
                 self._dispatch(event.message)
@@ -155,6 +160,11 @@ class WorkerSide:
             self._exports.release(message["slots"])
         elif kind == "load":
             self._loads.load(HandoffKey.from_wire(message), message["blocks"])
+        elif kind == "load_mapped":
+            key = HandoffKey.from_wire(message)
+            self._loads.load_mapped(key, message["arena"], message["blocks"])
+        elif kind == "unmap":
+            self._peers.remove(message["arena"])
         elif kind == "complete":
             self._loads.complete(HandoffKey.from_wire(message))
         elif kind == "failed":
@@ -165,8 +175,11 @@ class WorkerSide:
             raise ValueError("an unknown message")
 
     def _send(self, kind: str, key: HandoffKey, fields: dict[str, Any]) -> None:
+        self._tell({"type": kind, **key.wire(), **fields})
+
+    def _tell(self, message: dict[str, Any]) -> None:
         if self._connection is not None:
-            self._connection.send({"type": kind, **key.wire(), **fields})
+            self._connection.send(message)
 
     def _later(self, what: Callable[[], None]) -> None:
         ticket = self._copier.ticket()

@@ -17,7 +17,7 @@ from baton_connector import frames
 from baton_connector.arena import Arena, ArenaError
 from baton_connector.handoff import HandoffKey, read_part
 from baton_connector.layout import PagedCache
-from baton_connector.link import Attached, Link, Received, Refused
+from baton_connector.link import Attached, Link, Refused, arrived
 from baton_connector.pacing import MIN_CHUNK_TOKENS, Pace
 from baton_connector.plan import StepPlan, Subscribe
 from baton_connector.worker_side import WorkerSide
@@ -91,6 +91,16 @@ class Connection:
         self.closed = True
 
 
+def of_a_file(message: dict[str, Any]) -> dict[str, Any]:
+    """An arena that is to be mapped is one that is there."""
+    file = message.get("file")
+    if message["type"] == "map" and isinstance(file, dict) and isinstance(file.get("path"), str):
+        found = os.stat(ARENA_FILE)
+        there = {"path": ARENA_FILE, "device": found.st_dev, "inode": found.st_ino}
+        return {**message, "file": {**file, **there}}
+    return message
+
+
 def connector_messages(data: bytes) -> None:
     """What a worker says later, while one request waits for its blocks."""
     cache = PagedCache({"l": torch.zeros((BLOCKS, 2, 1, 8))}, BLOCKS)
@@ -104,7 +114,10 @@ def connector_messages(data: bytes) -> None:
     for message in messages(data):
         if connection.closed:
             break
-        events.append(Received(message))
+        try:
+            events.append(arrived(of_a_file(message)))
+        except frames.FrameError:
+            break
         seq += 1
         worker.after_forward(StepPlan(seq=seq))
         results = worker.results()

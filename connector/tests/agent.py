@@ -37,6 +37,10 @@ class Handoff:
 
 Key = tuple[str, int]
 
+PEER = 3
+"""The number of another worker's arena."""
+PEER_SLOTS = 64
+
 
 class Agent:
     """Listens from the start, and serves one connection after another."""
@@ -63,6 +67,12 @@ class Agent:
         self._connection: socket.socket | None = None
         self._scheduler: socket.socket | None = None
         self._free_import: list[int] = []
+        self.leaves_blocks_there = False
+        """Consumers load them from where they lie in another worker's arena, once that is mapped."""
+        self.peer_path = ""
+        self._peer: memoryview | None = None
+        self._free_peer: list[int] = []
+        self._peer_slot_of: dict[tuple[Key, int], int] = {}
         self._export_held: set[int] = set()
         self._arena: memoryview | None = None
         self._slot_bytes = 0
@@ -131,6 +141,31 @@ class Agent:
     def read_slot(self, slot: int) -> bytes:
         assert self._arena is not None
         return bytes(self._arena[slot * self._slot_bytes :][: self._slot_bytes])
+
+    def map_peer(self) -> None:
+        """Has the connector map another worker's arena, and waits until it has."""
+        self.peer_path = os.path.join(self.directory, f"peer-{self.attachments}")
+        size = self._slot_bytes * PEER_SLOTS
+        with open(os.open(self.peer_path, os.O_RDWR | os.O_CREAT, 0o600), "w+b") as file:
+            file.truncate(size)
+            self._peer = memoryview(mmap.mmap(file.fileno(), size))
+        self._free_peer = list(range(PEER_SLOTS))
+        self.send({"type": "map", "arena": PEER, "file": self.peer_file()})
+
+    def peer_file(self) -> dict[str, Any]:
+        found = os.stat(self.peer_path)
+        numbers = {"device": found.st_dev, "inode": found.st_ino, "len_bytes": found.st_size}
+        return {"path": self.peer_path, **numbers}
+
+    def answers_about(self, number: int) -> list[dict[str, Any]]:
+        return [m for m in self.messages if m["type"] == "mapped" and m["arena"] == number]
+
+    def write_peer(self, slot: int, data: bytes) -> int:
+        """Answers the offset."""
+        assert self._peer is not None
+        start = slot * self._slot_bytes
+        self._peer[start : start + len(data)] = data
+        return start
 
     def _accept(self) -> None:
         while True:
@@ -208,6 +243,8 @@ class Agent:
         }
 
     def _take(self, message: dict[str, Any]) -> None:
+        if message["type"] == "mapped":
+            return
         key = (message["handoff"], message["generation"])
         handoff = self.handoff(key)
         kind = message["type"]
@@ -225,6 +262,8 @@ class Agent:
             handoff.subscribed = message
         elif kind == "loaded":
             self._free_import += message["slots"]
+        elif kind == "loaded_mapped":
+            self._free_peer += [self._peer_slot_of.pop((key, i)) for i in message["indices"]]
         self.pump()
 
     def pump(self) -> None:
@@ -242,6 +281,8 @@ class Agent:
             return
         first = handoff.subscribed["first_block"]
         wanted = sorted(i for i in handoff.blocks if i >= first and i not in handoff.sent)
+        if self.leaves_blocks_there:
+            self._leave_there(key, handoff, wanted)
         load = []
         while wanted and self._free_import:
             index, slot = wanted.pop(0), self._free_import.pop()
@@ -262,8 +303,23 @@ class Agent:
             else:
                 self.send({"type": "failed", **name, "reason": "the digests differ"})
 
+    def _leave_there(self, key: Key, handoff: Handoff, wanted: list[int]) -> None:
+        blocks, size = [], self.hello["compatibility"]["block_bytes"]
+        while wanted and self._free_peer:
+            index, slot = wanted.pop(0), self._free_peer.pop()
+            self._peer_slot_of[key, index] = slot
+            data = handoff.blocks[index][:size]
+            offset = self.write_peer(slot, data)
+            handoff.sent.add(index)
+            blocks.append({"index": index, "offset": offset, "crc32": zlib.crc32(data)})
+        if blocks:
+            name = {"handoff": key[0], "generation": key[1]}
+            self.send({"type": "load_mapped", **name, "arena": PEER, "blocks": blocks})
+
     def _outstanding(self, handoff: Handoff) -> bool:
         assert handoff.subscribed is not None and handoff.sealed is not None
+        if self._peer_slot_of:
+            return True
         compatibility = self.hello["compatibility"]
         blocks = -(-handoff.sealed["prompt_tokens"] // compatibility["block_size_tokens"])
         indices = range(handoff.subscribed["first_block"], blocks * compatibility["layer_groups"])

@@ -7,11 +7,12 @@ import json
 import os
 import random
 import urllib.error
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from agent import Agent
+from agent import PEER, Agent
 from engine import LAYER_GROUPS, MODEL, Engine, needs_vllm, status_of
 from legs import (
     EXTERNAL_HITS,
@@ -64,6 +65,34 @@ def test_a_layer_group_leaves_before_the_next_is_computed(engine: Engine, agent:
         groups = [list(indices(first, end))[group::LAYER_GROUPS] for group in range(LAYER_GROUPS)]
         by_step += groups
     assert told == by_step, "three steps of 512 tokens"
+
+
+@pytest.fixture
+def leaving_blocks_there(agent: Agent) -> Iterator[None]:
+    """Blocks are loaded from where they lie, in another worker's arena."""
+    if not agent.answers_about(PEER):
+        agent.map_peer()
+    agent.leaves_blocks_there = True
+    yield
+    agent.leaves_blocks_there = False
+
+
+@pytest.mark.parametrize("length", [33, 1500])
+def test_a_handoff_from_where_its_blocks_lie_answers_as_an_aggregated_request(
+    engine: Engine, agent: Agent, length: int, leaving_blocks_there: None
+) -> None:
+    prompt, key = prompt_of(length, seed=40), new_key()
+    engine.reset_prefix_cache()
+    aggregated = engine.complete(prompt, max_tokens=16, logprobs=1)
+    engine.reset_prefix_cache()
+    assert agent.answers_about(PEER) == [{"type": "mapped", "arena": PEER}]
+    produce(engine, agent, prompt, key)
+    engine.reset_prefix_cache()
+    split = consume(engine, prompt, key, logprobs=1)
+    assert tokens_of(split) == tokens_of(aggregated) and same_logprobs(split, aggregated)
+    loaded = [index for message in agent.seen("loaded_mapped", key) for index in message["indices"]]
+    assert sorted(loaded) == list(indices(0, -(-length // BLOCK)))
+    assert not agent.seen("loaded", key) and not agent.seen("corrupt", key)
 
 
 @pytest.mark.parametrize("length", [31, 32, 33, 100, 1500])

@@ -1,13 +1,15 @@
 """The worker's half over a real socket and arena, with a cache of a few small blocks."""
 
+import os
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from agent import Agent
+from agent import PEER, PEER_SLOTS, Agent
 from fakes import KEY, OTHER_KEY
 
 from baton_connector import link as link_module
@@ -462,6 +464,115 @@ def test_notices_pass_as_they_are(fixture: Fixture) -> None:
     fixture.told("aborted", OTHER_NAME)
 
 
+# Loading where blocks lie
+
+
+def map_peer(fixture: Fixture) -> None:
+    fixture.agent.map_peer()
+    fixture.step_until(lambda: fixture.agent.answers_about(PEER), "the answer")
+    assert fixture.agent.answers_about(PEER) == [{"type": "mapped", "arena": PEER}]
+
+
+def leave_there(fixture: Fixture, index: int, slot: int, data: bytes, arena: object = PEER) -> None:
+    offset = fixture.agent.write_peer(slot, data)
+    fixture.agent._peer_slot_of[NAME, index] = slot
+    block = {"index": index, "offset": offset, "crc32": zlib.crc32(data)}
+    fixture.tell("load_mapped", arena=arena, blocks=[block])
+
+
+def test_blocks_are_loaded_where_they_lie(fixture: Fixture) -> None:
+    map_peer(fixture)
+    # The mapping outlives the file, as that of a worker that is gone.
+    os.unlink(fixture.agent.peer_path)
+    start_load(fixture, [4, 9], first_block=3)
+    size = fixture.cache.block_bytes
+    leave_there(fixture, 4, PEER_SLOTS - 1, b"\x01" * size)
+    leave_there(fixture, 3, 0, b"\x02" * size)
+    fixture.step_until(lambda: len(fixture.agent.seen("loaded_mapped")) == 2, "the blocks")
+    assert [m["indices"] for m in fixture.agent.seen("loaded_mapped")] == [[4], [3]]
+    assert fixture.received == []
+    fixture.tell("complete")
+    fixture.step_until(lambda: fixture.received, "the end of the load")
+    assert (fixture.received, fixture.failed) == (["r"], [])
+    assert fixture.block(4) == b"\x02" * size and fixture.block(9) == b"\x01" * size
+    assert not fixture.agent.seen("loaded")
+
+
+def test_a_block_that_was_overwritten_where_it_lies_is_told_of(fixture: Fixture) -> None:
+    map_peer(fixture)
+    start_load(fixture, [4, 9])
+    old, size = fixture.block(9), fixture.cache.block_bytes
+    offset = fixture.agent.write_peer(5, b"\x01" * size)
+    crc32 = zlib.crc32(b"\x01" * size)
+    fixture.agent.write_peer(5, b"\x03" * size)
+    fixture.agent._peer_slot_of[NAME, 1] = 5
+    block = {"index": 1, "offset": offset, "crc32": crc32}
+    fixture.tell("load_mapped", arena=PEER, blocks=[block])
+    fixture.step_until(lambda: fixture.agent.seen("loaded_mapped"), "the block")
+    assert [m["index"] for m in fixture.agent.seen("corrupt")] == [1]
+    assert fixture.block(9) == old and fixture.received == []
+    fixture.tell("failed", reason="block 1 changed")
+    fixture.step_until(lambda: fixture.received, "the end of the load")
+    assert fixture.received == fixture.failed == ["r"]
+
+
+def test_blocks_of_a_load_that_is_gone_come_back_unread(fixture: Fixture) -> None:
+    map_peer(fixture)
+    start_load(fixture, [4])
+    old = fixture.block(4)
+    fixture.step(load_ends=["r"])
+    leave_there(fixture, 0, 0, b"\x01" * fixture.cache.block_bytes)
+    fixture.step_until(lambda: fixture.agent.seen("loaded_mapped"), "the block")
+    assert fixture.block(4) == old and fixture.received == ["r"]
+
+
+@pytest.mark.parametrize("why", ["unmapped", "unknown", "beyond", "no offset"])
+def test_a_block_that_lies_nowhere_fails_its_load(fixture: Fixture, why: str) -> None:
+    map_peer(fixture)
+    start_load(fixture, [4])
+    data = b"\x01" * fixture.cache.block_bytes
+    if why == "unmapped":
+        fixture.agent.send({"type": "unmap", "arena": PEER})
+        leave_there(fixture, 0, 0, data)
+    elif why == "unknown":
+        leave_there(fixture, 0, 0, data, arena=PEER + 1)
+    else:
+        end = fixture.agent.peer_file()["len_bytes"]
+        offset = "0" if why == "no offset" else end - len(data) + 1
+        fixture.agent._peer_slot_of[NAME, 0] = 0
+        block = {"index": 0, "offset": offset, "crc32": zlib.crc32(data)}
+        fixture.tell("load_mapped", arena=PEER, blocks=[block])
+    fixture.step_until(lambda: fixture.received, "the end of the load")
+    assert fixture.received == fixture.failed == ["r"]
+
+
+@pytest.mark.parametrize("why", ["another", "open to all", "a link", "short", "no file", "gone"])
+def test_only_what_was_meant_is_mapped(fixture: Fixture, why: str) -> None:
+    map_peer(fixture)
+    file = fixture.agent.peer_file()
+    if why == "another":
+        file["inode"] += 1
+    elif why == "open to all":
+        os.chmod(file["path"], 0o640)
+    elif why == "a link":
+        os.symlink(file["path"], file["path"] + ".link")
+        file["path"] += ".link"
+    elif why == "short":
+        file["len_bytes"] += 1
+    elif why == "no file":
+        file["path"] = fixture.agent.directory
+    else:
+        os.unlink(file["path"])
+    fixture.agent.send({"type": "map", "arena": 5, "file": file})
+    fixture.step_until(lambda: fixture.agent.answers_about(5), "the answer")
+    assert fixture.agent.answers_about(5)[0]["refused"]
+    # What was mapped before still is.
+    start_load(fixture, [4])
+    leave_there(fixture, 0, 0, b"\x01" * fixture.cache.block_bytes)
+    fixture.step_until(lambda: fixture.agent.seen("loaded_mapped"), "the block")
+    assert not fixture.received
+
+
 # The link
 
 
@@ -489,6 +600,9 @@ def test_after_a_break_a_new_arena_is_used(fixture: Fixture) -> None:
         {"type": "load", "handoff": NAME[0], "generation": 0, "blocks": [7]},
         {"type": "release"},
         {"type": "release", "slots": 7},
+        {"type": "map", "arena": 1},
+        {"type": "map", "arena": "1", "file": {"path": "/x"}},
+        {"type": "load_mapped", "handoff": NAME[0], "generation": 0, "arena": 1, "blocks": [{}]},
     ],
 )
 def test_nonsense_ends_the_connection_and_not_the_engine(fixture: Fixture, message) -> None:

@@ -292,6 +292,7 @@ impl Spans<'_> {
         let attributes = vec![
             count("baton.handoff.bytes", moved.bytes),
             count("baton.handoff.blocks", moved.blocks.into()),
+            count("baton.handoff.blocks_mapped", moved.blocks_mapped.into()),
             count("baton.handoff.blocks_reused", moved.blocks_reused.into()),
             KeyValue::new("baton.handoff.transport", moved.transport.clone()),
         ];

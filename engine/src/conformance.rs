@@ -17,7 +17,7 @@ use http::StatusCode;
 
 pub use self::{
     client::{Reply, ask, ask_streaming},
-    loopback::{Ending, Interference, Loopback, Outstanding, Passed},
+    loopback::{Ending, Interference, Loopback, Outstanding, Passed, Way},
     prompts::{edge_prompts, prompts_with_shared_prefixes},
 };
 use crate::contract::Engine;
@@ -50,6 +50,7 @@ impl Pair {
         consumer: Arc<dyn Engine>,
         reference: Arc<dyn Engine>,
         vocabulary: Range<u32>,
+        way: Way,
     ) -> Self {
         let description = producer.ready().await.expect("the producer serves");
         consumer.ready().await.expect("the consumer serves");
@@ -67,7 +68,7 @@ impl Pair {
             .check(&consumer_port.0.compatibility)
             .expect("engines of one model are compatible");
         let model = description.models.first().expect("an engine has a model").clone();
-        let loopback = Loopback::start(producer_port, consumer_port);
+        let loopback = Loopback::start(producer_port, consumer_port, way);
         Self { producer, consumer, reference, model, loopback, vocabulary }
     }
 
@@ -345,6 +346,21 @@ pub async fn a_block_that_rots_in_the_arena_is_seen(pair: &Pair) {
             assert_eq!(passed.ending, Ending::Corrupt);
             assert_eq!(reply.status, StatusCode::INTERNAL_SERVER_ERROR, "{reply:?}");
         }
+    }
+    everything_is_free(pair).await;
+}
+
+/// A block that is loaded where it lies, and is another by then, is seen, and nothing is computed with it: of pairs
+/// that pass blocks so.
+pub async fn a_block_that_is_overwritten_before_it_is_loaded_is_seen(pair: &Pair) {
+    let block_size = pair.block_size_tokens() as usize;
+    for block in 0..3 {
+        let seed = format!("overwritten {block}");
+        let prompt = prompts::some_tokens(&pair.vocabulary, &seed, 3 * block_size);
+        let overwrite = Interference::Overwrite { block };
+        let (reply, passed) = pair.interfered(&prompt, 4, overwrite).await;
+        assert_eq!(passed.ending, Ending::Corrupt);
+        assert_eq!(reply.status, StatusCode::INTERNAL_SERVER_ERROR, "{reply:?}");
     }
     everything_is_free(pair).await;
 }

@@ -1,4 +1,4 @@
-use baton_arena::Slot;
+use baton_arena::{ArenaFile, Slot};
 use baton_types::{Compatibility, Generation, HandoffId, PromptDigest};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -8,7 +8,9 @@ use tokio::sync::mpsc;
 /// Blocks pass through the staging arena. The engine owns the arena's export slots: it fills one,
 /// names it in [`FromEngine::Exported`], and may use it again after [`ToEngine::Release`]. The worker
 /// owns the import slots: it fills them, names them in [`ToEngine::Load`], and has them back with
-/// [`FromEngine::Loaded`].
+/// [`FromEngine::Loaded`]. Blocks of a worker on the same host may stay in that worker's arena: the worker has the
+/// engine map it ([`ToEngine::Map`]), names them in [`ToEngine::LoadMapped`], and hears of them in
+/// [`FromEngine::LoadedMapped`].
 ///
 /// Of an engine with tensor parallelism each rank does all of this for its own part of each block, in slots
 /// of its own ([`baton_arena::ArenaLayout::of_rank`]). All are told the same of a handoff, and it is complete
@@ -60,6 +62,17 @@ pub struct BlockToLoad {
     pub crc32: u32,
 }
 
+/// The same of a block that lies in another worker's arena. That one may take it back and write there at any
+/// time, so the checksum is to be taken of what was copied, or no copy be used before `Complete` says that it
+/// was not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MappedBlockToLoad {
+    pub index: u32,
+    /// Bytes from that arena's beginning.
+    pub offset: u64,
+    pub crc32: u32,
+}
+
 impl BlockToLoad {
     /// The checksum that goes with these bytes.
     pub fn checksum(bytes: &[u8]) -> u32 {
@@ -97,7 +110,15 @@ pub enum FromEngine {
     NotNeeded { handoff: HandoffId, generation: Generation },
     /// Consumer: these slots were copied into the paged cache.
     Loaded { handoff: HandoffId, generation: Generation, slots: Vec<Slot> },
-    /// Consumer: what lies in the slot of this block is not what the worker verified. Answered with
+    /// Consumer: these blocks were copied into the paged cache from where they lay, or will not be.
+    LoadedMapped { handoff: HandoffId, generation: Generation, indices: Vec<u32> },
+    /// Consumer: answers [`ToEngine::Map`]. Where it was refused, blocks of that arena are copied as they were.
+    Mapped {
+        arena: u32,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        refused: Option<String>,
+    },
+    /// Consumer: what lies in the place of this block is not what the worker verified. Answered with
     /// [`ToEngine::Failed`], before which the request must neither start nor fail.
     Corrupt { handoff: HandoffId, generation: Generation, index: u32 },
     /// Either side: the request is gone. Of a producer, its remaining exports are void.
@@ -111,6 +132,19 @@ pub enum ToEngine {
     /// Consumer: these verified blocks lie in the arena: copy them in and answer `Loaded`. Decode
     /// must not start before `Complete`.
     Load { handoff: HandoffId, generation: Generation, blocks: Vec<BlockToLoad> },
+    /// Consumer: the arena of another worker of this user on this host. To be mapped for reading, and only if it is
+    /// a regular file, not a link, of this user, closed to all others, and the very one that is named. Answer
+    /// `Mapped`, of the same number.
+    Map { arena: u32, file: ArenaFile },
+    /// Consumer: nothing will be loaded from that arena any more, and nothing is.
+    Unmap { arena: u32 },
+    /// Consumer: as `Load`, of verified blocks that lie in a mapped arena. Answer `LoadedMapped`.
+    LoadMapped {
+        handoff: HandoffId,
+        generation: Generation,
+        arena: u32,
+        blocks: Vec<MappedBlockToLoad>,
+    },
     /// Consumer: all blocks were given by `Load`, and the seal agrees with them.
     Complete { handoff: HandoffId, generation: Generation },
     /// Consumer: the KV will not come; fail the request.

@@ -13,7 +13,9 @@ pub use contract::{
     Answer, Engine, EngineDescription, EngineError, EngineLoad, EngineRequest, KvCache,
 };
 pub use kv_cache::{KvCacheChanges, KvCacheFollower, KvCacheLog};
-pub use kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, RankPort, ToEngine};
+pub use kv_port::{
+    BlockInSlot, BlockToLoad, FromEngine, KvPort, MappedBlockToLoad, RankPort, ToEngine,
+};
 pub use pacing::{Pacing, StepPace};
 pub use sim::SimEngine;
 pub use vllm::VllmEngine;

@@ -7,7 +7,8 @@ use baton_config::{ArenaConfig, SimConfig};
 use baton_engine::{
     SimEngine,
     conformance::{
-        Pair, a_block_that_rots_in_the_arena_is_seen, a_cached_prefix_is_lent_and_no_other,
+        Pair, Way, a_block_that_is_overwritten_before_it_is_loaded_is_seen,
+        a_block_that_rots_in_the_arena_is_seen, a_cached_prefix_is_lent_and_no_other,
         a_failed_handoff_is_a_500, a_wrong_block_changes_the_answer,
         an_abort_at_any_stage_frees_everything, edge_prompts, everything_is_free,
         handed_over_equals_aggregated, prompts_with_shared_prefixes,
@@ -27,11 +28,20 @@ struct Engines {
 
 /// Small enough that blocks, slots, seats and steps all run short at times.
 async fn engines(export_slots: u64, import_slots: u64) -> Engines {
-    engines_of_groups(1, export_slots, import_slots).await
+    engines_by(Way::Copied, 1, export_slots, import_slots).await
 }
 
-/// The same, whose blocks are handed over in so many layer groups. Slots are those of a whole block.
 async fn engines_of_groups(layer_groups: u32, export_slots: u64, import_slots: u64) -> Engines {
+    engines_by(Way::Copied, layer_groups, export_slots, import_slots).await
+}
+
+/// Whose blocks are handed over in so many layer groups. Slots are those of a whole block.
+async fn engines_by(
+    way: Way,
+    layer_groups: u32,
+    export_slots: u64,
+    import_slots: u64,
+) -> Engines {
     let directory = tempfile::tempdir().unwrap();
     let config = SimConfig {
         max_model_tokens: 512,
@@ -53,7 +63,7 @@ async fn engines_of_groups(layer_groups: u32, export_slots: u64, import_slots: u
     let producer = start("producer");
     let vocabulary = 256..SimEngine::vocabulary_size() - 1;
     let (consumer, reference) = (start("consumer"), start("reference"));
-    let pair = Pair::attach(producer.clone(), consumer, reference, vocabulary).await;
+    let pair = Pair::attach(producer.clone(), consumer, reference, vocabulary, way).await;
     Engines { pair, producer, _directory: directory }
 }
 
@@ -155,4 +165,65 @@ async fn what_is_cached_aborted_or_wrong_is_so_layer_group_by_layer_group() {
     an_abort_at_any_stage_frees_everything(pair).await;
     let usage = producer.usage();
     assert_eq!((usage.blocks_used, usage.export_slots_used), (0, 0));
+}
+
+/// Blocks that stay in the producer's arena until they are loaded. One import slot is none too few: it has no use.
+mod mapped {
+    use super::*;
+
+    async fn engines(export_slots: u64) -> Engines {
+        engines_by(Way::Mapped, 1, export_slots, 1).await
+    }
+
+    #[tokio::test]
+    async fn answers_are_equal_at_every_edge() {
+        let Engines { pair, .. } = &engines(16).await;
+        let prompts = edge_prompts(&pair.vocabulary, BLOCK_TOKENS, STEP_TOKENS);
+        handed_over_equals_aggregated(pair, prompts, 1).await;
+    }
+
+    #[tokio::test]
+    async fn hundreds_of_answers_with_shared_prefixes_are_equal() {
+        for (slots, prompts, at_once) in [(12, 300, 9), (1, 30, 1)] {
+            let Engines { pair, producer, .. } = &engines(slots).await;
+            let prompts = prompts_with_shared_prefixes(&pair.vocabulary, prompts, 200);
+            handed_over_equals_aggregated(pair, prompts, at_once).await;
+            let usage = producer.usage();
+            assert_eq!((usage.blocks_used, usage.export_slots_used), (0, 0));
+        }
+    }
+
+    #[tokio::test]
+    async fn layer_group_by_layer_group() {
+        let Engines { pair, .. } = &engines_by(Way::Mapped, 4, 12, 1).await;
+        let prompts = prompts_with_shared_prefixes(&pair.vocabulary, 60, 200);
+        handed_over_equals_aggregated(pair, prompts, 9).await;
+        a_wrong_block_changes_the_answer(pair).await;
+        a_block_that_is_overwritten_before_it_is_loaded_is_seen(pair).await;
+    }
+
+    #[tokio::test]
+    async fn a_cached_prefix_is_lent() {
+        a_cached_prefix_is_lent_and_no_other(&engines(16).await.pair).await;
+    }
+
+    #[tokio::test]
+    async fn aborts_free_everything() {
+        let Engines { pair, producer, .. } = &engines(4).await;
+        an_abort_at_any_stage_frees_everything(pair).await;
+        let usage = producer.usage();
+        assert_eq!((usage.blocks_used, usage.export_slots_used), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn wrong_blocks_are_seen() {
+        a_wrong_block_changes_the_answer(&engines(16).await.pair).await;
+    }
+
+    #[tokio::test]
+    async fn blocks_that_change_where_they_lie_are_seen() {
+        let Engines { pair, .. } = &engines(16).await;
+        a_block_that_rots_in_the_arena_is_seen(pair).await;
+        a_block_that_is_overwritten_before_it_is_loaded_is_seen(pair).await;
+    }
 }

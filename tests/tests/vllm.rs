@@ -147,6 +147,13 @@ async fn split_equals_aggregated(cluster: &Cluster) {
             .await;
     }
     cluster.eventually_idle().await;
+    // But for the first handoff, while which decode's vLLM mapped prefill's arena, it loaded them there.
+    let metrics = cluster.metrics().await;
+    let of_decode = |what: &str| {
+        metrics.sum(&format!("baton_worker_handoff_blocks_{what}_total"), &["decode-0"])
+    };
+    let (mapped, received) = (of_decode("mapped"), of_decode("received"));
+    assert!(mapped > received / 2.0, "{mapped} of {received} blocks");
 }
 
 async fn second_turn(cluster: &Cluster) {

@@ -1,8 +1,10 @@
 use std::{sync::Arc, time::Instant};
 
 use async_trait::async_trait;
-use baton_arena::{Arena, Landing};
+use baton_arena::{Arena, Landing, PeerArena};
 use baton_types::{Epoch, HandoffKey, PromptDigest};
+
+use crate::shm::MappedBlock;
 
 /// A way for KV blocks from one worker's arena to another's. One object serves both directions: it
 /// pulls for this worker's decodes, and answers other workers' pulls from the [`Exports`] that it was
@@ -87,6 +89,28 @@ pub trait BlockSink: Send + Sync {
     /// zlib over the same bytes, for whoever reads them next; it was taken *before* they were held against
     /// what the producer sent, so that whatever changes later does not agree with it.
     async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError>;
+
+    /// Whether it would take a block of `len` bytes where it lies, in this other worker's arena. Such a block needs
+    /// no slot, and comes to [`Self::verified_there`]; any other is copied. Asked before any of it is read.
+    fn takes_from(
+        &self,
+        _index: u32,
+        _len: u32,
+        _arena: &Arc<PeerArena>,
+    ) -> Result<bool, TransferError> {
+        Ok(false)
+    }
+
+    /// As [`Self::verified`], of a block that stays where it is until it is dropped: the channel ends no handoff
+    /// well before all of them are.
+    async fn verified_there(
+        &self,
+        index: u32,
+        _block: MappedBlock,
+        _crc32: u32,
+    ) -> Result<(), TransferError> {
+        Err(TransferError::Memory(format!("block {index} is to be copied")))
+    }
 }
 
 /// What was pulled.
@@ -233,7 +257,7 @@ pub enum TransferError {
     Corrupt { index: u32, expected: u64, found: u64 },
     #[error("block {index} has a right CRC and a wrong MAC: somebody on the way made it so")]
     Forged { index: u32 },
-    #[error("block {index} changed in this worker's arena after it was verified")]
+    #[error("block {index} changed after it was verified, where the engine was to load it from")]
     Rotten { index: u32 },
     #[error("block {index} has {bytes} bytes, {expected} make a block")]
     Truncated { index: u32, bytes: u64, expected: u64 },

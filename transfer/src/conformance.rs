@@ -8,6 +8,7 @@
 pub mod delivery;
 pub mod faults;
 pub mod giving_up;
+pub mod mapped;
 pub mod refusals;
 mod world;
 
@@ -28,6 +29,11 @@ pub trait Transport: Send + Sync + 'static {
 
     /// What may be under way to a consumer that takes nothing.
     fn max_in_flight_bytes(&self) -> u64;
+
+    /// Whether consumers shall take blocks where they lie, in the producer's arena.
+    fn takes_them_there(&self) -> bool {
+        false
+    }
 }
 
 /// One worker's end.

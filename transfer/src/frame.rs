@@ -8,13 +8,13 @@
 //! consumer ─► subscription: magic "BTKV" · version u32 · epoch 16 · handoff 16 · generation u32
 //!                           · consumer epoch 16 · compatibility 32 · first block u32
 //!                           · prompt tokens u32 · prompt digest 32 · check u8 · key 32
-//!             1 ack · 2 progress · 3 taken
+//!             1 ack · 2 progress · 3 taken: index u32
 //! producer ─► 1 block: epoch 16 · handoff 16 · generation u32 · index u32 · length u32 · crc u64,
 //!             then the bytes
 //!             2 sealed: prompt blocks u32 · prompt tokens u32 · prompt digest 32
 //!                       · cached tokens u32 · blocks sent u32 · digest 32
 //!             3 refused: reason u8 · 4 waiting · 5 wrong version: u32
-//!             6 mapped: as 1, then offset u64, and no bytes
+//!             6 mapped: as 1, then offset u64 · wanted back u8, and no bytes · 10 kept
 //!             8 block under a MAC: as 1, with a MAC 32 after the CRC
 //! ```
 //!
@@ -30,7 +30,7 @@ use crate::{
     mac::{Mac, MacKey},
 };
 
-pub(crate) const VERSION: u32 = 4;
+pub(crate) const VERSION: u32 = 5;
 const MAGIC: [u8; 4] = *b"BTKV";
 
 /// Magic and version.
@@ -50,6 +50,8 @@ pub(crate) enum FrameError {
     RefusalCode(u8),
     #[error("no check has code {0}")]
     Check(u8),
+    #[error("{0} is neither yes nor no")]
+    Flag(u8),
     #[error("a frame of the wrong length")]
     Length,
 }
@@ -127,14 +129,14 @@ pub(crate) fn decode_subscription(body: &[u8]) -> Result<Asked, FrameError> {
     fields.end(Asked { subscription, key })
 }
 
-/// What a consumer says after its subscription: one byte each.
+/// What a consumer says after its subscription: one byte each, but for `Taken`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ConsumerWord {
-    /// All blocks and the seal were verified.
+    /// All blocks and the seal were verified, and no block is needed any more.
     Ack,
     /// Blocks are being placed, however slowly.
     Progress,
-    /// The block that has waited longest was taken out of the producer's arena. On shared memory only.
+    /// A block is needed no more in the producer's arena. On shared memory only, where its index follows.
     Taken,
 }
 
@@ -166,7 +168,12 @@ pub(crate) enum ProducerFrame {
     Mapped {
         head: BlockHead,
         offset: u64,
+        /// The producer is short of slots: it is better copied than left there.
+        wanted_back: bool,
     },
+    /// Answers the acknowledgement: until that came, every block that was not said to be taken lay where it was
+    /// announced. On shared memory only.
+    Kept,
     Sealed(SealedFrame),
     Refused(Refusal),
     /// The producer lives, and has nothing to send yet.
@@ -218,8 +225,9 @@ impl ProducerFrame {
             3 => Ok(1),
             4 => Ok(0),
             5 => Ok(4),
-            6 => Ok(16 + 16 + 4 + 4 + 4 + 8 + 8),
+            6 => Ok(16 + 16 + 4 + 4 + 4 + 8 + 8 + 1),
             8 => Ok(16 + 16 + 4 + 4 + 4 + 8 + 32),
+            10 => Ok(0),
             other => Err(FrameError::Kind(other)),
         }
     }
@@ -231,11 +239,13 @@ impl ProducerFrame {
                 bytes.put_u8(if head.mac.is_some() { 8 } else { 1 });
                 head.put(&mut bytes);
             }
-            Self::Mapped { head, offset } => {
+            Self::Mapped { head, offset, wanted_back } => {
                 bytes.put_u8(6);
                 head.put(&mut bytes);
                 bytes.put_u64_le(*offset);
+                bytes.put_u8((*wanted_back).into());
             }
+            Self::Kept => bytes.put_u8(10),
             Self::Sealed(SealedFrame { seal, blocks_sent, digest }) => {
                 bytes.put_u8(2);
                 bytes.put_u32_le(seal.prompt_blocks);
@@ -266,7 +276,12 @@ impl ProducerFrame {
                 let head = fields.head()?;
                 Self::Block(BlockHead { mac: Some(Mac(fields.take()?)), ..head })
             }
-            6 => Self::Mapped { head: fields.head()?, offset: fields.u64()? },
+            6 => Self::Mapped {
+                head: fields.head()?,
+                offset: fields.u64()?,
+                wanted_back: fields.flag()?,
+            },
+            10 => Self::Kept,
             2 => Self::Sealed(SealedFrame {
                 seal: Seal {
                     prompt_blocks: fields.u32()?,
@@ -331,6 +346,14 @@ impl Fields<'_> {
         let (field, rest) = self.0.split_first_chunk().ok_or(FrameError::Length)?;
         self.0 = rest;
         Ok(*field)
+    }
+
+    fn flag(&mut self) -> Result<bool, FrameError> {
+        match self.take()? {
+            [0] => Ok(false),
+            [1] => Ok(true),
+            [other] => Err(FrameError::Flag(other)),
+        }
     }
 
     fn u32(&mut self) -> Result<u32, FrameError> {
@@ -424,8 +447,10 @@ mod tests {
         );
         prop_oneof![
             heads(true).prop_map(ProducerFrame::Block),
-            (heads(false), any::<u64>())
-                .prop_map(|(head, offset)| ProducerFrame::Mapped { head, offset }),
+            (heads(false), any::<u64>(), any::<bool>()).prop_map(|(head, offset, wanted_back)| {
+                ProducerFrame::Mapped { head, offset, wanted_back }
+            }),
+            Just(ProducerFrame::Kept),
             sealed,
             prop::sample::select(Refusal::ALL.to_vec()).prop_map(ProducerFrame::Refused),
             Just(ProducerFrame::Waiting),
@@ -457,7 +482,7 @@ mod tests {
 
         #[test]
         fn whatever_decodes_is_what_would_be_encoded(
-            kind in 0..9_u8,
+            kind in 0..11_u8,
             body in prop::collection::vec(any::<u8>(), 0..200),
         ) {
             if let Ok(length) = ProducerFrame::body_bytes(kind) {

@@ -2,8 +2,8 @@
 //!
 //! A producer's [`Ledger`] holds what its engine exported until the one consumer that the handoff is
 //! meant for takes it over a [`Channel`]; [`QuicChannel`] is the channel that works on every network,
-//! [`UcxChannel`] has UCX write into the consumer's arena, [`ShmChannel`] copies from arena to arena on one
-//! host, and [`NearestChannel`] takes that where it can and a network where it cannot.
+//! [`UcxChannel`] has UCX write into the consumer's arena, [`ShmChannel`] leaves them where they are or copies
+//! them from arena to arena on one host, and [`NearestChannel`] takes that where it can and a network where it cannot.
 
 mod arrivals;
 mod attach;
@@ -38,5 +38,5 @@ pub use mac::Check;
 pub use nearest::NearestChannel;
 pub use quic::{BindError, QuicChannel, QuicConfig};
 pub use ranks::RankLedgers;
-pub use shm::{ShmBindError, ShmChannel, ShmConfig};
+pub use shm::{MappedBlock, ShmBindError, ShmChannel, ShmConfig};
 pub use ucx::{UcxBindError, UcxChannel, UcxConfig};

@@ -1,5 +1,6 @@
-//! The channel between workers of one user on one host: blocks are copied once, from the producer's
-//! arena straight into the consumer's. Words pass over a Unix socket, one connection for each handoff.
+//! The channel between workers of one user on one host. Where the consumer's engine can read them there, blocks
+//! stay in the producer's arena until it has; else they are copied once, from the producer's arena straight into
+//! the consumer's. Words pass over a Unix socket, one connection for each handoff.
 //!
 //! That both are of one host and user is shown by the kernel: by the socket, by who is at its other end,
 //! and by the file behind the arena. Who is who among them is said, not proven: processes of one user
@@ -8,6 +9,8 @@
 mod consume;
 mod copying;
 mod hello;
+mod link;
+mod mapped;
 mod produce;
 
 #[cfg(feature = "fuzzing")]
@@ -17,7 +20,10 @@ use std::{
     collections::HashMap,
     fmt, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -31,6 +37,8 @@ use tokio::{
     time::timeout,
 };
 
+pub use self::mapped::MappedBlock;
+
 use self::copying::Copiers;
 use crate::channel::{
     BlockSink, Channel, Exports, PeerAddress, Pulled, Subscription, TransferError,
@@ -43,9 +51,11 @@ const TRANSPORT: &str = "shm";
 const BEAT: Duration = Duration::from_millis(250);
 /// A side of which nothing is heard for so long is gone.
 const SILENCE: Duration = Duration::from_millis(1500);
-/// Blocks that may wait in the producer's arena to be copied: the consumer copies half of them and is told of
-/// further ones meanwhile.
-const WINDOW: usize = 256;
+/// Blocks of a handoff that may be announced and not yet be taken. The arena's slots are what bounds them; this
+/// bounds the words about them.
+const WINDOW: usize = 1024;
+/// How often it is looked for arenas that are gone.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const SOCKET_PREFIX: &str = "baton-kv-";
 const SOCKET_SUFFIX: &str = ".sock";
 /// Handoffs at a time, of which each holds a socket; further ones wait.
@@ -76,8 +86,7 @@ pub struct ShmChannel {
     shared: Arc<Shared>,
     path: PathBuf,
     handoffs: Semaphore,
-    /// By the fingerprint of whose it is.
-    mapped: Mutex<HashMap<[u8; 32], Arc<PeerArena>>>,
+    mapped: Arc<Mapped>,
     copiers: Copiers,
     _serving: JoinSet<()>,
 }
@@ -88,11 +97,24 @@ impl fmt::Debug for ShmChannel {
     }
 }
 
+/// Peers' arenas, by the fingerprint of whose each is.
+type Mapped = Mutex<HashMap<[u8; 32], Arc<PeerArena>>>;
+
 /// What those who serve consumers need.
 struct Shared {
     config: ShmConfig,
     exports: Arc<dyn Exports>,
     arena: Mutex<Option<Arena>>,
+    /// Blocks that consumers may be reading, of all handoffs.
+    announced: AtomicUsize,
+}
+
+impl Shared {
+    /// Whether so many blocks are with consumers that the engine could run out of slots for others: half of them.
+    fn is_short_of_slots(&self, arena: &Arena) -> bool {
+        let half = arena.layout().export_slots / 2;
+        self.announced.load(Relaxed) >= usize::try_from(half).unwrap_or(usize::MAX)
+    }
 }
 
 impl Drop for ShmChannel {
@@ -117,14 +139,17 @@ impl ShmChannel {
         std::fs::set_permissions(&unready, owner_only).map_err(refused)?;
         std::fs::rename(&unready, &path).map_err(refused)?;
         let listener = UnixListener::from_std(listener).map_err(refused)?;
-        let shared = Arc::new(Shared { config, exports, arena: Mutex::default() });
+        let (arena, announced) = (Mutex::default(), AtomicUsize::new(0));
+        let shared = Arc::new(Shared { config, exports, arena, announced });
+        let mapped = Arc::<Mapped>::default();
         let mut serving = JoinSet::new();
         serving.spawn(listen(listener, shared.clone()));
+        serving.spawn(forget_gone(Arc::downgrade(&mapped)));
         Ok(Arc::new(Self {
             shared,
             path,
             handoffs: Semaphore::new(CONCURRENT_HANDOFFS),
-            mapped: Mutex::default(),
+            mapped,
             copiers: Copiers::new(),
             _serving: serving,
         }))
@@ -192,6 +217,11 @@ impl ShmChannel {
         let opened = opened.map_err(|error| failed(error.to_string()))?;
         let arena = Arc::new(opened.map_err(|error| failed(error.to_string()))?);
         let mut mapped = self.mapped.lock();
+        // Two handoffs may have come at once: one mapping is enough for both.
+        let known = mapped.get(&fingerprint).filter(|known| known.file() == arena.file());
+        if let Some(known) = known {
+            return Ok(Arc::clone(known));
+        }
         if mapped.len() >= MAPPED_PEERS {
             mapped.clear();
         }
@@ -244,6 +274,15 @@ fn remove_deserted(directory: &Path) {
             // Another worker may have been faster.
             let _ = std::fs::remove_file(&path);
         }
+    }
+}
+
+/// Lets go of arenas whose workers have removed them: their memory is free only then.
+async fn forget_gone(mapped: Weak<Mapped>) {
+    loop {
+        tokio::time::sleep(LOOK_INTERVAL).await;
+        let Some(mapped) = mapped.upgrade() else { return };
+        mapped.lock().retain(|_, arena| arena.is_there());
     }
 }
 

@@ -1,4 +1,4 @@
-//! The channel over shared memory passes what every channel must.
+//! The channel over shared memory passes what every channel must, copying blocks and leaving them where they lie.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // These are tests.
 
 use std::{sync::Arc, time::Duration};
@@ -14,7 +14,9 @@ use tokio::{
     net::{UnixListener, UnixStream},
 };
 
-struct Shm;
+struct Shm {
+    takes_them_there: bool,
+}
 
 #[async_trait]
 impl Transport for Shm {
@@ -73,6 +75,32 @@ impl Transport for Shm {
     fn max_in_flight_bytes(&self) -> u64 {
         4 << 20
     }
+
+    fn takes_them_there(&self) -> bool {
+        self.takes_them_there
+    }
 }
 
-channel_conformance!(Shm);
+mod copied {
+    use super::*;
+
+    channel_conformance!(Shm { takes_them_there: false });
+}
+
+mod there {
+    use super::*;
+
+    channel_conformance!(Shm { takes_them_there: true });
+
+    channel_conformance! { @ Shm { takes_them_there: true };
+        mapped: [
+            blocks_stay_until_they_were_read,
+            what_is_overwritten_under_its_reader_counts_for_nothing,
+            a_producer_that_dies_under_its_reader_is_noticed,
+            what_was_not_kept_was_not_handed_over,
+            a_consumer_that_gives_up_while_it_reads_keeps_nothing,
+            a_producer_short_of_slots_has_them_copied,
+            a_reader_that_never_ends_is_given_up,
+        ]
+    }
+}

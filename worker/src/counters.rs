@@ -10,7 +10,9 @@ use parking_lot::Mutex;
 pub(crate) struct Counters {
     /// KV blocks that arrived from other workers and whose checksum was right.
     pub(crate) handoff_blocks_received: Count,
-    /// Their bytes.
+    /// Those of them that were loaded where they lay, in the other worker's arena.
+    pub(crate) handoff_blocks_mapped: Count,
+    /// The bytes of all.
     pub(crate) handoff_bytes_received: Count,
     /// KV blocks of prompts whose KV was taken over that need not be sent: this engine had them.
     pub(crate) handoff_blocks_reused: Count,

@@ -149,6 +149,7 @@ impl Life {
             prefills_elsewhere: prefills.saturating_sub(own.prefills.get()),
             decodes_elsewhere: decodes.saturating_sub(own.decodes.get()),
             handoff_blocks_received: self.counters.handoff_blocks_received.get(),
+            handoff_blocks_mapped: self.counters.handoff_blocks_mapped.get(),
             handoff_bytes_received: self.counters.handoff_bytes_received.get(),
             handoff_blocks_reused: self.counters.handoff_blocks_reused.get(),
             handoff_errors: self.counters.handoff_errors.get(),

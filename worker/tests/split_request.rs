@@ -99,6 +99,9 @@ async fn a_split_answer_equals_the_aggregated_one_and_its_kv_crossed() {
     );
     assert_eq!(sent.handoff_bytes_sent, blocks_sent * BLOCK_BYTES);
     assert_eq!(received.handoff_bytes_received, blocks_sent * BLOCK_BYTES);
+    // Not those of the first handoff, while which the engine mapped the other worker's arena.
+    let mapped = received.handoff_blocks_mapped;
+    assert!(mapped > 0 && mapped < blocks_sent, "{mapped} of {blocks_sent}");
     prefill.stop().await;
     decode.stop().await;
     let left: Vec<_> = std::fs::read_dir(fleet.dir.path()).unwrap().collect();

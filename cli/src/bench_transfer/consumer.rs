@@ -1,12 +1,22 @@
 //! The consuming half, which measures.
 
-use std::{path::Path, process::Stdio, sync::Arc, time::Instant};
+use std::{
+    path::Path,
+    process::Stdio,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Instant,
+};
 
 use anyhow::{Context as _, bail};
 use async_trait::async_trait;
-use baton_arena::{Arena, Landing, SlotPool};
+use baton_arena::{Arena, Landing, PeerArena, SlotPool};
 use baton_engine::BlockToLoad;
-use baton_transfer::{BlockSink, Channel, Ledger, PeerAddress, Subscription, TransferError};
+use baton_transfer::{
+    BlockSink, Channel, Ledger, MappedBlock, PeerAddress, Subscription, TransferError,
+};
 use baton_types::{Epoch, HandoffId, HandoffKey};
 use futures::future::try_join_all;
 use tokio::{
@@ -15,26 +25,33 @@ use tokio::{
 };
 
 use super::{
-    Answer, BenchOptions, COMPATIBILITY, GENERATION, Order, PROMPT, PROMPT_TOKENS, SMALL_BYTES,
-    SMALL_HANDOFFS, STALL, cpu_seconds, epoch_of, scattered,
+    Answer, BenchOptions, COMPATIBILITY, ChannelKind, GENERATION, Order, PROMPT, PROMPT_TOKENS,
+    SMALL_BYTES, SMALL_HANDOFFS, STALL, cpu_seconds, epoch_of, scattered,
 };
 
 pub(super) struct Measured {
-    /// Of each round.
-    pub(super) seconds: Vec<f64>,
+    pub(super) copied: Handed,
+    /// Over shared memory: blocks that are verified where they lie, in the producer's arena, and let go of.
+    pub(super) mapped: Option<Handed>,
     /// The same blocks copied by one thread of this process.
     pub(super) memcpy_seconds: Vec<f64>,
     /// The same, and both checksums taken over each copy: what verification costs where all else is free.
     pub(super) verified_memcpy_seconds: Vec<f64>,
     pub(super) bytes: u64,
+    /// What carried the blocks, as the producing half knows it.
+    pub(super) transports: Vec<String>,
+}
+
+/// Blocks that were handed over, in one way.
+pub(super) struct Handed {
+    /// Of each round.
+    pub(super) seconds: Vec<f64>,
     /// Over all rounds, beside what preparing them takes.
     pub(super) cpu: Cpu,
     /// Of handoffs of one small block, from the subscription to the end.
     pub(super) handoff_us: Vec<f64>,
     /// Of handoffs of no block: what is asked, and its answer.
     pub(super) round_trip_us: Vec<f64>,
-    /// What carried the blocks, as the producing half knows it.
-    pub(super) transports: Vec<String>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -57,14 +74,35 @@ pub(super) async fn run(options: &BenchOptions) -> anyhow::Result<Measured> {
         std::hint::black_box(BlockToLoad::checksum(copy));
         std::hint::black_box(crc_fast::crc64_nvme(copy));
     })?;
-    let sink = Sink { arena, pool: SlotPool::new(slots) };
+    let sink = Sink { arena, pool: SlotPool::new(slots), takes_them_there: AtomicBool::new(false) };
 
+    let copied = hand_over(options, &mut producer, &*channel, &sink).await?;
+    let mapped = match options.channel {
+        ChannelKind::Quic | ChannelKind::Ucx => None,
+        ChannelKind::Shm => {
+            sink.takes_them_there.store(true, Relaxed);
+            Some(hand_over(options, &mut producer, &*channel, &sink).await?)
+        }
+    };
+    let bytes = u64::from(options.blocks_of_each()?)
+        * u64::from(options.block)
+        * u64::from(options.streams);
+    let transports = producer.transports.clone();
+    Ok(Measured { copied, mapped, memcpy_seconds, verified_memcpy_seconds, bytes, transports })
+}
+
+async fn hand_over(
+    options: &BenchOptions,
+    producer: &mut Producer,
+    channel: &dyn Channel,
+    sink: &Sink,
+) -> anyhow::Result<Handed> {
     let blocks = options.blocks_of_each()?;
     let (mut seconds, mut cpu) = (Vec::new(), Cpu::default());
     for round in 0..=options.rounds {
         let export = Export { handoffs: options.streams, blocks, block_bytes: options.block };
         let before = (producer.export(&export).await?, cpu_seconds()?);
-        let took = producer.pull_all(&*channel, &sink).await?;
+        let took = producer.pull_all(channel, sink).await?;
         let of_consumer = cpu_seconds()? - before.1;
         // An order for nothing tells what the producer has used since.
         let idle = Export { handoffs: 0, blocks: 0, block_bytes: 0 };
@@ -81,21 +119,10 @@ pub(super) async fn run(options: &BenchOptions) -> anyhow::Result<Measured> {
     for _ in 0..SMALL_HANDOFFS {
         for (export, times) in [(&small, &mut handoff_us), (&empty, &mut round_trip_us)] {
             producer.export(export).await?;
-            times.push(producer.pull_all(&*channel, &sink).await? * 1e6);
+            times.push(producer.pull_all(channel, sink).await? * 1e6);
         }
     }
-    let bytes = u64::from(blocks) * u64::from(options.block) * u64::from(options.streams);
-    let transports = producer.transports.clone();
-    Ok(Measured {
-        seconds,
-        memcpy_seconds,
-        verified_memcpy_seconds,
-        bytes,
-        cpu,
-        handoff_us,
-        round_trip_us,
-        transports,
-    })
+    Ok(Handed { seconds, cpu, handoff_us, round_trip_us })
 }
 
 /// Copies a round's blocks from one arena's slots to another's, in as scattered an order, and does something
@@ -228,6 +255,7 @@ async fn answer(answers: &mut Lines<BufReader<ChildStdout>>) -> anyhow::Result<A
 struct Sink {
     arena: Arena,
     pool: SlotPool,
+    takes_them_there: AtomicBool,
 }
 
 #[async_trait]
@@ -239,6 +267,14 @@ impl BlockSink for Sink {
     }
 
     async fn verified(&self, _: u32, _: Landing, _: u32) -> Result<(), TransferError> {
+        Ok(())
+    }
+
+    fn takes_from(&self, _: u32, _: u32, _: &Arc<PeerArena>) -> Result<bool, TransferError> {
+        Ok(self.takes_them_there.load(Relaxed))
+    }
+
+    async fn verified_there(&self, _: u32, _: MappedBlock, _: u32) -> Result<(), TransferError> {
         Ok(())
     }
 }

@@ -180,6 +180,9 @@ pub struct HandoffCounters {
     pub bytes_sent: u64,
     pub blocks_received: u64,
     pub bytes_received: u64,
+    /// Those of the blocks received that its engine loaded where they lay, in another worker's arena; others over
+    /// `shm` were copied.
+    pub blocks_mapped: u64,
     pub blocks_reused: u64,
     /// Those to it that failed, by why.
     pub errors: BTreeMap<String, u64>,

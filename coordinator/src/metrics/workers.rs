@@ -65,6 +65,7 @@ pub(super) struct WorkerMetrics {
     bytes_sent: Family<WorkerLabels, Counter>,
     blocks_received: Family<WorkerLabels, Counter>,
     bytes_received: Family<WorkerLabels, Counter>,
+    blocks_mapped: Family<WorkerLabels, Counter>,
     blocks_reused: Family<WorkerLabels, Counter>,
     handoffs_open: Family<WorkerLabels, Gauge>,
     handoff_errors: Family<NameLabels, Counter>,
@@ -126,6 +127,11 @@ impl WorkerMetrics {
             "KV that a worker has received and verified since it started",
             Unit::Bytes,
             self.bytes_received.clone(),
+        );
+        r.register(
+            "worker_handoff_blocks_mapped",
+            "Of the KV blocks received, those that its engine loaded where they lay, in another worker's arena",
+            self.blocks_mapped.clone(),
         );
         r.register(
             "worker_handoff_blocks_reused",
@@ -198,6 +204,7 @@ impl WorkerMetrics {
             &self.bytes_sent,
             &self.blocks_received,
             &self.bytes_received,
+            &self.blocks_mapped,
             &self.blocks_reused,
         ];
         per_worker.iter().for_each(|family| family.clear());
@@ -227,6 +234,7 @@ impl WorkerMetrics {
                 report.handoff_bytes_sent,
                 report.handoff_blocks_received,
                 report.handoff_bytes_received,
+                report.handoff_blocks_mapped,
                 report.handoff_blocks_reused,
             ];
             for (family, count) in counted.iter().zip(counts) {

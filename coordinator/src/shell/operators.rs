@@ -297,6 +297,7 @@ fn handoff_counters(report: &wire::Report) -> HandoffCounters {
         bytes_sent: report.handoff_bytes_sent,
         blocks_received: report.handoff_blocks_received,
         bytes_received: report.handoff_bytes_received,
+        blocks_mapped: report.handoff_blocks_mapped,
         blocks_reused: report.handoff_blocks_reused,
         errors: report.handoff_errors.clone().into_iter().collect(),
         ended: report.handoffs_ended.clone().into_iter().collect(),

@@ -3,7 +3,7 @@ use std::{
     sync::Arc,
 };
 
-use baton_arena::{Arena, ReservedSlot, Slot, SlotPool};
+use baton_arena::{Arena, ArenaFile, ReservedSlot, Slot, SlotPool};
 use baton_types::{Compatibility, Generation, HandoffId, PromptDigest};
 use parking_lot::Mutex;
 use tokio::{
@@ -11,9 +11,23 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::kv_port::{BlockInSlot, BlockToLoad, FromEngine, KvPort, RankPort, ToEngine};
+use crate::kv_port::{
+    BlockInSlot, BlockToLoad, FromEngine, KvPort, MappedBlockToLoad, RankPort, ToEngine,
+};
 
 type Key = (HandoffId, Generation);
+
+/// How blocks get to the consumer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Into slots of its own arena.
+    Copied,
+    /// They stay in the producer's arena, which the consumer has mapped.
+    Mapped,
+}
+
+/// The producer's arena, as the consumer is told of it.
+const PRODUCERS: u32 = 7;
 
 /// How a handoff is carried. Blocks are the engine's: of one that has several layer groups, what happens to it happens
 /// to one of them.
@@ -23,8 +37,10 @@ pub enum Interference {
     None,
     /// One bit of a block is another at the consumer.
     Flip { block: u32, byte: u64 },
-    /// One bit of a block changes in the consumer's arena after it was verified there.
+    /// One bit of a block changes in the arena that it is loaded from, after it was verified there.
     Rot { block: u32, byte: u64 },
+    /// A block that lies in the producer's arena becomes another after it was verified there.
+    Overwrite { block: u32 },
     /// A block is said to have come, and did not.
     Skip { block: u32 },
     /// In a block's place comes what the last handoff had there.
@@ -95,6 +111,7 @@ impl Loopback {
     pub(super) fn start(
         producer: (KvPort, mpsc::Receiver<KvPort>),
         consumer: (KvPort, mpsc::Receiver<KvPort>),
+        way: Way,
     ) -> Self {
         let shared = Arc::new(Shared::default());
         let layout = consumer.0.arena.layout();
@@ -104,7 +121,10 @@ impl Loopback {
             producer: Side::of(producer.0),
             consumer: Side::of(consumer.0),
             _attaching: [producer.1, consumer.1],
+            way,
+            is_mapped: false,
             loading: HashMap::new(),
+            loading_mapped: HashMap::new(),
             passings: HashMap::new(),
             last_blocks: HashMap::new(),
             shared: shared.clone(),
@@ -187,9 +207,14 @@ struct Carrier {
     producer: Side,
     consumer: Side,
     _attaching: [mpsc::Receiver<KvPort>; 2],
+    way: Way,
+    /// The consumer has said that it has mapped the producer's arena.
+    is_mapped: bool,
     imports: SlotPool,
     /// Slots that the consumer copies from.
     loading: HashMap<Slot, ReservedSlot>,
+    /// Export slots of blocks that it copies from where they lie.
+    loading_mapped: HashMap<(Key, u32), Slot>,
     /// Ended ones stay, so that what comes late is known to be late.
     passings: HashMap<Key, Passing>,
     /// The block of each index that was carried last.
@@ -209,6 +234,13 @@ struct Passing {
 
 impl Carrier {
     async fn run(mut self) {
+        if self.way == Way::Mapped {
+            let file = self.producer.arena.file().expect("an arena with a file");
+            // Refuses another file, and says so.
+            let wrong = ArenaFile { inode: file.inode + 1, ..file.clone() };
+            self.tell_consumer(ToEngine::Map { arena: PRODUCERS - 1, file: wrong }).await;
+            self.tell_consumer(ToEngine::Map { arena: PRODUCERS, file }).await;
+        }
         loop {
             let (from_producer, message) = tokio::select! {
                 Some(message) = self.producer.port.from_engine.recv() => (true, message),
@@ -259,6 +291,21 @@ impl Carrier {
                     let passing = self.passings.entry((handoff, generation)).or_default();
                     passing.loads_on_their_way -= slots.len();
                 }
+                FromEngine::LoadedMapped { handoff, generation, indices } => {
+                    let key = (handoff, generation);
+                    let slots = indices.iter().map(|index| {
+                        let slot = self.loading_mapped.remove(&(key, *index));
+                        slot.expect("it was being loaded")
+                    });
+                    let slots: Vec<_> = slots.collect();
+                    let passing = self.passings.entry(key).or_default();
+                    passing.loads_on_their_way -= slots.len();
+                    self.release(slots).await;
+                }
+                FromEngine::Mapped { arena, refused } => {
+                    assert_eq!(refused.is_none(), arena == PRODUCERS, "{refused:?}");
+                    self.is_mapped |= refused.is_none();
+                }
                 FromEngine::Corrupt { handoff, generation, index } => {
                     let reason = format!("block {index} was corrupt");
                     self.tell_consumer(ToEngine::Failed { handoff, generation, reason }).await;
@@ -286,6 +333,9 @@ impl Carrier {
     }
 
     async fn carry(&mut self, key: Key) {
+        if self.way == Way::Mapped && !self.is_mapped {
+            return;
+        }
         let interference = self.interference(key.0);
         while let Some((block, first_block)) = self.passings.get(&key).and_then(|passing| {
             let first_block = passing.subscription.map(|(first_block, ..)| first_block);
@@ -298,6 +348,11 @@ impl Carrier {
                 {
                     self.hold(key.0);
                     return;
+                }
+                if self.way == Way::Mapped {
+                    self.passings.entry(key).or_default().exported.pop_front();
+                    self.lend_block(key, block, interference).await;
+                    continue;
                 }
                 let Some(import) = self.imports.try_reserve() else { return };
                 self.carry_block(key, block, import, interference).await;
@@ -353,6 +408,51 @@ impl Carrier {
         passing.loads_on_their_way += 1;
         let (handoff, generation) = key;
         self.tell_consumer(ToEngine::Load { handoff, generation, blocks: vec![block] }).await;
+    }
+
+    /// Has the consumer load a block from where it lies.
+    async fn lend_block(&mut self, key: Key, block: BlockInSlot, interference: Interference) {
+        let (arena, bytes) = (self.producer.arena.clone(), self.producer.compatibility.block_bytes);
+        let view = arena.view(block.slot, bytes).expect("an export slot of the arena");
+        let sent = view.as_ref().to_vec();
+        let turn = |byte: u64, bits: u8| {
+            let at = usize::try_from(byte).expect("a byte of a block");
+            arena.write(block.slot, byte, &[sent[at] ^ bits]).expect("a byte of a slot");
+        };
+        let groups = self.producer.compatibility.layer_groups;
+        let meant = |of: u32| block.index == of * groups + of % groups;
+        let passing = self.passings.entry(key).or_default();
+        passing.carried += 1;
+        match interference {
+            Interference::Skip { block: skipped } if meant(skipped) => {
+                return self.release(vec![block.slot]).await;
+            }
+            Interference::Flip { block: flipped, byte } if meant(flipped) => turn(byte, 1),
+            Interference::Stale { block: stale } if meant(stale) => {
+                let last = self.last_blocks.get(&block.index).expect("an earlier handoff");
+                arena.write(block.slot, 0, last).expect("a slot");
+            }
+            _ => {}
+        }
+        let crc32 = BlockToLoad::checksum(view.as_ref());
+        match interference {
+            Interference::Rot { block: rotten, byte } if meant(rotten) => turn(byte, 0x10),
+            // As a producer does that has taken the handoff back.
+            Interference::Overwrite { block: index } if meant(index) => {
+                let other: Vec<u8> = sent.iter().map(|byte| !byte).collect();
+                arena.write(block.slot, 0, &other).expect("a slot");
+            }
+            _ => {}
+        }
+        passing.loads_on_their_way += 1;
+        let layout = arena.layout();
+        let offset = u64::from(block.slot.0) * layout.slot_bytes;
+        self.last_blocks.insert(block.index, sent);
+        self.loading_mapped.insert((key, block.index), block.slot);
+        let (handoff, generation) = key;
+        let blocks = vec![MappedBlockToLoad { index: block.index, offset, crc32 }];
+        let arena = PRODUCERS;
+        self.tell_consumer(ToEngine::LoadMapped { handoff, generation, arena, blocks }).await;
     }
 
     async fn complete(&mut self, key: Key, interference: Interference) {

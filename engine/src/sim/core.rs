@@ -13,9 +13,9 @@ use super::{
     kv_store::{Attention, KvStore},
     sampling::{Drawn, Finish, Sampling},
     scheduler::{Admission, NewSequence, Scheduler, SequenceId, Step},
-    shards::Shards,
+    shards::{Shards, Source},
 };
-use crate::kv_port::{BlockToLoad, FromEngine, ToEngine};
+use crate::kv_port::{BlockToLoad, FromEngine, MappedBlockToLoad, ToEngine};
 
 /// One sequence to generate.
 #[derive(Debug)]
@@ -215,11 +215,31 @@ impl Core {
     pub(super) fn handle(&mut self, rank: u32, message: ToEngine) {
         match message {
             ToEngine::Load { handoff, generation, blocks } => {
-                self.load(rank, HandoffName { handoff, generation }, &blocks);
+                let places = blocks.iter().map(|block| {
+                    let BlockToLoad { index, slot, crc32 } = *block;
+                    (index, Source::Slot(slot), crc32)
+                });
+                self.load(rank, HandoffName { handoff, generation }, places);
                 let slots = blocks.iter().map(|block| block.slot).collect();
                 let loaded = FromEngine::Loaded { handoff, generation, slots };
                 self.outbox.push_back((Said::ByRank(rank), loaded));
             }
+            ToEngine::LoadMapped { handoff, generation, arena, blocks } => {
+                let places = blocks.iter().map(|block| {
+                    let MappedBlockToLoad { index, offset, crc32 } = *block;
+                    (index, Source::Peer { arena, offset }, crc32)
+                });
+                self.load(rank, HandoffName { handoff, generation }, places);
+                let indices = blocks.iter().map(|block| block.index).collect();
+                let loaded = FromEngine::LoadedMapped { handoff, generation, indices };
+                self.outbox.push_back((Said::ByRank(rank), loaded));
+            }
+            ToEngine::Map { arena, file } => {
+                let refused = self.shards.map(arena, &file).err().map(|error| error.to_string());
+                let mapped = FromEngine::Mapped { arena, refused };
+                self.outbox.push_back((Said::ByRank(rank), mapped));
+            }
+            ToEngine::Unmap { arena } => self.shards.unmap(arena),
             ToEngine::Complete { handoff, generation } => {
                 let name = HandoffName { handoff, generation };
                 if self.spoiled.contains(&name) {
@@ -247,16 +267,21 @@ impl Core {
 
     /// Copies blocks in. Those of a handoff that is gone are not wanted any more, but their slots
     /// are given back all the same.
-    fn load(&mut self, rank: u32, name: HandoffName, blocks: &[BlockToLoad]) {
+    fn load(
+        &mut self,
+        rank: u32,
+        name: HandoffName,
+        blocks: impl Iterator<Item = (u32, Source, u32)>,
+    ) {
         let Some(id) = self.consumers.get(&name).copied() else { return };
-        for BlockToLoad { index, slot, crc32 } in blocks.iter().copied() {
+        for (index, source, crc32) in blocks {
             let (position, group) =
                 (index / self.shards.layer_groups(), index % self.shards.layer_groups());
             let Some(block) = self.scheduler.blocks(id).get(position as usize).copied() else {
                 return self.fail_consumer(name, "a block came that is not of the prompt");
             };
             let target = self.store.block_mut(block);
-            let found = match self.shards.import(rank, slot, group, target) {
+            let found = match self.shards.import(rank, source, group, target) {
                 Ok(found) => found,
                 Err(error) => return self.fail_consumer(name, &error.to_string()),
             };

@@ -4,7 +4,9 @@
 //! computes on several cards would have computed it, and laid back into the whole when it is imported. Layers are
 //! parts of each head's bytes: a layer group's part of a block is that of all its heads.
 
-use baton_arena::{Arena, ArenaError, Slot};
+use std::collections::{HashMap, hash_map::Entry};
+
+use baton_arena::{Arena, ArenaError, ArenaFile, PeerArena, Slot};
 use baton_config::SimConfig;
 use baton_types::{Compatibility, Reslice, ResliceError, Run};
 use crc_fast::{CrcAlgorithm::Crc32IsoHdlc, Digest};
@@ -53,6 +55,23 @@ pub(super) struct Shards {
     block_bytes: u64,
     /// For each layer group and each rank, in the order of the rank's own part.
     parts: Vec<Vec<Vec<Run>>>,
+    /// Other workers' arenas, by the numbers that the worker gave them. All ranks are one process.
+    peers: HashMap<u32, PeerArena>,
+}
+
+/// Where a rank's part of a block is to be imported from.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Source {
+    Slot(Slot),
+    Peer { arena: u32, offset: u64 },
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ImportError {
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+    #[error("arena {0} is not mapped")]
+    NotMapped(u32),
 }
 
 impl Shards {
@@ -72,7 +91,7 @@ impl Shards {
             }
         }
         parts.iter_mut().flatten().for_each(|part| part.sort_unstable_by_key(|run| run.to));
-        Ok(Self { arena, block_bytes: part.block_bytes, parts })
+        Ok(Self { arena, block_bytes: part.block_bytes, parts, peers: HashMap::new() })
     }
 
     pub(super) fn layer_groups(&self) -> u32 {
@@ -99,6 +118,18 @@ impl Shards {
         (slot < self.export_slots()).then_some(Slot(slot))
     }
 
+    /// Maps another worker's arena, if it is not yet.
+    pub(super) fn map(&mut self, arena: u32, file: &ArenaFile) -> Result<(), ArenaError> {
+        if let Entry::Vacant(unmapped) = self.peers.entry(arena) {
+            unmapped.insert(PeerArena::open(file)?);
+        }
+        Ok(())
+    }
+
+    pub(super) fn unmap(&mut self, arena: u32) {
+        self.peers.remove(&arena);
+    }
+
     /// Gives every rank its part of a layer group of a block.
     pub(super) fn export(&self, slot: Slot, group: u32, block: &[u8]) -> Result<(), ArenaError> {
         for (rank, part) in (0..).zip(self.parts.get(group as usize).into_iter().flatten()) {
@@ -118,16 +149,26 @@ impl Shards {
     pub(super) fn import(
         &self,
         rank: u32,
-        slot: Slot,
+        source: Source,
         group: u32,
         block: &mut [u8],
-    ) -> Result<u32, ArenaError> {
-        let view = self.arena.view(slot, self.block_bytes)?;
+    ) -> Result<u32, ImportError> {
+        let view;
+        let lies = match source {
+            Source::Slot(slot) => {
+                view = self.arena.view(slot, self.block_bytes)?;
+                view.as_ref()
+            }
+            Source::Peer { arena, offset } => {
+                let peer = self.peers.get(&arena).ok_or(ImportError::NotMapped(arena))?;
+                peer.bytes(offset, usize::try_from(self.block_bytes).unwrap_or(usize::MAX))?
+            }
+        };
         let mut checksum = Digest::new(Crc32IsoHdlc);
         let parts = self.parts.get(group as usize);
         for run in parts.and_then(|parts| parts.get(rank as usize)).into_iter().flatten() {
             let target = &mut block[run.from..run.from + run.bytes];
-            target.copy_from_slice(&view.as_ref()[run.to..run.to + run.bytes]);
+            target.copy_from_slice(&lies[run.to..run.to + run.bytes]);
             checksum.update(target);
         }
         #[allow(clippy::cast_possible_truncation)] // A CRC of 32 bits comes in 64.

@@ -344,6 +344,9 @@ pub struct HandoffResult {
     /// Channel that carried it: "shm", "ucx", "quic".
     #[prost(string, tag = "5")]
     pub transport: ::prost::alloc::string::String,
+    /// Those of `blocks` that were loaded where they lay, in prefill's arena.
+    #[prost(uint32, tag = "6")]
+    pub blocks_mapped: u32,
 }
 /// Changes of a worker's prefix cache, in order. Blocks go by their `baton_types::BlockHash`: XXH3 over
 /// token ids, chained from a root of the model, the adapter and the cache salt.
@@ -421,6 +424,9 @@ pub struct Report {
     pub arena_import_slots_used: u32,
     #[prost(uint32, tag = "27")]
     pub arena_import_slots: u32,
+    /// Those of the blocks received that were loaded where they lay, in another worker's arena.
+    #[prost(uint64, tag = "28")]
+    pub handoff_blocks_mapped: u64,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

@@ -209,7 +209,8 @@ pub async fn workers_that_send_to_each_other_do_not_wait_for_ever(transport: &dy
     for _ in 0..2 {
         let producer = Producer::start(transport, Staging::new(4, 4096)).await;
         let staging = Staging::new(1, 4096).into();
-        let consumer = Consumer { node: producer.node.clone(), staging };
+        let takes_them_there = transport.takes_them_there();
+        let consumer = Consumer { node: producer.node.clone(), staging, takes_them_there };
         workers.push((producer, consumer));
     }
     let [(here, to_here), (there, to_there)] = &workers[..] else { panic!("two workers") };

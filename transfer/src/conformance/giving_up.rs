@@ -171,6 +171,11 @@ pub async fn a_consumer_without_room_gives_up(transport: &dyn Transport) {
     producer.export(id, &[BLOCK; 3]).await;
     let taken = consumer.staging.slots.reserve().await.unwrap();
     let pulled = soon("it gives up", consumer.pull(&producer, id, 0)).await;
+    if transport.takes_them_there() {
+        // Such blocks need none.
+        assert_eq!(pulled.unwrap().blocks, 3);
+        return producer.holds_nothing().await;
+    }
     assert!(matches!(pulled, Err(TransferError::NoRoom(_))), "{pulled:?}");
     drop(taken);
     let ended = soon("the producer hears of it", ending).await.unwrap();

@@ -10,9 +10,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use baton_arena::{Arena, ArenaLayout, Landing, ReservedSlot, Slot, SlotPool, SlotView};
+use baton_arena::{Arena, ArenaLayout, Landing, PeerArena, ReservedSlot, Slot, SlotPool, SlotView};
 use baton_types::{Epoch, Generation, HandoffId, HandoffKey, PromptDigest};
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::sync::{Notify, Semaphore, oneshot};
 
@@ -21,6 +22,7 @@ use crate::{
     channel::{BlockSink, PeerAddress, Pulled, Subscription, TransferError},
     lease::Ending,
     ledger::Ledger,
+    shm::MappedBlock,
 };
 
 pub(super) const COMPATIBILITY: [u8; 32] = [5; 32];
@@ -151,6 +153,7 @@ impl Producer {
 pub(super) struct Consumer {
     pub(super) node: Node,
     pub(super) staging: Arc<Staging>,
+    pub(super) takes_them_there: bool,
 }
 
 impl Consumer {
@@ -166,7 +169,8 @@ impl Consumer {
         let nothing = Ledger::new(Epoch::random(), COMPATIBILITY, NEVER);
         let node = transport.start(Arc::new(nothing), stall).await;
         node.channel.use_arena(&staging.arena);
-        Self { node, staging: Arc::new(staging) }
+        let takes_them_there = transport.takes_them_there();
+        Self { node, staging: Arc::new(staging), takes_them_there }
     }
 
     /// No import slot is in use, or soon so: a channel may keep one until its producer has let go.
@@ -179,8 +183,14 @@ impl Consumer {
     }
 
     pub(super) fn sink(&self, id: HandoffId) -> Sink {
-        let (staging, pace) = (Arc::clone(&self.staging), Arc::new(Pace::default()));
-        Sink { id, staging, pace, layer_groups: 1 }
+        Sink {
+            id,
+            staging: Arc::clone(&self.staging),
+            pace: Arc::new(Pace::default()),
+            takes_them_there: self.takes_them_there,
+            reading: None,
+            layer_groups: 1,
+        }
     }
 
     pub(super) async fn pull(
@@ -209,7 +219,12 @@ pub(super) struct Sink {
     staging: Arc<Staging>,
     pub(super) pace: Arc<Pace>,
     pub(super) layer_groups: u32,
+    takes_them_there: bool,
+    /// Where blocks that are taken where they lie are kept, with their checksums; else they are let go of at once.
+    pub(super) reading: Option<Arc<Reading>>,
 }
+
+pub(super) type Reading = Mutex<Vec<(MappedBlock, u32)>>;
 
 /// Slows a sink down, and tells how far it is.
 pub(super) struct Pace {
@@ -244,6 +259,20 @@ impl Pace {
         self.verified.load(Relaxed)
     }
 
+    /// A block has come to be placed.
+    async fn may_take(&self) {
+        self.asked.fetch_add(1, Relaxed);
+        self.moved.notify_one();
+        if self.limited.load(Relaxed) {
+            self.permits.acquire().await.unwrap().forget();
+        }
+    }
+
+    fn took_one(&self) {
+        self.verified.fetch_add(1, Relaxed);
+        self.moved.notify_one();
+    }
+
     /// Waits until so many blocks were verified.
     pub(super) async fn reached(&self, blocks: u64) {
         while self.verified() < blocks {
@@ -270,21 +299,48 @@ impl BlockSink for Sink {
     }
 
     async fn reserve(&self, _index: u32, len: u32) -> Result<Landing, TransferError> {
-        self.pace.asked.fetch_add(1, Relaxed);
-        self.pace.moved.notify_one();
-        if self.pace.limited.load(Relaxed) {
-            self.pace.permits.acquire().await.unwrap().forget();
+        // Slots are asked for before blocks are taken that need none: then each waits for its turn there.
+        if !self.takes_them_there {
+            self.pace.may_take().await;
         }
         let slot = self.staging.slots.reserve().await.unwrap();
         Ok(self.staging.arena.landing(slot, u64::from(len)).unwrap())
     }
 
     async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
+        if self.takes_them_there {
+            self.pace.may_take().await;
+        }
         let bytes = block.as_bytes();
         assert_eq!(crc32, crc_fast::crc32_iso_hdlc(bytes));
         assert!(bytes == content(self.id, index, bytes.len()), "block {index} is another");
-        self.pace.verified.fetch_add(1, Relaxed);
-        self.pace.moved.notify_one();
+        self.pace.took_one();
+        Ok(())
+    }
+
+    fn takes_from(
+        &self,
+        _index: u32,
+        _len: u32,
+        _arena: &Arc<PeerArena>,
+    ) -> Result<bool, TransferError> {
+        Ok(self.takes_them_there)
+    }
+
+    async fn verified_there(
+        &self,
+        index: u32,
+        block: MappedBlock,
+        crc32: u32,
+    ) -> Result<(), TransferError> {
+        self.pace.may_take().await;
+        let bytes = block.bytes().unwrap();
+        assert_eq!(crc32, crc_fast::crc32_iso_hdlc(bytes));
+        assert!(bytes == content(self.id, index, bytes.len()), "block {index} is another");
+        if let Some(reading) = &self.reading {
+            reading.lock().push((block, crc32));
+        }
+        self.pace.took_one();
         Ok(())
     }
 }

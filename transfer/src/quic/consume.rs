@@ -76,7 +76,7 @@ impl Producer {
                     return Ok(pulled);
                 }
                 ProducerFrame::Waiting => {}
-                ProducerFrame::Mapped { .. } => {
+                ProducerFrame::Mapped { .. } | ProducerFrame::Kept => {
                     let elsewhere = "a block in memory that is not shared".to_owned();
                     return Err(TransferError::Protocol(elsewhere));
                 }

@@ -3,23 +3,18 @@
 use std::{collections::VecDeque, future::Future, pin::pin, sync::Arc, time::Duration};
 
 use baton_arena::PeerArena;
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{BufMut, BytesMut};
 use futures::FutureExt;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{
-        UnixStream,
-        unix::{OwnedReadHalf, OwnedWriteHalf},
-    },
-    time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout},
+    net::UnixStream,
+    time::{Instant, sleep_until},
 };
 
 use super::{
-    BEAT, SILENCE, ShmChannel,
-    copying::{Copied, Copiers, Copying},
-    gone,
-    hello::{HEAD_BYTES, Hello, KIND},
-    silent, written,
+    ShmChannel,
+    copying::{Copiers, Copying, Place, Placed},
+    link::{Came, Link},
+    mapped::Lent,
 };
 use crate::{
     arrivals::{Arrivals, verify},
@@ -27,13 +22,10 @@ use crate::{
     frame::{BlockHead, ConsumerWord, ProducerFrame, VERSION, encode_subscription},
 };
 
-/// Frames are read in pieces of this: some hundred at a time.
-const READ_BYTES: usize = 16 << 10;
-
-/// Blocks of so many bytes that were copied are told of together, where there is more to copy meanwhile.
+/// Blocks of so many bytes that were taken are told of together, where there is more to take meanwhile.
 const TOLD_BYTES: u64 = 2 << 20;
 
-/// Subscribes, copies every block, verifies, acknowledges.
+/// Subscribes, takes every block, verifies, acknowledges.
 pub(super) async fn pull(
     channel: &ShmChannel,
     stream: UnixStream,
@@ -42,11 +34,11 @@ pub(super) async fn pull(
     sink: &dyn BlockSink,
 ) -> Result<Pulled, TransferError> {
     let config = &channel.shared.config;
-    let mut producer = Producer::new(stream, config.stall_timeout, sink.max_block_bytes());
-    producer.write(&encode_subscription(subscription, None)).await?;
-    producer.write(&config.certificate_fingerprint).await?;
-    producer.write(&peer.certificate_fingerprint).await?;
-    let hello = producer.hello().await?;
+    let mut link = Link::new(stream, sink.max_block_bytes());
+    link.write(&encode_subscription(subscription, None)).await?;
+    link.write(&config.certificate_fingerprint).await?;
+    link.write(&peer.certificate_fingerprint).await?;
+    let hello = link.hello().await?;
     if hello.fingerprint != peer.certificate_fingerprint {
         return Err(TransferError::WrongCertificate { worker: peer.worker_name.clone() });
     }
@@ -54,54 +46,54 @@ pub(super) async fn pull(
         Some(file) => Some(channel.map(peer, file).await?),
         None => None,
     };
+    let producer = Producer {
+        link,
+        stall: config.stall_timeout,
+        max_block_bytes: sink.max_block_bytes(),
+        frames: VecDeque::new(),
+        lent: Lent::new(),
+        taken: Vec::new(),
+        taken_bytes: 0,
+    };
     producer.take_over(arena, subscription, sink, &channel.copiers).await
 }
 
-/// The connection to one producer. Dropping it tells that the handoff is over.
+/// One handoff's producer, as far as its blocks were taken.
 struct Producer {
-    reader: OwnedReadHalf,
-    writer: OwnedWriteHalf,
+    link: Link,
     stall: Duration,
     max_block_bytes: u32,
-    beat: Interval,
-    heard: Instant,
-    unread: BytesMut,
     frames: VecDeque<Came>,
-    /// Blocks that were taken, and the producer does not know.
-    taken: usize,
+    /// Blocks that are read where they lie.
+    lent: Lent,
+    /// Blocks that are needed there no more, which the producer does not know.
+    taken: Vec<u32>,
     taken_bytes: u64,
 }
 
 /// What there is to do next.
 enum Next {
     Came(Came),
-    Copied(Vec<Copied>),
+    Placed(Vec<Placed>),
 }
 
-/// A frame, with its block where that came over the socket.
-struct Came(ProducerFrame, Option<Bytes>);
+/// A block in the producer's arena, as it is announced.
+#[derive(Clone, Copy)]
+struct Mapped {
+    head: BlockHead,
+    offset: u64,
+    wanted_back: bool,
+}
+
+impl From<Mapped> for Came {
+    fn from(Mapped { head, offset, wanted_back }: Mapped) -> Self {
+        Self(ProducerFrame::Mapped { head, offset, wanted_back }, None)
+    }
+}
 
 impl Producer {
-    fn new(stream: UnixStream, stall: Duration, max_block_bytes: u32) -> Self {
-        let (reader, writer) = stream.into_split();
-        let mut beat = interval(BEAT);
-        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self {
-            reader,
-            writer,
-            stall,
-            max_block_bytes,
-            beat,
-            heard: Instant::now(),
-            unread: BytesMut::new(),
-            frames: VecDeque::new(),
-            taken: 0,
-            taken_bytes: 0,
-        }
-    }
-
     async fn take_over(
-        &mut self,
+        mut self,
         arena: Option<Arc<PeerArena>>,
         subscription: &Subscription,
         sink: &dyn BlockSink,
@@ -112,17 +104,16 @@ impl Producer {
         loop {
             let Came(frame, bytes) = match self.next(&mut copying).await? {
                 Next::Came(came) => came,
-                Next::Copied(blocks) => {
-                    self.all_placed(blocks, sink, &mut arrivals).await?;
+                Next::Placed(blocks) => {
+                    self.all_placed(blocks, arena.as_ref(), sink, &mut arrivals).await?;
                     continue;
                 }
             };
             match frame {
-                ProducerFrame::Mapped { head, offset } => {
-                    let arena = arena.as_ref().ok_or_else(|| {
-                        TransferError::Protocol("a block in an arena it has not".to_owned())
-                    })?;
-                    self.mapped((head, offset), arena, sink, &mut copying, &mut arrivals).await?;
+                ProducerFrame::Mapped { head, offset, wanted_back } => {
+                    let arena = arena.as_ref().ok_or_else(elsewhere)?;
+                    let first = Mapped { head, offset, wanted_back };
+                    self.mapped(first, arena, sink, &mut copying, &mut arrivals).await?;
                 }
                 ProducerFrame::Block(head) => {
                     arrivals.announced(&head, self.max_block_bytes)?;
@@ -131,15 +122,24 @@ impl Producer {
                     let failed = |error| TransferError::NoRoom(format!("{error}"));
                     landing.write(&[&bytes]).map_err(failed)?;
                     let verified = verify(&head, landing.as_bytes(), None);
-                    self.placed(Copied { head, landing, verified }, sink, &mut arrivals).await?;
+                    let block = Placed { head, place: Place::Copied(landing), verified };
+                    self.placed(block, None, sink, &mut arrivals).await?;
                 }
                 ProducerFrame::Sealed(sealed) => {
-                    self.tell_taken().await?;
                     let pulled = arrivals.sealed(&sealed)?;
-                    self.write(&ConsumerWord::Ack.encode()).await?;
+                    self.all_let_go().await?;
+                    self.tell_taken().await?;
+                    self.link.write(&ConsumerWord::Ack.encode()).await?;
+                    if self.lent.any() {
+                        self.was_kept().await?;
+                    }
                     return Ok(pulled);
                 }
                 ProducerFrame::Waiting => {}
+                ProducerFrame::Kept => {
+                    let early = "what it kept, before it was acknowledged".to_owned();
+                    return Err(TransferError::Protocol(early));
+                }
                 ProducerFrame::Refused(refusal) => return Err(TransferError::Refused(refusal)),
                 ProducerFrame::WrongVersion { ours: theirs } => {
                     return Err(TransferError::Version { ours: VERSION, theirs });
@@ -149,27 +149,35 @@ impl Producer {
     }
 
     /// Takes a block over from the producer's arena, and with it those behind it that are announced by now
-    /// and for which there are slots.
+    /// and for which there is a place.
     async fn mapped(
         &mut self,
-        first: (BlockHead, u64),
+        first: Mapped,
         arena: &Arc<PeerArena>,
         sink: &dyn BlockSink,
         copying: &mut Copying<'_>,
         arrivals: &mut Arrivals<'_>,
     ) -> Result<(), TransferError> {
         let mut next = Some(first);
-        while let Some((head, offset)) = next.take() {
+        while let Some(block) = next.take() {
+            let Mapped { head, offset, wanted_back } = block;
             arrivals.announced(&head, self.max_block_bytes)?;
-            let landing = match sink.reserve(head.index, head.len).now_or_never() {
-                Some(landing) => landing?,
+            let may_stay = sink.takes_from(head.index, head.len, arena)?;
+            let slot = if may_stay && !wanted_back {
+                None
+            } else {
+                sink.reserve(head.index, head.len).now_or_never()
+            };
+            let landing = match slot {
+                Some(landing) => Some(landing?),
+                None if may_stay => None,
                 None if copying.is_empty() => {
-                    self.attend(sink.reserve(head.index, head.len)).await?
+                    Some(self.attend(sink.reserve(head.index, head.len)).await?)
                 }
                 None => {
                     copying.waits_for_slots();
                     arrivals.put_back(&head);
-                    self.frames.push_front(Came(ProducerFrame::Mapped { head, offset }, None));
+                    self.frames.push_front(block.into());
                     break;
                 }
             };
@@ -178,55 +186,68 @@ impl Producer {
                 next = self.next_mapped()?;
             }
         }
-        let copied = copying.start(arena);
-        self.all_placed(copied, sink, arrivals).await
+        let placed = copying.start(arena);
+        self.all_placed(placed, Some(arena), sink, arrivals).await
     }
 
     /// The next frame, if it has come and tells of a block in the producer's arena.
-    fn next_mapped(&mut self) -> Result<Option<(BlockHead, u64)>, TransferError> {
+    fn next_mapped(&mut self) -> Result<Option<Mapped>, TransferError> {
         if self.frames.is_empty() {
-            let came = self.parse()?;
+            let came = self.link.parse()?;
             self.frames.extend(came);
         }
-        let Some(Came(ProducerFrame::Mapped { head, offset }, _)) = self.frames.front() else {
+        let Some(&Came(ProducerFrame::Mapped { head, offset, wanted_back }, _)) =
+            self.frames.front()
+        else {
             return Ok(None);
         };
-        let mapped = (*head, *offset);
         self.frames.pop_front();
-        Ok(Some(mapped))
+        Ok(Some(Mapped { head, offset, wanted_back }))
     }
 
     async fn all_placed(
         &mut self,
-        copied: Vec<Copied>,
+        placed: Vec<Placed>,
+        arena: Option<&Arc<PeerArena>>,
         sink: &dyn BlockSink,
         arrivals: &mut Arrivals<'_>,
     ) -> Result<(), TransferError> {
-        for copied in copied {
-            self.placed(copied, sink, arrivals).await?;
+        for block in placed {
+            self.placed(block, arena, sink, arrivals).await?;
         }
         Ok(())
     }
 
-    /// Counts a block that was copied and verified, and passes it on.
+    /// Counts a block that was verified, and passes it on.
     async fn placed(
         &mut self,
-        copied: Copied,
+        block: Placed,
+        arena: Option<&Arc<PeerArena>>,
         sink: &dyn BlockSink,
         arrivals: &mut Arrivals<'_>,
     ) -> Result<(), TransferError> {
-        let Copied { head, landing, verified } = copied;
+        let Placed { head, place, verified } = block;
+        let BlockHead { index, len, .. } = head;
         let crc32 = match verified {
-            // The producer may have taken its slot back under the copy, and have said so.
+            // The producer may have taken its slot back meanwhile, and have said so.
             Err(TransferError::Corrupt { .. }) if self.was_refused() => {
                 return Err(TransferError::Refused(crate::Refusal::Aborted));
             }
             verified => verified?,
         };
         arrivals.verified(&head);
-        self.taken += 1;
-        self.taken_bytes += u64::from(head.len);
-        self.attend(sink.verified(head.index, landing, crc32)).await
+        match place {
+            Place::Copied(landing) => {
+                self.taken.push(index);
+                self.taken_bytes += u64::from(len);
+                self.attend(sink.verified(index, landing, crc32)).await
+            }
+            Place::There(offset) => {
+                let arena = arena.ok_or_else(elsewhere)?;
+                let block = self.lent.lend(arena, offset, len, index);
+                self.attend(sink.verified_there(index, block, crc32)).await
+            }
+        }
     }
 
     /// Works on what has come, and lets go of it when the producer takes the handoff back or dies
@@ -241,23 +262,30 @@ impl Producer {
             tokio::select! {
                 biased;
                 done = &mut work => return done,
-                more = self.more() => more?,
+                more = self.link.more() => more?,
+                index = self.lent.come_back() => self.taken.push(index),
                 () = sleep_until(give_up) => {
                     let reason = format!("no block was placed for {:?}", self.stall);
                     return Err(TransferError::NoRoom(reason));
                 }
             }
-            while let Some(came) = self.parse()? {
-                if let Came(ProducerFrame::Refused(refusal), _) = came {
-                    return Err(TransferError::Refused(refusal));
-                }
-                self.frames.push_back(came);
-            }
+            self.heed()?;
             self.tell_taken().await?;
         }
     }
 
-    /// What comes next: blocks that were copied, or a frame that need not wait for them. What was taken is
+    /// Keeps what has come for later, unless the producer takes the handoff back.
+    fn heed(&mut self) -> Result<(), TransferError> {
+        while let Some(came) = self.link.parse()? {
+            if let Came(ProducerFrame::Refused(refusal), _) = came {
+                return Err(TransferError::Refused(refusal));
+            }
+            self.frames.push_back(came);
+        }
+        Ok(())
+    }
+
+    /// What comes next: blocks that were taken, or a frame that need not wait for them. What was taken is
     /// told when there is nothing else to do, or much to tell.
     async fn next(&mut self, copying: &mut Copying<'_>) -> Result<Next, TransferError> {
         if self.taken_bytes >= TOLD_BYTES {
@@ -265,7 +293,7 @@ impl Producer {
         }
         loop {
             if self.frames.is_empty() {
-                let came = self.parse()?;
+                let came = self.link.parse()?;
                 self.frames.extend(came);
             }
             let may_come = match self.frames.front() {
@@ -284,113 +312,80 @@ impl Producer {
             }
             tokio::select! {
                 biased;
-                copied = copying.done() => return Ok(Next::Copied(copied?)),
-                more = self.more(), if self.frames.is_empty() => more?,
+                placed = copying.done() => return Ok(Next::Placed(placed?)),
+                more = self.link.more(), if self.frames.is_empty() => more?,
+                index = self.lent.come_back() => self.taken.push(index),
             }
+        }
+    }
+
+    /// Waits until nobody reads a block any more where it lies.
+    async fn all_let_go(&mut self) -> Result<(), TransferError> {
+        let mut give_up = Instant::now() + self.stall;
+        while self.lent.is_out() {
+            self.tell_taken().await?;
+            tokio::select! {
+                biased;
+                index = self.lent.come_back() => {
+                    self.taken.push(index);
+                    give_up = Instant::now() + self.stall;
+                }
+                more = self.link.more() => more?,
+                () = sleep_until(give_up) => {
+                    let seconds = u32::try_from(self.stall.as_secs()).unwrap_or(u32::MAX);
+                    return Err(TransferError::Stalled { seconds });
+                }
+            }
+            self.heed()?;
+        }
+        Ok(())
+    }
+
+    /// Hears from the producer that what was read in its arena lay there untouched until it was acknowledged. Had
+    /// it taken the handoff back before, it would have said that, or be gone.
+    async fn was_kept(&mut self) -> Result<(), TransferError> {
+        loop {
+            while let Some(Came(frame, _)) = self.link.parse()? {
+                match frame {
+                    ProducerFrame::Kept => return Ok(()),
+                    ProducerFrame::Waiting => {}
+                    ProducerFrame::Refused(refusal) => return Err(TransferError::Refused(refusal)),
+                    _ => {
+                        let late = "more, after it was acknowledged".to_owned();
+                        return Err(TransferError::Protocol(late));
+                    }
+                }
+            }
+            self.link.more().await?;
         }
     }
 
     /// Whether the producer's last word has come by now.
     fn was_refused(&mut self) -> bool {
-        let _ = self.reader.try_read_buf(&mut self.unread);
-        while let Ok(Some(came)) = self.parse() {
+        self.link.read_now();
+        while let Ok(Some(came)) = self.link.parse() {
             self.frames.push_back(came);
         }
         self.frames.iter().any(|came| matches!(came.0, ProducerFrame::Refused(_)))
     }
 
     async fn tell_taken(&mut self) -> Result<(), TransferError> {
-        if self.taken > 0 {
-            let words = ConsumerWord::Taken.encode().repeat(self.taken);
-            (self.taken, self.taken_bytes) = (0, 0);
-            self.write(&words).await?;
+        while let Some(index) = self.lent.back_by_now() {
+            self.taken.push(index);
         }
-        Ok(())
-    }
-
-    /// Reads what there is, and tells meanwhile that this side lives. Nothing is lost when the future is
-    /// dropped.
-    async fn more(&mut self) -> Result<(), TransferError> {
-        self.unread.reserve(READ_BYTES);
-        loop {
-            tokio::select! {
-                biased;
-                read = self.reader.read_buf(&mut self.unread) => {
-                    if read.map_err(|error| gone(&error))? == 0 {
-                        return Err(ended_early());
-                    }
-                    self.heard = Instant::now();
-                    return Ok(());
-                }
-                _ = self.beat.tick() => {
-                    // One byte is written or it is not.
-                    let alive = ConsumerWord::Progress.encode();
-                    written(self.writer.write_all(&alive).await)?;
-                }
-                () = sleep_until(self.heard + SILENCE) => return Err(silent()),
-            }
+        if self.taken.is_empty() {
+            return Ok(());
         }
-    }
-
-    /// The next frame of what was read, if it is whole.
-    fn parse(&mut self) -> Result<Option<Came>, TransferError> {
-        let Some((&kind, rest)) = self.unread.split_first() else { return Ok(None) };
-        let body_bytes = ProducerFrame::body_bytes(kind)?;
-        let Some((body, rest)) = rest.split_at_checked(body_bytes) else { return Ok(None) };
-        let frame = ProducerFrame::decode(kind, body)?;
-        let inline = match &frame {
-            // A longer one is refused by whoever takes the frame: none of it is waited for.
-            ProducerFrame::Block(head) if head.len <= self.max_block_bytes => head.len as usize,
-            _ => 0,
-        };
-        if rest.len() < inline {
-            self.unread.reserve(inline - rest.len());
-            return Ok(None);
+        let mut words = BytesMut::with_capacity(5 * self.taken.len());
+        for index in self.taken.drain(..) {
+            words.put(ConsumerWord::Taken.encode());
+            words.put_u32_le(index);
         }
-        self.unread.advance(1 + body_bytes);
-        let is_block = matches!(frame, ProducerFrame::Block(_));
-        let bytes = is_block.then(|| self.unread.split_to(inline).freeze());
-        Ok(Some(Came(frame, bytes)))
-    }
-
-    async fn hello(&mut self) -> Result<Hello, TransferError> {
-        while self.unread.is_empty() {
-            self.more().await?;
-        }
-        if self.unread.first() != Some(&KIND) {
-            // Another version, or no producer at all.
-            let came = loop {
-                if let Some(came) = self.parse()? {
-                    break came;
-                }
-                self.more().await?;
-            };
-            return Err(match came.0 {
-                ProducerFrame::WrongVersion { ours: theirs } => {
-                    TransferError::Version { ours: VERSION, theirs }
-                }
-                _ => TransferError::Protocol("it does not say who it is".to_owned()),
-            });
-        }
-        loop {
-            if let Some((head, rest)) = self.unread[1..].split_first_chunk::<HEAD_BYTES>()
-                && let Some(path) = rest.get(..Hello::path_bytes(head))
-            {
-                let hello = Hello::decode(head, path)?;
-                let read = 1 + HEAD_BYTES + path.len();
-                self.unread.advance(read);
-                return Ok(hello);
-            }
-            self.more().await?;
-        }
-    }
-
-    async fn write(&mut self, bytes: &[u8]) -> Result<(), TransferError> {
-        let writing = timeout(SILENCE, self.writer.write_all(bytes));
-        written(writing.await.map_err(|_| silent())?)
+        self.taken_bytes = 0;
+        self.link.write(&words).await
     }
 }
 
-fn ended_early() -> TransferError {
-    TransferError::BrokeOff("its socket was closed before the seal".to_owned())
+fn elsewhere() -> TransferError {
+    TransferError::Protocol("a block in an arena it has not".to_owned())
 }

@@ -1,16 +1,16 @@
-//! Blocks are copied and verified by a few threads, which all handoffs of a worker share.
+//! Blocks are copied and verified, or verified where they lie, by a few threads, which all handoffs of a worker
+//! share.
 //!
 //! One thread alone is kept from the speed of a copy by its checksums. Nor is it the runtime's thread that
-//! copies, but where there is too little to wake another for: that one hears what the producer announces next
+//! reads them, but where there is too little to wake another for: that one hears what the producer announces next
 //! meanwhile.
 
 use std::{collections::VecDeque, num::NonZero, sync::Arc, thread::available_parallelism};
 
-use baton_arena::{Landing, PeerArena};
+use baton_arena::{Landing, PIECE_BYTES, PeerArena};
 use parking_lot::Mutex;
 use tokio::{sync::oneshot, task::spawn_blocking};
 
-use super::WINDOW;
 use crate::{
     arrivals::{Sums, verify_sums},
     channel::TransferError,
@@ -22,7 +22,7 @@ const PORTION_BYTES: u64 = 1 << 20;
 
 /// Of one handoff so much is under way at the most, and one block more.
 const UNDER_WAY_BYTES: u64 = 8 << 20;
-const UNDER_WAY_BLOCKS: usize = WINDOW / 2;
+const UNDER_WAY_BLOCKS: usize = 128;
 
 /// Less than this is copied before a thread is awake.
 const WORTH_WAKING_BYTES: u64 = 512 << 10;
@@ -30,40 +30,55 @@ const WORTH_WAKING_BYTES: u64 = 512 << 10;
 /// More do not make memory faster.
 const MOST_THREADS: usize = 4;
 
-/// A block, where it lies in the producer's arena, and the slot for it.
+/// A block, where it lies in the producer's arena, and the slot that it is to be copied to, if it is.
 #[derive(Debug)]
 struct Announced {
     head: BlockHead,
     offset: u64,
-    landing: Landing,
+    landing: Option<Landing>,
 }
 
-/// A block in its slot, and its CRC-32, where it is what it was said to be.
+/// A block where it is to be read, and its CRC-32, where it is what it was said to be.
 #[derive(Debug)]
-pub(super) struct Copied {
+pub(super) struct Placed {
     pub(super) head: BlockHead,
-    pub(super) landing: Landing,
+    pub(super) place: Place,
     pub(super) verified: Result<u32, TransferError>,
 }
 
+#[derive(Debug)]
+pub(super) enum Place {
+    Copied(Landing),
+    /// So far into the producer's arena, as it was announced.
+    There(u64),
+}
+
 impl Announced {
-    fn copied(self, arena: &PeerArena) -> Copied {
+    fn placed(self, arena: &PeerArena) -> Placed {
         let Self { head, offset, landing } = self;
         let mut sums = Sums::default();
-        let verified = landing
-            .copy_from(arena, offset, |piece| sums.add(piece))
+        let len = head.len as usize;
+        let read = match &landing {
+            Some(landing) => landing.copy_from(arena, offset, |piece| sums.add(piece)),
+            None => arena
+                .bytes(offset, len)
+                .map(|bytes| bytes.chunks(PIECE_BYTES).for_each(|piece| sums.add(piece))),
+        };
+        let found_bytes = landing.as_ref().map_or(len, Landing::len_bytes);
+        let verified = read
             .map_err(|error| TransferError::Protocol(error.to_string()))
-            .and_then(|()| verify_sums(&head, landing.len_bytes(), &sums));
-        Copied { head, landing, verified }
+            .and_then(|()| verify_sums(&head, found_bytes, &sums));
+        let place = landing.map_or(Place::There(offset), Place::Copied);
+        Placed { head, place, verified }
     }
 }
 
-/// Blocks of one handoff that a thread copies one after the other.
+/// Blocks of one handoff that a thread takes one after the other.
 struct Portion {
     blocks: Vec<Announced>,
     arena: Arc<PeerArena>,
     /// Closed where nobody waits for them any more.
-    done: oneshot::Sender<Vec<Copied>>,
+    done: oneshot::Sender<Vec<Placed>>,
 }
 
 /// The threads, of which there are none while there is nothing to copy.
@@ -99,7 +114,7 @@ impl Copiers {
 fn copy_all(line: &Mutex<Line>) {
     while let Some(Portion { blocks, arena, done }) = next(line) {
         if !done.is_closed() {
-            let copied = blocks.into_iter().map(|block| block.copied(&arena)).collect();
+            let copied = blocks.into_iter().map(|block| block.placed(&arena)).collect();
             // Who has given the handoff up meanwhile gives the slots back.
             let _ = done.send(copied);
         }
@@ -129,7 +144,7 @@ pub(super) struct Copying<'a> {
 struct UnderWay {
     blocks: usize,
     bytes: u64,
-    done: oneshot::Receiver<Vec<Copied>>,
+    done: oneshot::Receiver<Vec<Placed>>,
 }
 
 impl<'a> Copying<'a> {
@@ -168,7 +183,7 @@ impl<'a> Copying<'a> {
         &mut self,
         head: BlockHead,
         offset: u64,
-        landing: Landing,
+        landing: Option<Landing>,
         arena: &Arc<PeerArena>,
     ) {
         self.gathered_bytes += u64::from(head.len);
@@ -179,10 +194,10 @@ impl<'a> Copying<'a> {
     }
 
     /// Copies what was gathered: a little at once, more on other threads, which [`Self::done`] tells of.
-    pub(super) fn start(&mut self, arena: &Arc<PeerArena>) -> Vec<Copied> {
+    pub(super) fn start(&mut self, arena: &Arc<PeerArena>) -> Vec<Placed> {
         if self.under_way.is_empty() && self.gathered_bytes < WORTH_WAKING_BYTES {
             (self.gathered_bytes, self.is_short_of_slots) = (0, false);
-            return self.gathered.drain(..).map(|block| block.copied(arena)).collect();
+            return self.gathered.drain(..).map(|block| block.placed(arena)).collect();
         }
         self.give(arena);
         Vec::new()
@@ -201,7 +216,7 @@ impl<'a> Copying<'a> {
 
     /// The blocks that were given to a thread first, once they are copied. Waits for ever where none are.
     /// Nothing is lost when the future is dropped.
-    pub(super) async fn done(&mut self) -> Result<Vec<Copied>, TransferError> {
+    pub(super) async fn done(&mut self) -> Result<Vec<Placed>, TransferError> {
         let Some(first) = self.under_way.front_mut() else { return std::future::pending().await };
         let copied = (&mut first.done).await;
         self.under_way.pop_front();

@@ -1,6 +1,11 @@
 //! The producer's side of one handoff.
 
-use std::{collections::VecDeque, io, pin::pin, sync::Arc};
+use std::{
+    collections::HashMap,
+    io,
+    pin::pin,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
 
 use async_trait::async_trait;
 use baton_arena::Arena;
@@ -25,9 +30,12 @@ use crate::{
     },
 };
 
+/// Words are read in pieces of this.
+const READ_BYTES: usize = 4 << 10;
+
 /// Answers one subscription.
 pub(super) async fn serve(stream: UnixStream, shared: Arc<Shared>) {
-    let mut consumer = Consumer::new(stream);
+    let mut consumer = Consumer::new(stream, Arc::clone(&shared));
     let asked = consumer.subscription().await;
     let Some(asked) = understood(&mut consumer, asked).await else { return };
     let Asked { subscription, peer, of } = asked;
@@ -61,30 +69,60 @@ struct Asked {
 /// The connection to one consumer.
 struct Consumer {
     words: Words,
+    /// Closed before the blocks are let go of: whoever still reads one finds it closed then.
     writer: OwnedWriteHalf,
     beat: Interval,
     heard: Instant,
-    /// Blocks that the consumer may be copying, the longest announced first.
-    announced: VecDeque<Bytes>,
+    /// Blocks that the consumer may be reading, by their index.
+    announced: HashMap<u32, Announced>,
+    shared: Arc<Shared>,
     /// The last of them came over the socket, whole: one at a time does.
     is_inline: bool,
 }
 
+/// A block that the consumer may be reading.
+struct Announced {
+    bytes: Bytes,
+    shared: Arc<Shared>,
+}
+
+impl Announced {
+    fn new(bytes: Bytes, shared: &Arc<Shared>) -> Self {
+        shared.announced.fetch_add(1, Relaxed);
+        Self { bytes, shared: Arc::clone(shared) }
+    }
+}
+
+impl Drop for Announced {
+    fn drop(&mut self) {
+        self.shared.announced.fetch_sub(1, Relaxed);
+    }
+}
+
+/// What the consumer says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Word {
+    Ack,
+    Progress,
+    Taken(u32),
+}
+
 /// What comes next.
 enum Event {
-    Word(ConsumerWord),
+    Word(Word),
     Beat,
     Exported(Exported),
     Revoked,
 }
 
 impl Consumer {
-    fn new(stream: UnixStream) -> Self {
+    fn new(stream: UnixStream, shared: Arc<Shared>) -> Self {
         let (reader, writer) = stream.into_split();
         let mut beat = interval(BEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (heard, announced) = (Instant::now(), VecDeque::new());
-        Self { words: Words::new(reader), writer, beat, heard, announced, is_inline: false }
+        let (heard, announced) = (Instant::now(), HashMap::new());
+        let (words, is_inline) = (Words::new(reader), false);
+        Self { words, writer, beat, heard, announced, shared, is_inline }
     }
 
     async fn subscription(&mut self) -> Result<Asked, TransferError> {
@@ -135,21 +173,18 @@ impl Consumer {
         loop {
             let takes_more = !is_sealed && self.has_room();
             match self.event(exports, takes_more).await? {
-                Event::Word(ConsumerWord::Taken) => {
-                    let taken = self.announced.pop_front().ok_or_else(|| {
-                        TransferError::Protocol("it took a block that it was not given".to_owned())
-                    })?;
-                    self.is_inline = false;
-                    exports.sent(taken.len() as u64);
-                }
-                Event::Word(ConsumerWord::Ack) if is_sealed && self.announced.is_empty() => {
+                Event::Word(Word::Taken(index)) => self.taken(index, exports)?,
+                Event::Word(Word::Ack) if is_sealed && self.announced.is_empty() => {
+                    // Who copied all of it needs it no more, and may be gone.
+                    let kept = ProducerFrame::Kept.encode();
+                    let _ = timeout(SILENCE, self.writer.write_all(&kept)).await;
                     return Ok(());
                 }
-                Event::Word(ConsumerWord::Ack) => {
+                Event::Word(Word::Ack) => {
                     let early = "an acknowledgement before the seal".to_owned();
                     return Err(TransferError::Protocol(early));
                 }
-                Event::Word(ConsumerWord::Progress) => {}
+                Event::Word(Word::Progress) => {}
                 Event::Beat => self.write(&ProducerFrame::Waiting.encode(), exports).await?,
                 Event::Exported(item) => {
                     let mut saying = BytesMut::new();
@@ -219,6 +254,16 @@ impl Consumer {
         Ok(event)
     }
 
+    /// A block is needed no more.
+    fn taken(&mut self, index: u32, exports: &mut dyn ExportStream) -> Result<(), TransferError> {
+        let taken = self.announced.remove(&index).ok_or_else(|| {
+            TransferError::Protocol(format!("it took block {index}, which it was not given"))
+        })?;
+        self.is_inline = false;
+        exports.sent(taken.bytes.len() as u64);
+        Ok(())
+    }
+
     fn has_room(&self) -> bool {
         !self.is_inline && self.announced.len() < WINDOW
     }
@@ -232,15 +277,17 @@ impl Consumer {
         saying: &mut BytesMut,
         exports: &mut dyn ExportStream,
     ) -> Result<(), TransferError> {
-        if let Some(offset) = arena.and_then(|arena| arena.offset_of(&bytes)) {
-            saying.put(ProducerFrame::Mapped { head, offset }.encode());
+        let lies = arena.and_then(|arena| Some((arena, arena.offset_of(&bytes)?)));
+        if let Some((arena, offset)) = lies {
+            let wanted_back = self.shared.is_short_of_slots(arena);
+            saying.put(ProducerFrame::Mapped { head, offset, wanted_back }.encode());
         } else {
             self.is_inline = true;
             saying.put(ProducerFrame::Block(head).encode());
             self.write(&saying.split(), exports).await?;
             self.write(&bytes, exports).await?;
         }
-        self.announced.push_back(bytes);
+        self.announced.insert(head.index, Announced::new(bytes, &self.shared));
         Ok(())
     }
 
@@ -256,11 +303,12 @@ impl Consumer {
                 biased;
                 result = &mut write => return written(result),
                 word = self.words.next() => match word? {
-                    ConsumerWord::Progress => self.heard = Instant::now(),
-                    ConsumerWord::Taken if !self.announced.is_empty() => {
+                    Word::Progress => self.heard = Instant::now(),
+                    Word::Taken(index) if self.announced.contains_key(&index) => {
                         self.heard = Instant::now();
-                        if let Some(taken) = self.announced.pop_front() {
-                            exports.sent(taken.len() as u64);
+                        self.is_inline = false;
+                        if let Some(taken) = self.announced.remove(&index) {
+                            exports.sent(taken.bytes.len() as u64);
                         }
                     }
                     other => {
@@ -285,7 +333,7 @@ impl Guest for Consumer {
                 biased;
                 done = &mut attaching => return Ok(done),
                 word = self.words.next() => match word? {
-                    ConsumerWord::Progress => self.heard = Instant::now(),
+                    Word::Progress => self.heard = Instant::now(),
                     other => {
                         return Err(TransferError::Protocol(format!("{other:?} before a block")));
                     }
@@ -320,14 +368,32 @@ impl Words {
     }
 
     /// The next one. Nothing is lost when the future is dropped.
-    async fn next(&mut self) -> Result<ConsumerWord, TransferError> {
-        if self.unread.is_empty() {
-            self.unread.reserve(WINDOW);
+    async fn next(&mut self) -> Result<Word, TransferError> {
+        loop {
+            if let Some(word) = self.parse()? {
+                return Ok(word);
+            }
+            self.unread.reserve(READ_BYTES);
             let read = self.reader.read_buf(&mut self.unread).await;
             if read.map_err(|error| gone(&error))? == 0 {
                 return Err(TransferError::BrokeOff("it gave the handoff up".to_owned()));
             }
         }
-        Ok(ConsumerWord::decode(self.unread.get_u8())?)
+    }
+
+    fn parse(&mut self) -> Result<Option<Word>, TransferError> {
+        let Some(&first) = self.unread.first() else { return Ok(None) };
+        let word = match ConsumerWord::decode(first)? {
+            ConsumerWord::Ack => Word::Ack,
+            ConsumerWord::Progress => Word::Progress,
+            ConsumerWord::Taken => {
+                let Some(index) = self.unread.get(1..5) else { return Ok(None) };
+                let index = index.iter().rev().fold(0, |index, byte| index << 8 | u32::from(*byte));
+                self.unread.advance(4);
+                Word::Taken(index)
+            }
+        };
+        self.unread.advance(1);
+        Ok(Some(word))
     }
 }

@@ -134,7 +134,7 @@ impl Producer {
                         return Ok(pulled);
                     }
                     Frame::Said(ProducerFrame::Waiting) => {}
-                    Frame::Said(ProducerFrame::Mapped { .. }) => {
+                    Frame::Said(ProducerFrame::Mapped { .. } | ProducerFrame::Kept) => {
                         let elsewhere = "a block in memory that is not shared".to_owned();
                         return Err(TransferError::Protocol(elsewhere));
                     }

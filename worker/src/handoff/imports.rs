@@ -1,3 +1,4 @@
+mod mapped;
 mod pulling;
 
 use std::{
@@ -6,10 +7,10 @@ use std::{
     time::Duration,
 };
 
-use baton_arena::{Arena, Landing, ReservedSlot, Slot, SlotPool};
-use baton_engine::{BlockToLoad, ToEngine};
+use baton_arena::{Arena, Landing, PeerArena, ReservedSlot, Slot, SlotPool};
+use baton_engine::{BlockToLoad, MappedBlockToLoad, ToEngine};
 use baton_proto::HandoffResult;
-use baton_transfer::{PeerAddress, Pulled, TransferError};
+use baton_transfer::{MappedBlock, PeerAddress, Pulled, TransferError};
 use baton_types::{Compatibility, Epoch, Fault, FaultKind, Origin, PromptDigest};
 use parking_lot::Mutex;
 use tokio::{
@@ -18,6 +19,7 @@ use tokio::{
     time::Instant,
 };
 
+use self::mapped::EngineMaps;
 use super::{Name, PortError, Transfer, fault, pieces::Pieces, to_engine::Queue};
 use crate::counters::Counters;
 
@@ -48,6 +50,8 @@ pub(crate) struct Received {
     /// From the subscription to the last block's verification.
     pub(crate) duration: Duration,
     pub(crate) blocks_reused: u32,
+    /// Those of `blocks` that were loaded where they lay, in the producer's arena.
+    pub(crate) blocks_mapped: u32,
     pub(crate) transport: &'static str,
     /// Prompt tokens that the producer had in its cache.
     pub(crate) cached_tokens: u32,
@@ -60,6 +64,7 @@ impl From<Received> for HandoffResult {
             bytes: received.bytes,
             micros: u64::try_from(received.duration.as_micros()).unwrap_or(u64::MAX),
             blocks_reused: received.blocks_reused,
+            blocks_mapped: received.blocks_mapped,
             transport: received.transport.to_owned(),
         }
     }
@@ -82,6 +87,7 @@ pub(super) struct Imports {
     /// Of the first rank.
     compatibility: Compatibility,
     pieces: Pieces,
+    engine_maps: EngineMaps,
     epoch: Mutex<Epoch>,
     transfer: Transfer,
     counters: Arc<Counters>,
@@ -105,10 +111,25 @@ struct Consumer {
     pull: Option<AbortHandle>,
     /// Slots that the engine may be reading.
     lent: HashMap<Slot, ReservedSlot>,
+    /// Blocks that it may be reading where they lie, by rank and index.
+    lent_mapped: HashMap<(u32, u32), MappedBlock>,
+    blocks_mapped: u32,
     /// The engine gave slots back.
     given_back: Arc<Notify>,
     /// When the job ended, where slots are still lent.
     left: Option<Instant>,
+}
+
+impl Consumer {
+    /// Whether the engine may read nothing of it any more.
+    fn has_lent_nothing(&self) -> bool {
+        self.lent.is_empty() && self.lent_mapped.is_empty()
+    }
+
+    /// Its job has ended, and the engine has given everything back.
+    fn is_over(&self) -> bool {
+        self.left.is_some() && self.has_lent_nothing()
+    }
 }
 
 impl Drop for Consumer {
@@ -137,6 +158,7 @@ impl Imports {
         Arc::new(Self {
             ranks: (0..).zip(queues).map(rank).collect(),
             pieces: Pieces::beside(&arena),
+            engine_maps: EngineMaps::default(),
             arena,
             compatibility,
             epoch: Mutex::new(epoch),
@@ -164,6 +186,8 @@ impl Imports {
                     subscribed: HashMap::new(),
                     pull: None,
                     lent: HashMap::new(),
+                    lent_mapped: HashMap::new(),
+                    blocks_mapped: 0,
                     given_back: Arc::default(),
                     left: None,
                 });
@@ -207,6 +231,7 @@ impl Imports {
             bytes: pulled.bytes,
             duration,
             blocks_reused,
+            blocks_mapped: consumer.blocks_mapped,
             transport: pulled.transport,
             cached_tokens: pulled.seal.cached_tokens,
         }));
@@ -253,10 +278,39 @@ impl Imports {
             consumer.lent.remove(slot).ok_or(PortError::NotLent(*slot))?;
         }
         consumer.given_back.notify_one();
-        if consumer.left.is_some() && consumer.lent.is_empty() {
+        if consumer.is_over() {
             consumers.remove(&name);
         }
         Ok(())
+    }
+
+    pub(super) fn loaded_mapped(
+        &self,
+        rank: u32,
+        name: Name,
+        indices: &[u32],
+    ) -> Result<(), PortError> {
+        let mut consumers = self.consumers.lock();
+        let Some(consumer) = consumers.get_mut(&name) else { return Ok(()) };
+        for index in indices {
+            // The channel hears of it by that.
+            let block = consumer.lent_mapped.remove(&(rank, *index));
+            block.ok_or(PortError::BlockNotLent(*index))?;
+        }
+        if consumer.is_over() {
+            consumers.remove(&name);
+        }
+        Ok(())
+    }
+
+    /// A rank of the engine has mapped another worker's arena, or cannot.
+    pub(super) fn engine_mapped(&self, rank: u32, arena: u32, refused: Option<&str>) {
+        self.engine_maps.answered(rank, arena, refused);
+    }
+
+    /// The number of another worker's arena, if the engine loads blocks from where they lie in it.
+    pub(super) fn number_of(&self, arena: &Arc<PeerArena>) -> Option<u32> {
+        self.engine_maps.number_of(arena, self.ranks.iter().map(|rank| &rank.queue))
     }
 
     /// The engine's request is gone. Answers whether the handoff was one of ours.
@@ -269,12 +323,20 @@ impl Imports {
         let error = TransferError::Rotten { index };
         let fault = fault::of_transfer(&error);
         let producer = self.producer_of(name);
-        if self.give_up(name, fault.clone()) {
+        // A block of a handoff that has failed may be another's by now, where its producer has taken it back.
+        if self.is_waited_for(name) && self.give_up(name, fault.clone()) {
             tracing::error!(handoff = %name.0, generation = %name.1, producer, %fault, "a handoff failed");
             self.counters.handoff_errors.add(error.name());
             self.counters.handoffs_failed.add(1);
             self.fail_in_engine(name, fault.to_string());
         }
+    }
+
+    fn is_waited_for(&self, name: Name) -> bool {
+        let consumers = self.consumers.lock();
+        consumers.get(&name).is_some_and(|consumer| {
+            consumer.left.is_none() && matches!(*consumer.progress.borrow(), Progress::Waiting)
+        })
     }
 
     /// The engine said something about the handoff that cannot be.
@@ -295,7 +357,7 @@ impl Imports {
         if !matches!(*consumer.progress.borrow(), Progress::Complete(_) | Progress::Failed(_)) {
             consumer.progress.send_replace(Progress::Failed(fault));
         }
-        if consumer.left.is_some() && consumer.lent.is_empty() {
+        if consumer.is_over() {
             consumers.remove(&name);
         }
         true
@@ -304,11 +366,12 @@ impl Imports {
     /// Takes back the slots of jobs that ended, from an engine that does not give them back. Should it
     /// read one after all, what it reads belongs to a request that failed.
     pub(super) fn sweep(&self) {
+        self.engine_maps.forget_gone(self.ranks.iter().map(|rank| &rank.queue));
         self.consumers.lock().retain(|name, consumer| {
             let keep =
                 consumer.left.is_none_or(|left| left.elapsed() < self.transfer.stall_timeout);
             if !keep {
-                let slots = consumer.lent.len();
+                let slots = consumer.lent.len() + consumer.lent_mapped.len();
                 tracing::warn!(handoff = %name.0, slots, "took back slots that the engine kept");
             }
             keep
@@ -385,6 +448,33 @@ impl Imports {
         Ok(())
     }
 
+    /// Has a rank load a block from where it lies in another worker's arena, unless the job has ended.
+    pub(super) fn lend_mapped(
+        &self,
+        name: Name,
+        rank: u32,
+        index: u32,
+        block: MappedBlock,
+        crc32: u32,
+    ) -> Result<(), TransferError> {
+        let unmapped = || TransferError::Memory("a peer that the engine has not mapped".to_owned());
+        let arena = self.number_of(block.arena()).ok_or_else(unmapped)?;
+        let mut consumers = self.consumers.lock();
+        let consumer = consumers.get_mut(&name).filter(|consumer| consumer.left.is_none());
+        let consumer = consumer.ok_or(TransferError::Cancelled)?;
+        let (handoff, generation) = name;
+        let blocks = vec![MappedBlockToLoad { index, offset: block.offset(), crc32 }];
+        consumer.lent_mapped.insert((rank, index), block);
+        // All ranks' parts are one block.
+        let blocks_mapped = if rank == 0 { self.whole_blocks(index) } else { 0 };
+        consumer.blocks_mapped += u32::from(blocks_mapped > 0);
+        self.counters.handoff_blocks_mapped.add(blocks_mapped);
+        if let Some(rank) = self.ranks.get(rank as usize) {
+            rank.queue.send(ToEngine::LoadMapped { handoff, generation, arena, blocks });
+        }
+        Ok(())
+    }
+
     /// A block came, of which this is all or a part.
     pub(super) fn count(&self, blocks: u64, bytes: u64) {
         self.counters.handoff_blocks_received.add(blocks);
@@ -446,7 +536,7 @@ impl Drop for Consuming {
         if let Some(pull) = &consumer.pull {
             pull.abort();
         }
-        if consumer.lent.is_empty() {
+        if consumer.has_lent_nothing() {
             consumers.remove(&self.name);
         } else {
             consumer.left = Some(Instant::now());

@@ -62,6 +62,8 @@ pub(crate) enum PortError {
     StillLent(Slot),
     #[error("slot {} was not lent for loading", .0.0)]
     NotLent(Slot),
+    #[error("block {0} was not lent for loading")]
+    BlockNotLent(u32),
     #[error("the engine has no rank {0}")]
     NoSuchRank(u32),
     #[error(transparent)]
@@ -215,6 +217,13 @@ impl Handoffs {
                 let name = (handoff, generation);
                 (name, self.imports.loaded(name, &slots))
             }
+            FromEngine::LoadedMapped { handoff, generation, indices } => {
+                let name = (handoff, generation);
+                (name, self.imports.loaded_mapped(rank, name, &indices))
+            }
+            FromEngine::Mapped { arena, refused } => {
+                return self.imports.engine_mapped(rank, arena, refused.as_deref());
+            }
             FromEngine::Corrupt { handoff, generation, index } => {
                 let name = (handoff, generation);
                 self.imports.corrupt(name, index);
@@ -270,5 +279,7 @@ impl PortLoop {
     }
 }
 
+#[cfg(test)]
+mod mapped_tests;
 #[cfg(test)]
 mod tests;

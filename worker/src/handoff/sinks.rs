@@ -1,12 +1,12 @@
 //! Where a handoff's blocks go: a rank's own into its import slots, and those of an engine that splits its heads
 //! differently by way of pieces that are laid together.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
-use baton_arena::Landing;
+use baton_arena::{Landing, PeerArena};
 use baton_engine::BlockToLoad;
-use baton_transfer::{BlockSink, TransferError};
+use baton_transfer::{BlockSink, MappedBlock, TransferError};
 use crc_fast::{CrcAlgorithm::Crc32IsoHdlc, Digest};
 use parking_lot::Mutex;
 use tokio::{sync::Mutex as AsyncMutex, time::Instant};
@@ -40,10 +40,38 @@ impl BlockSink for Whole<'_> {
     async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
         *self.verified.lock() = Instant::now();
         self.imports.lend(self.name, index, [(self.rank, block, crc32)])?;
-        // All ranks' parts are one block.
+        self.count(index);
+        Ok(())
+    }
+
+    fn takes_from(
+        &self,
+        index: u32,
+        len: u32,
+        arena: &Arc<PeerArena>,
+    ) -> Result<bool, TransferError> {
+        is_whole(index, len, self.imports.block_bytes())?;
+        Ok(self.imports.number_of(arena).is_some())
+    }
+
+    async fn verified_there(
+        &self,
+        index: u32,
+        block: MappedBlock,
+        crc32: u32,
+    ) -> Result<(), TransferError> {
+        *self.verified.lock() = Instant::now();
+        self.imports.lend_mapped(self.name, self.rank, index, block, crc32)?;
+        self.count(index);
+        Ok(())
+    }
+}
+
+impl Whole<'_> {
+    /// All ranks' parts are one block.
+    fn count(&self, index: u32) {
         let blocks = if self.rank == 0 { self.imports.whole_blocks(index) } else { 0 };
         self.imports.count(blocks, self.imports.block_bytes());
-        Ok(())
     }
 }
 

@@ -14,11 +14,11 @@ use tokio::sync::Notify;
 
 use super::*;
 
-const BLOCK_BYTES: u64 = 100;
-const STALL: Duration = Duration::from_secs(5);
+pub(super) const BLOCK_BYTES: u64 = 100;
+pub(super) const STALL: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(60);
 const CONSUMER: [u8; 32] = [3; 32];
-const DIGEST: PromptDigest = PromptDigest([7; 32]);
+pub(super) const DIGEST: PromptDigest = PromptDigest([7; 32]);
 
 /// Pulls what it was told to.
 #[derive(Default)]
@@ -101,7 +101,7 @@ struct Fixture {
     _dir: tempfile::TempDir,
 }
 
-fn compatibility() -> Compatibility {
+pub(super) fn compatibility() -> Compatibility {
     Compatibility {
         model: "m".into(),
         revision: String::new(),
@@ -212,16 +212,16 @@ impl Fixture {
     }
 }
 
-async fn timeout<T>(future: impl Future<Output = T>) -> T {
+pub(super) async fn timeout<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.unwrap()
 }
 
-fn name() -> Name {
+pub(super) fn name() -> Name {
     (HandoffId::random(), Generation(1))
 }
 
 /// Six blocks, the last of them not full.
-const CONSUMED_TOKENS: u32 = 90;
+pub(super) const CONSUMED_TOKENS: u32 = 90;
 
 fn blocks(count: u32) -> Pull {
     Pull::Blocks { count, block_bytes: BLOCK_BYTES, then: Ok(()) }

@@ -33,6 +33,17 @@ impl Queue {
                 Some(ToEngine::Load { handoff, generation, blocks }),
                 ToEngine::Load { handoff: other, generation: other_generation, blocks: more },
             ) if *handoff == other && *generation == other_generation => blocks.extend(more),
+            (
+                Some(ToEngine::LoadMapped { handoff, generation, arena, blocks }),
+                ToEngine::LoadMapped {
+                    handoff: other,
+                    generation: other_generation,
+                    arena: other_arena,
+                    blocks: more,
+                },
+            ) if (*handoff, *generation, *arena) == (other, other_generation, other_arena) => {
+                blocks.extend(more);
+            }
             (_, message) => waiting.messages.push(message),
         }
         drop(waiting);

@@ -1,12 +1,12 @@
 //! A fake connector speaks the protocol over a real socket.
 
-use baton_arena::Slot;
+use baton_arena::{ArenaFile, Slot};
 use baton_types::{Generation, HandoffId, PromptDigest, StepModel};
 use serde_json::{Value, json};
 use tokio::{io::AsyncReadExt, net::UnixStream};
 
 use super::*;
-use crate::{BlockInSlot, BlockToLoad};
+use crate::{BlockInSlot, BlockToLoad, MappedBlockToLoad};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -136,6 +136,44 @@ async fn a_connector_is_welcomed_and_messages_pass_both_ways() {
     port.ranks[0].to_engine.send(ToEngine::Load { handoff, generation, blocks }).await.unwrap();
     assert_eq!(connector.receive().await.unwrap(), json!({"type": "release", "slots": [3]}));
     assert_eq!(connector.receive().await.unwrap()["type"], "load");
+
+    // Another worker's arena, and a block in it.
+    let file = ArenaFile { path: "/dev/shm/p1".into(), device: 1, inode: 2, len_bytes: 1 << 40 };
+    let to_engine = &port.ranks[0].to_engine;
+    to_engine.send(ToEngine::Map { arena: 3, file }).await.unwrap();
+    let blocks = vec![MappedBlockToLoad { index: 4, offset: 1 << 33, crc32: u32::MAX }];
+    let load = ToEngine::LoadMapped { handoff, generation, arena: 3, blocks };
+    to_engine.send(load).await.unwrap();
+    to_engine.send(ToEngine::Unmap { arena: 3 }).await.unwrap();
+    assert_eq!(
+        connector.receive().await.unwrap(),
+        json!({
+            "type": "map", "arena": 3,
+            "file": {"path": "/dev/shm/p1", "device": 1, "inode": 2, "len_bytes": 1_u64 << 40},
+        })
+    );
+    assert_eq!(
+        connector.receive().await.unwrap(),
+        json!({
+            "type": "load_mapped", "handoff": handoff, "generation": 2, "arena": 3,
+            "blocks": [{"index": 4, "offset": 1_u64 << 33, "crc32": u32::MAX}],
+        })
+    );
+    assert_eq!(connector.receive().await.unwrap(), json!({"type": "unmap", "arena": 3}));
+    connector.send(&json!({"type": "mapped", "arena": 3})).await;
+    connector.send(&json!({"type": "mapped", "arena": 4, "refused": "no"})).await;
+    connector
+        .send(&json!({
+            "type": "loaded_mapped", "handoff": handoff, "generation": 2, "indices": [4],
+        }))
+        .await;
+    for expected in [
+        FromEngine::Mapped { arena: 3, refused: None },
+        FromEngine::Mapped { arena: 4, refused: Some("no".into()) },
+        FromEngine::LoadedMapped { handoff, generation, indices: vec![4] },
+    ] {
+        assert_eq!(timeout(port.ranks[0].from_engine.recv()).await.unwrap(), expected);
+    }
 
     drop(connector);
     assert_eq!(timeout(port.ranks[0].from_engine.recv()).await, None);
