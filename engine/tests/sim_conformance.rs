@@ -36,12 +36,7 @@ async fn engines_of_groups(layer_groups: u32, export_slots: u64, import_slots: u
 }
 
 /// Whose blocks are handed over in so many layer groups. Slots are those of a whole block.
-async fn engines_by(
-    way: Way,
-    layer_groups: u32,
-    export_slots: u64,
-    import_slots: u64,
-) -> Engines {
+async fn engines_by(way: Way, layer_groups: u32, export_slots: u64, import_slots: u64) -> Engines {
     let directory = tempfile::tempdir().unwrap();
     let config = SimConfig {
         max_model_tokens: 512,
