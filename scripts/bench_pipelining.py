@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Does a prompt's KV leave while the prompt is still computed?
 
-Runs a cluster with the embedded engine in two network namespaces. What leaves that of the prefill worker is held
-to a rate at which the KV of one prompt takes as long to pass as the prompt takes to compute, and the time to the
-first token is compared with the longer of the two. One after the other they would take twice as long. Needs
-root, `ip` and `tc`.
+Runs a cluster with the embedded engine, or with vLLM, in two network namespaces. What leaves that of the prefill
+worker is held to a rate at which the KV of one prompt takes as long to pass as the prompt takes to compute, and the
+time to the first token is compared with the longer of the two. One after the other they would take twice as long.
+Needs root, `ip` and `tc`.
 
     cargo build --release -p baton
     scripts/bench_pipelining.py target/release/baton
+    scripts/bench_pipelining.py target/release/baton --vllm VENV --model DIR --tokens 1500
 """
 
 import argparse
@@ -20,8 +21,9 @@ import sys
 import tempfile
 import time
 
-HTTP_PORT, WORKERS_PORT, TRANSFER_PORT = 18800, 18801, 18802
+HTTP_PORT, WORKERS_PORT, TRANSFER_PORT, ENGINE_PORT = 18800, 18801, 18802, 18803
 BLOCK_TOKENS = 16
+MODEL = "baton-sim"
 
 CONFIG = """
 insecure_plaintext = true
@@ -42,6 +44,27 @@ import_bytes = "{arena} MiB"
 transport = "quic"
 
 [engine]
+{engine}
+layer_groups = {layer_groups}
+
+[[worker]]
+name = "prefill-0"
+role = "prefill"
+[worker.engine]
+{prefill_engine}
+[worker.transfer]
+listen = "10.77.0.1:{transfer}"
+
+[[worker]]
+name = "decode-0"
+role = "decode"
+[worker.engine]
+{decode_engine}
+[worker.transfer]
+listen = "10.77.0.2:{transfer}"
+"""
+
+SIM = """
 kind = "sim"
 time_scale = {time_scale}
 profile = "{profile}"
@@ -50,18 +73,19 @@ max_step_tokens = {step_tokens}
 kv_blocks = {kv_blocks}
 block_size_tokens = {block_tokens}
 kv_bytes_per_token = {bytes_per_token}
+"""
 
-[[worker]]
-name = "prefill-0"
-role = "prefill"
-[worker.transfer]
-listen = "10.77.0.1:{transfer}"
+VLLM = """
+kind = "vllm"
+start_timeout_seconds = 300
+"""
 
-[[worker]]
-name = "decode-0"
-role = "decode"
-[worker.transfer]
-listen = "10.77.0.2:{transfer}"
+VLLM_WORKER = """
+command = {command}
+port = {port}
+connector_socket = "{name}.sock"
+environment = {{ HF_HUB_OFFLINE = "1", VLLM_NO_USAGE_STATS = "1", VLLM_SERVER_DEV_MODE = "1", \
+VLLM_CPU_OMP_THREADS_BIND = "{core}" }}
 """
 
 
@@ -149,9 +173,13 @@ print(json.dumps({
 """
 
 
-def ask(network, tokens):
-    prompt = [random.randrange(256, 4000) for _ in range(tokens)]
-    body = json.dumps({"model": "baton-sim", "prompt": prompt, "max_tokens": 2, "stream": True})
+def some_prompt(tokens):
+    return [random.randrange(256, 4000) for _ in range(tokens)]
+
+
+def ask(network, prompt):
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 2, "stream": True, "ignore_eos": True}
+    body = json.dumps(body)
     done = subprocess.run(
         (*inside(network.decode), sys.executable, "-c", CLIENT, str(HTTP_PORT)),
         input=body, capture_output=True, text=True, check=False,
@@ -159,29 +187,81 @@ def ask(network, tokens):
     return json.loads(done.stdout) if done.returncode == 0 else {"status": 0, "path": None}
 
 
-def ask_until(network, path, tokens):
-    deadline = time.monotonic() + 60
+def ask_until(network, path, prompt, patience_s=60):
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        answer = ask(network, tokens)
+        answer = ask(network, prompt)
         if answer["status"] == 200 and answer["path"] == path:
             return answer
         time.sleep(0.5)
-    raise SystemExit(f"no answer was {path} within a minute: {answer}")
+    raise SystemExit(f"no answer was {path} within {patience_s} s: {answer}")
 
 
 def median_ttft(network, path, arguments):
-    ask_until(network, path, 64)
-    answers = [ask_until(network, path, arguments.tokens) for _ in range(arguments.rounds)]
+    ask_until(network, path, some_prompt(64), patience_s=400)
+    # A fresh prompt each time.
+    answers = [
+        ask_until(network, path, some_prompt(arguments.tokens)) for _ in range(arguments.rounds)
+    ]
     return statistics.median(answer["ttft_s"] for answer in answers)
 
 
-def write_config(directory, time_scale, arguments, prompt_bytes):
-    toml = CONFIG.format(
-        http=HTTP_PORT, workers=WORKERS_PORT, transfer=TRANSFER_PORT, time_scale=time_scale,
-        profile=os.path.abspath(arguments.profile), arena=max(2 * prompt_bytes >> 20, 16),
+def median_transfer_of_cached(network, arguments):
+    """Of prompts that the prefill worker has cached, and the decode worker has not any more."""
+    times = []
+    for _ in range(arguments.rounds):
+        prompt = some_prompt(arguments.tokens)
+        ask_until(network, "disaggregated", prompt)
+        url = f"http://127.0.0.1:{ENGINE_PORT}/reset_prefix_cache"
+        run(*inside(network.decode), sys.executable, "-c", RESET, url)
+        times.append(ask_until(network, "disaggregated", prompt)["ttft_s"])
+    return statistics.median(times)
+
+
+RESET = r"""
+import sys, urllib.request
+urllib.request.urlopen(urllib.request.Request(sys.argv[1], method="POST"), timeout=30).read()
+"""
+
+
+def sim(time_scale, arguments):
+    return SIM.format(
+        time_scale=time_scale, profile=os.path.abspath(arguments.profile),
         model_tokens=2 * arguments.tokens, step_tokens=arguments.step_tokens,
         kv_blocks=8 * arguments.tokens // BLOCK_TOKENS, block_tokens=BLOCK_TOKENS,
         bytes_per_token=arguments.bytes_per_token,
+    )
+
+
+def vllm(name, core, arguments):
+    command = [
+        os.path.join(os.path.abspath(arguments.vllm), "bin/vllm"), "serve",
+        os.path.abspath(arguments.model), "--served-model-name", MODEL, "--enforce-eager", "--dtype", "float32",
+        "--max-model-len", "2048", "--max-num-seqs", "8", "--block-size", "32",
+        "--kv-cache-memory-bytes", str(256 << 20),
+        "--max-num-batched-tokens", str(arguments.step_tokens),
+    ]
+    return VLLM_WORKER.format(
+        command=json.dumps(command), port=ENGINE_PORT, name=name, core=core
+    )
+
+
+def kv_bytes_per_token(model):
+    with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    # Keys and values, in float32.
+    return config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * width * 2 * 4
+
+
+def write_config(directory, time_scale, arguments, prompt_bytes):
+    own = lambda name, core: vllm(name, core, arguments) if arguments.vllm else ""
+    toml = CONFIG.format(
+        http=HTTP_PORT, workers=WORKERS_PORT, transfer=TRANSFER_PORT,
+        engine=VLLM if arguments.vllm else sim(time_scale, arguments),
+        prefill_engine=own("prefill-0", 0), decode_engine=own("decode-0", 1),
+        layer_groups=arguments.layer_groups, arena=max(2 * prompt_bytes >> 20, 16),
     )
     with open(os.path.join(directory, "baton.toml"), "w", encoding="utf-8") as file:
         file.write(toml)
@@ -193,13 +273,21 @@ def main():
     parser.add_argument("--profile", default="engine/profiles/h100_llama31_70b_fp8_tp4.json")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--step-tokens", type=int, default=512)
+    # In which the blocks of each step leave.
+    parser.add_argument("--layer-groups", type=int, default=1)
     # A real 70B model has 320 KiB: the ratio of the two times counts, not the bytes, as long as the machine has
     # the time to move them.
     parser.add_argument("--bytes-per-token", type=int, default=1024)
+    # A vLLM instead of the embedded engine: its virtual environment, and a model's directory. The bytes of a token
+    # are then those of its KV.
+    parser.add_argument("--vllm")
+    parser.add_argument("--model")
     # No transport fills a link: so much faster it is than what the two times are to be equal.
     parser.add_argument("--rate-factor", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    if arguments.vllm:
+        arguments.bytes_per_token = kv_bytes_per_token(arguments.model)
     prompt_bytes = arguments.tokens * arguments.bytes_per_token
     network = Network()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
@@ -214,17 +302,21 @@ def main():
             rate = arguments.rate_factor * prompt_bytes / prefill_s
             network.limit(rate)
             limited_s = median_ttft(network, "disaggregated", arguments)
-            # An engine that takes no time leaves what the link takes.
-            cluster.stop("prefill-0", "decode-0")
-            write(0.0)
-            cluster.start("prefill-0", "decode-0")
-            transfer_s = median_ttft(network, "disaggregated", arguments)
+            # An engine that takes no time leaves what the link takes; or one that has the prompt cached.
+            if arguments.vllm:
+                transfer_s = median_transfer_of_cached(network, arguments)
+            else:
+                cluster.stop("prefill-0", "decode-0")
+                write(0.0)
+                cluster.start("prefill-0", "decode-0")
+                transfer_s = median_ttft(network, "disaggregated", arguments)
         finally:
             cluster.stop()
             network.remove()
     print(json.dumps({
         "prompt_tokens": arguments.tokens,
         "step_tokens": arguments.step_tokens,
+        "layer_groups": arguments.layer_groups,
         "prompt_kv_mib": prompt_bytes / (1 << 20),
         "link_mbit_per_s": rate * 8e-6,
         "prefill_ms": 1e3 * prefill_s,

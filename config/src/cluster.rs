@@ -327,6 +327,8 @@ pub struct SimConfig {
     pub kv_bytes_per_token: u32,
     /// Ranks over which the KV heads are split.
     pub tensor_parallel: u32,
+    /// In which the blocks of a step leave while it is computed.
+    pub layer_groups: u32,
     pub kv_blocks: u32,
     pub max_seqs: u32,
     /// Prefill and decode tokens of one step.
@@ -346,6 +348,7 @@ impl Default for SimConfig {
             block_size_tokens: 16,
             kv_bytes_per_token: 1024,
             tensor_parallel: 1,
+            layer_groups: 1,
             kv_blocks: 8192,
             max_seqs: 256,
             max_step_tokens: 2048,
@@ -364,6 +367,8 @@ pub struct VllmConfig {
     /// The engines hand over by themselves (NixlConnector and its kin): Baton only relays their
     /// `kv_transfer_params`. Excludes `connector_socket`.
     pub engine_handoff: bool,
+    /// In which the blocks of a step leave while it is computed.
+    pub layer_groups: u32,
     /// How long the engine may take until it serves.
     pub start_timeout: Duration,
     /// Step times (JSON) to begin with.

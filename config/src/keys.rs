@@ -340,6 +340,9 @@ keys! {
         kv_bytes_per_token => kv_bytes_per_token: TokenBytes = ByDefault;
         /// Tensor parallel ranks: each hands over its part of the KV heads, of which there are 4.
         tensor_parallel => tensor_parallel: Count = ByDefault;
+        /// A step's blocks leave in so many layer groups, one after the other, while the step is computed. The
+        /// same on all workers that hand over to each other.
+        layer_groups => layer_groups: Count = ByDefault;
         /// Blocks of the KV cache.
         kv_blocks => kv_blocks: Count = ByDefault;
         /// Requests that run at once.
@@ -377,6 +380,10 @@ keys! {
         /// The engines hand over by themselves (NixlConnector and its kin): Baton only relays their
         /// kv_transfer_params. Excludes connector_socket.
         engine_handoff => engine_handoff: Flag = ByDefault;
+        /// A step's blocks leave in so many layer groups, one after the other, while the step is computed: for long
+        /// prompts that few steps compute, over links that take about as long. A divisor of the model's layers, and
+        /// the same on all workers that hand over to each other. Needs connector_socket.
+        layer_groups => layer_groups: Count = ByDefault;
         /// How long the engine may take until it serves.
         start_timeout_seconds => start_timeout: Seconds = ByDefault;
         /// Step times (JSON, as `baton profile` writes them) to begin with; from then on they are
@@ -405,6 +412,7 @@ pub(crate) struct VllmKeys {
     pub(crate) environment: BTreeMap<String, String>,
     pub(crate) connector_socket: Option<PathBuf>,
     pub(crate) engine_handoff: bool,
+    pub(crate) layer_groups: u32,
     pub(crate) start_timeout: Duration,
     pub(crate) profile: Option<PathBuf>,
 }
@@ -418,6 +426,7 @@ impl Default for VllmKeys {
             environment: BTreeMap::new(),
             connector_socket: None,
             engine_handoff: false,
+            layer_groups: 1,
             start_timeout: Duration::from_secs(600),
             profile: None,
         }
@@ -433,6 +442,7 @@ impl From<&EngineConfig> for EngineKeys {
         let mut keys = VllmKeys {
             connector_socket: vllm.connector_socket.clone(),
             engine_handoff: vllm.engine_handoff,
+            layer_groups: vllm.layer_groups,
             start_timeout: vllm.start_timeout,
             profile: vllm.profile.clone(),
             ..VllmKeys::default()
@@ -465,6 +475,13 @@ impl VllmKeys {
             (Some(_), None) if !self.environment.is_empty() => {
                 ("environment", "belongs to command, not to url")
             }
+            (Some(_), None) if self.layer_groups > 1 => (
+                "layer_groups",
+                "belongs to command, not to url: a running vLLM has it in its kv_connector_extra_config",
+            ),
+            _ if self.layer_groups > 1 && self.connector_socket.is_none() => {
+                ("layer_groups", "needs connector_socket: our connector makes the groups")
+            }
             _ if self.engine_handoff && self.connector_socket.is_some() => {
                 ("connector_socket", "excludes engine_handoff: only one of them moves the KV")
             }
@@ -491,6 +508,7 @@ impl From<EngineKeys> for Option<EngineConfig> {
             source,
             connector_socket: keys.connector_socket,
             engine_handoff: keys.engine_handoff,
+            layer_groups: keys.layer_groups,
             start_timeout: keys.start_timeout,
             profile: keys.profile,
         }))

@@ -209,8 +209,10 @@ pub(crate) fn whole_engine(
             }
         }
         EngineKeys::Sim(sim) => {
-            let block =
-                u64::from(sim.block_size_tokens).saturating_mul(u64::from(sim.kv_bytes_per_token));
+            // Of one layer group: that is what a slot holds.
+            let block = u64::from(sim.block_size_tokens)
+                .saturating_mul(u64::from(sim.kv_bytes_per_token))
+                / u64::from(sim.layer_groups.max(1));
             let rooms =
                 [("export_bytes", arena.export_bytes), ("import_bytes", arena.import_bytes)];
             for (key, room) in rooms.into_iter().filter(|(_, room)| *room < block) {

@@ -240,6 +240,15 @@ fn engines_that_contradict_themselves() {
         worker("far", "url = 'http://gpu-3:8100'"),
         worker("no-url", "url = 'unix:/run/vllm.sock'"),
         worker("sim-key", "url = 'http://127.0.0.1:6', time_scale = 0"),
+        worker(
+            "url-groups",
+            "url = 'http://127.0.0.1:7', connector_socket = 't', layer_groups = 2",
+        ),
+        worker("no-connector", "command = ['vllm'], port = 8, layer_groups = 2"),
+        worker(
+            "no-groups",
+            "command = ['vllm'], port = 9, connector_socket = 'u', layer_groups = 0",
+        ),
     ]
     .concat();
     assert_errors(
@@ -254,6 +263,9 @@ baton.toml:27: worker[5].engine.connector_socket: excludes engine_handoff: only 
 baton.toml:31: worker[6].engine.url: 'http://gpu-3:8100' is no loopback address: run the worker beside its engine, or set insecure_plaintext = true in a network that you trust
 baton.toml:35: worker[7].engine.url: 'unix:/run/vllm.sock' is not a URL http://HOST:PORT, such as "http://127.0.0.1:8100"
 baton.toml:39: worker[8].engine.time_scale: belongs to kind = "sim"; this engine's kind is "vllm"
+baton.toml:43: worker[9].engine.layer_groups: belongs to command, not to url: a running vLLM has it in its kv_connector_extra_config
+baton.toml:47: worker[10].engine.layer_groups: needs connector_socket: our connector makes the groups
+baton.toml:51: worker[11].engine.layer_groups: 0 is not a whole number from 1 to 4294967295
 "#,
     );
 }

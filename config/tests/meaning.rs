@@ -123,6 +123,7 @@ fn what_the_sample_shows_as_default_is_the_default() {
         },
         connector_socket: None,
         engine_handoff: false,
+        layer_groups: 1,
         start_timeout: Duration::from_secs(600),
         profile: None,
     });
@@ -249,13 +250,17 @@ fn engine() -> impl Strategy<Value = EngineConfig> {
     let command = (prop::collection::vec(word(), 1..4), environment)
         .prop_map(|(command, e)| VllmSource::Command { command, environment: e, port: 8100 });
     let source = prop_oneof![Just(VllmSource::Url("http://127.0.0.1:8100".into())), command];
-    let vllm = (source, word(), any::<bool>()).prop_map(|(source, socket, engine_handoff)| {
+    let groups = 1..9_u32;
+    let vllm = (source, word(), any::<bool>(), groups).prop_map(|(source, socket, own, groups)| {
+        let engine_handoff = own;
+        let is_ours = !own && matches!(source, VllmSource::Command { .. });
         let socket = (!engine_handoff).then(|| Path::new("/run").join(socket));
         let start_timeout = Duration::from_millis(1500);
         EngineConfig::Vllm(VllmConfig {
             source,
             connector_socket: socket,
             engine_handoff,
+            layer_groups: if is_ours { groups } else { 1 },
             start_timeout,
             profile: None,
         })

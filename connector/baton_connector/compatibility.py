@@ -70,6 +70,24 @@ def socket_path(config: "VllmConfig") -> str:
     return socket
 
 
+def layer_groups(config: "VllmConfig") -> int:
+    """In which a step's blocks leave, one after the other."""
+    assert config.kv_transfer_config is not None
+    groups = config.kv_transfer_config.get_from_extra_config("layer_groups", 1)
+    if type(groups) is not int or groups < 1:
+        raise Unsupported(
+            f'"layer_groups" in kv_connector_extra_config is {groups!r}: it must be a number from 1 up'
+        )
+    return groups
+
+
+def layers_come_once(config: "VllmConfig") -> bool:
+    """Whether a layer's KV of a step is complete when vLLM calls ``save_kv_layer`` for it: neither
+    half a batch before the other, nor once more for drafted tokens. Else groups leave after the
+    step."""
+    return config.speculative_config is None and not config.parallel_config.use_ubatching
+
+
 def describe(config: "VllmConfig", cache: PagedCache, rank: int) -> dict[str, Any]:
     cache_dtype = config.cache_config.cache_dtype
     return {
@@ -78,6 +96,7 @@ def describe(config: "VllmConfig", cache: PagedCache, rank: int) -> dict[str, An
         "kv_dtype": cache.dtype if cache_dtype == "auto" else cache_dtype,
         "kv_layout": cache.description,
         "block_size_tokens": config.cache_config.block_size,
+        "layer_groups": cache.layer_groups,
         "block_bytes": cache.block_bytes,
         "tensor_parallel_rank": rank,
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size,

@@ -14,7 +14,14 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from .compatibility import attention_backend, describe, require_supported, socket_path
+from .compatibility import (
+    attention_backend,
+    describe,
+    layer_groups,
+    layers_come_once,
+    require_supported,
+    socket_path,
+)
 from .layout import PagedCache
 from .link import Link
 from .plan import StepPlan, WorkerReport
@@ -48,15 +55,19 @@ class BatonConnector(KVConnectorBase_V1):
         require_supported(vllm_config, kv_cache_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._by_layer = False
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(vllm_config.cache_config.block_size)
+            groups = layer_groups(vllm_config)
+            self._scheduler = SchedulerSide(vllm_config.cache_config.block_size, groups)
 
     # In the worker process.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         config = self._vllm_config
         backend = attention_backend(config, list(kv_caches))
-        cache = PagedCache(kv_caches, self._kv_cache_config.num_blocks, backend)
+        groups = layer_groups(config)
+        cache = PagedCache(kv_caches, self._kv_cache_config.num_blocks, backend, groups)
+        self._by_layer = groups > 1 and layers_come_once(config)
         rank = get_tensor_model_parallel_rank()
         hello = {
             "connector_version": __version__,
@@ -88,7 +99,12 @@ class BatonConnector(KVConnectorBase_V1):
         attn_metadata: "AttentionMetadata",
         **kwargs: Any,
     ) -> None:
-        """Nothing: blocks are exported with all their layers."""
+        """A step that runs as one CUDA graph calls nobody here: then all layer groups leave after it.
+        That is why :meth:`requires_piecewise_for_cudagraph` stays what it is, ``False``."""
+        if self._by_layer:
+            plan = self._get_connector_metadata()
+            assert isinstance(plan, StepPlan) and self._worker is not None
+            self._worker.layer_computed(plan, layer_name)
 
     def wait_for_save(self) -> None:
         plan = self._get_connector_metadata()

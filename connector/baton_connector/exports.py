@@ -1,8 +1,11 @@
 """The producing half in a worker process: blocks on their way from the paged cache into the arena.
 
-Blocks are copied right after the forward that completed them, so vLLM may free them at once. Only
-where export slots ran out do they wait here, and then vLLM holds them: see ``Export.last_chance``
-and ``ExportEnd.held``.
+Blocks are copied right after the forward that completed them, or each layer group of them while the
+forward computes the next, so vLLM may free them at once. Only where export slots ran out do they wait
+here, and then vLLM holds them: see ``Export.last_chance`` and ``ExportEnd.held``.
+
+Of several layer groups, group ``g`` of the prompt's block ``b`` goes by the index ``b * groups + g``,
+as a block of its own. Those of each group are exported in their order.
 """
 
 from collections import deque
@@ -26,9 +29,10 @@ Later = Callable[[Callable[[], None]], None]
 @dataclass(slots=True)
 class _Exporting:
     key: HandoffKey
-    next_index: int = 0
-    """Blocks before it are exported or pending."""
-    pending: deque[tuple[int, int]] = field(default_factory=deque)
+    next_block: list[int]
+    """Of each layer group: the prompt's blocks before it are exported or pending."""
+    pending: deque[tuple[int, int, int]] = field(default_factory=deque)
+    """Each as (position in the prompt, layer group, block id)."""
     seal: Seal | None = None
     sealed: bool = False
     void: bool = False
@@ -71,9 +75,9 @@ class Exports:
 
     def withdraw(self, req_id: str) -> None:
         if exporting := self._exporting.get(req_id):
-            if exporting.pending:
-                exporting.next_index = exporting.pending[0][0]
-                exporting.pending.clear()
+            while exporting.pending:
+                position, group, _ = exporting.pending.pop()
+                exporting.next_block[group] = position
             if not exporting.sealed:
                 exporting.seal = None
             exporting.last_chance = False
@@ -91,22 +95,29 @@ class Exports:
         else:
             self._exporting.pop(end.req_id, None)
 
-    def add(self, export: Export) -> None:
+    def add(self, export: Export, group: int) -> None:
+        """This layer group of the blocks is computed."""
         exporting = self._exporting.get(export.req_id)
         if exporting is None:
-            exporting = self._exporting[export.req_id] = _Exporting(export.key)
+            nothing = [0] * self._cache.layer_groups
+            exporting = self._exporting[export.req_id] = _Exporting(export.key, nothing)
             if export.key in self._cancelled:
                 exporting.void = exporting.told = True
             elif self._arena is None:
                 exporting.void = True
         if exporting.void or exporting.sealed:
             return
-        for index, block_id in export.blocks:
-            if index >= exporting.next_index:
-                exporting.pending.append((index, block_id))
-                exporting.next_index = index + 1
-        exporting.seal = export.seal
-        exporting.last_chance = export.last_chance
+        for position, block_id in export.blocks:
+            if position >= exporting.next_block[group]:
+                exporting.pending.append((position, group, block_id))
+                exporting.next_block[group] = position + 1
+
+    def close(self, export: Export) -> None:
+        """All layer groups of the blocks are computed."""
+        exporting = self._exporting.get(export.req_id)
+        if exporting is not None and not (exporting.void or exporting.sealed):
+            exporting.seal = export.seal
+            exporting.last_chance = export.last_chance
 
     def release(self, slots: list[Any]) -> None:
         for slot in slots:
@@ -152,8 +163,9 @@ class Exports:
         copied = []
         with self._copier.batch():
             while exporting.pending and (slot := self._slots.take(exporting.key)) is not None:
-                index, block_id = exporting.pending.popleft()
-                self._cache.copy_out(block_id, self._arena.slot(slot))
+                position, group, block_id = exporting.pending.popleft()
+                self._cache.copy_out(block_id, self._arena.slot(slot), group)
+                index = position * self._cache.layer_groups + group
                 copied.append({"index": index, "slot": slot})
         if copied:
             self._later(lambda: self._send("exported", exporting.key, {"blocks": copied}))

@@ -40,6 +40,7 @@ class _Load:
     first_block: int
     block_ids: list[int]
     missing: set[int] = field(default_factory=set)
+    """Counted from the first that is not cached, each layer group for itself."""
     in_flight: int = 0
     spoiled: bool = False
     """What lay in the arena was not what the worker verified: the worker is about to fail it."""
@@ -76,7 +77,7 @@ class Loads:
 
     def subscribe(self, plan: Subscribe) -> None:
         load = _Load(plan.req_id, plan.key, plan.first_block, plan.block_ids)
-        load.missing = set(range(len(plan.block_ids)))
+        load.missing = set(range(len(plan.block_ids) * self._cache.layer_groups))
         self._by_request[plan.req_id] = load
         if plan.key is None:
             self._fail(load, "it names no handoff that could be loaded")
@@ -87,7 +88,7 @@ class Loads:
             fields = {
                 "prompt_tokens": plan.prompt_tokens,
                 "prompt_digest": plan.prompt_digest,
-                "first_block": plan.first_block,
+                "first_block": plan.first_block * self._cache.layer_groups,
             }
             self._send("subscribe", plan.key, fields)
 
@@ -162,17 +163,19 @@ class Loads:
         if load.spoiled:
             return
         with self._copier.batch():
+            groups = self._cache.layer_groups
             for block, view in zip(blocks, views):
                 index = block["index"]
-                position = index - load.first_block if type(index) is int else -1
-                if view is None or not 0 <= position < len(load.block_ids):
+                position = index - load.first_block * groups if type(index) is int else -1
+                if view is None or not 0 <= position < len(load.block_ids) * groups:
                     self._fail(load, "the worker sent a block that does not belong to it")
                     return
                 if zlib.crc32(view.numpy()) != block["crc32"]:
                     load.spoiled = True
                     self._send("corrupt", load.key, {"index": index})
                     return
-                self._cache.copy_in(view, load.block_ids[position])
+                at, group = divmod(position, groups)
+                self._cache.copy_in(view, load.block_ids[at], group)
                 load.missing.discard(position)
 
     def _loaded(

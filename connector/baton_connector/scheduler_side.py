@@ -69,8 +69,9 @@ class _Claim:
 
 
 class SchedulerSide:
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, layer_groups: int = 1) -> None:
         self._block_size = block_size
+        self._layer_groups = layer_groups
         self._producers: dict[str, _Producer] = {}
         self._consumers: dict[str, _Consumer] = {}
         self._claims: OrderedDict[HandoffKey, _Claim] = OrderedDict()
@@ -217,7 +218,7 @@ class SchedulerSide:
         if not blocks:
             return
         producer.announced_blocks = ready
-        self._slots.planned(plan.seq, len(blocks))
+        self._slots.planned(plan.seq, len(blocks) * self._layer_groups)
         seal = None
         if complete:
             producer.sealed = True
@@ -273,8 +274,8 @@ class _SlotForecast:
         self._free = 0
         self._planned: deque[tuple[int, int]] = deque()
 
-    def planned(self, seq: int, blocks: int) -> None:
-        self._planned.append((seq, blocks))
+    def planned(self, seq: int, slots: int) -> None:
+        self._planned.append((seq, slots))
 
     def reported(self, report: WorkerReport) -> None:
         self._free = report.free_slots
@@ -282,4 +283,4 @@ class _SlotForecast:
             self._planned.popleft()
 
     def suffice(self) -> bool:
-        return sum(blocks for _, blocks in self._planned) <= self._free
+        return sum(slots for _, slots in self._planned) <= self._free

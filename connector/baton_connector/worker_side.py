@@ -1,10 +1,15 @@
 """The half of the connector in a worker process: it owns the link and does all copying.
 
-vLLM's calls in each step, empty ones too: ``handle_preemptions`` before the forward; after it
-``wait_for_save``, ``get_transfer_results`` and ``build_connector_worker_meta`` (with speculative
-decoding ``wait_for_save`` comes last). All run on the model's thread; the link's thread only fills
-an inbox.
+vLLM's calls in each step, empty ones too: ``handle_preemptions`` before the forward; where blocks
+leave layer group by layer group, ``save_kv_layer`` after each layer's attention, unless the step runs
+as one CUDA graph; after the forward ``wait_for_save``, ``get_transfer_results`` and
+``build_connector_worker_meta`` (with speculative decoding ``wait_for_save`` comes last). All run on the
+model's thread; the link's thread only fills an inbox. On a GPU the model's thread is far ahead of the
+model: there another thread waits for the copies of a layer group and tells of them when they end.
 """
+
+import queue
+import threading
 
 from collections import deque
 from collections.abc import Callable
@@ -26,23 +31,81 @@ logger = init_logger("vllm.baton_connector.worker")
 
 class WorkerSide:
     def __init__(self, cache: PagedCache, link: Link) -> None:
+        self._cache = cache
         self._link = link
+        self._lock = threading.RLock()
         self._copier = Copier(cache.device)
         self._pins_arena = cache.device.type == "cuda"
         self._connection: Connection | None = None
         self._begun_seq = 0
         self._done_seq = 0
+        self._layers_left: list[set[str]] = []
+        """Of each layer group those that the present step has not computed yet."""
+        self._groups_left: set[int] = set()
         self._unfinished: deque[tuple[Ticket, Callable[[], None]]] = deque()
+        self._awaited: queue.SimpleQueue[Ticket | None] | None = None
         self._exports = Exports(cache, self._copier, self._send, self._later)
         self._peers = Peers(self._pins_arena, self._tell)
         self._loads = Loads(cache, self._copier, self._peers, self._send, self._later)
 
     def before_forward(self, plan: StepPlan) -> None:
         """Takes up what needs no forward, so that a consumer does not wait for others' prefill."""
-        self._copier.fence()
-        if plan.seq <= self._begun_seq:
+        with self._lock:
+            self._copier.fence()
+            if plan.seq > self._begun_seq:
+                self._begin(plan)
+
+    def layer_computed(self, plan: StepPlan, layer: str) -> None:
+        """Exports the layer's group, if it was the last of it."""
+        group = self._cache.group_of.get(layer)
+        if group is None or plan.seq != self._begun_seq or group not in self._groups_left:
             return
+        self._layers_left[group].discard(layer)
+        if self._layers_left[group] or not plan.exports:
+            return
+        with self._lock:
+            self._take_messages()
+            self._group_computed(plan, group)
+            self._exports.pump()
+            self._finish_copies()
+
+    def after_forward(self, plan: StepPlan) -> None:
+        with self._lock:
+            self.before_forward(plan)
+            if plan.seq > self._done_seq:
+                for group in sorted(self._groups_left):
+                    self._group_computed(plan, group)
+                for export in plan.exports:
+                    self._exports.close(export)
+                self._done_seq = plan.seq
+            self._take_messages()
+            self._exports.pump()
+            self._finish_copies()
+
+    def results(self) -> KVConnectorTransferResults:
+        with self._lock:
+            received, failed = self._loads.take_received()
+            sent = self._exports.take_sent()
+        return KVConnectorTransferResults(
+            finished_sending=sent, finished_recving=received, failed_recving=failed
+        )
+
+    def report(self) -> WorkerReport:
+        with self._lock:
+            return WorkerReport(self._done_seq, self._exports.free_slots)
+
+    def stop(self) -> None:
+        self._link.stop()
+        self._copier.drain()
+        if self._awaited is not None:
+            self._awaited.put(None)
+
+    def _begin(self, plan: StepPlan) -> None:
         self._begun_seq = plan.seq
+        self._groups_left = set(range(self._cache.layer_groups))
+        self._layers_left = [set() for _ in self._groups_left]
+        for layer, group in self._cache.group_of.items():
+            self._layers_left[group].add(layer)
         # First what has come and been given up: the blocks of either may be another's in this plan.
         for req_id in plan.withdrawn:
             self._exports.withdraw(req_id)
@@ -56,30 +119,10 @@ class WorkerSide:
         for subscribe in plan.subscribes:
             self._loads.subscribe(subscribe)
 
-    def after_forward(self, plan: StepPlan) -> None:
-        self.before_forward(plan)
-        if plan.seq > self._done_seq:
-            for export in plan.exports:
-                self._exports.add(export)
-            self._done_seq = plan.seq
-        self._take_messages()
-        self._exports.pump()
-        self._finish_copies()
-
-    def results(self) -> KVConnectorTransferResults:
-        received, failed = self._loads.take_received()
-        return KVConnectorTransferResults(
-            finished_sending=self._exports.take_sent(),
-            finished_recving=received,
-            failed_recving=failed,
-        )
-
-    def report(self) -> WorkerReport:
-        return WorkerReport(self._done_seq, self._exports.free_slots)
-
-    def stop(self) -> None:
-        self._link.stop()
-        self._copier.drain()
+    def _group_computed(self, plan: StepPlan, group: int) -> None:
+        self._groups_left.discard(group)
+        for export in plan.exports:
+            self._exports.add(export, group)
 
     def _take_messages(self) -> None:
         for event in self._link.drain():
@@ -139,8 +182,23 @@ class WorkerSide:
             self._connection.send(message)
 
     def _later(self, what: Callable[[], None]) -> None:
-        self._unfinished.append((self._copier.ticket(), what))
+        ticket = self._copier.ticket()
+        self._unfinished.append((ticket, what))
+        # Of whole steps the model's own thread tells soon enough.
+        if self._copier.is_asynchronous and self._cache.layer_groups > 1:
+            if self._awaited is None:
+                self._awaited = queue.SimpleQueue()
+                thread = threading.Thread(target=self._await_copies, args=(self._awaited,))
+                thread.name, thread.daemon = "baton-copies", True
+                thread.start()
+            self._awaited.put(ticket)
+
+    def _await_copies(self, awaited: "queue.SimpleQueue[Ticket | None]") -> None:
+        while (ticket := awaited.get()) is not None:
+            ticket.synchronize()
+            with self._lock:
+                self._finish_copies()
 
     def _finish_copies(self) -> None:
-        while self._unfinished and self._unfinished[0][0]():
+        while self._unfinished and self._unfinished[0][0].query():
             self._unfinished.popleft()[1]()

@@ -318,10 +318,9 @@ class Agent:
 
     def _outstanding(self, handoff: Handoff) -> bool:
         assert handoff.subscribed is not None and handoff.sealed is not None
-        block_size = self.hello["compatibility"]["block_size_tokens"]
-        count = -(-handoff.sealed["prompt_tokens"] // block_size)
         if self._peer_slot_of:
             return True
-        return len(self._free_import) < self.import_slots or not set(
-            range(handoff.subscribed["first_block"], count)
-        ) <= set(handoff.blocks)
+        compatibility = self.hello["compatibility"]
+        blocks = -(-handoff.sealed["prompt_tokens"] // compatibility["block_size_tokens"])
+        indices = range(handoff.subscribed["first_block"], blocks * compatibility["layer_groups"])
+        return len(self._free_import) < self.import_slots or not set(indices) <= set(handoff.blocks)

@@ -17,6 +17,8 @@ needs_vllm = pytest.mark.skipif(
     not (VLLM and MODEL), reason="BATON_VLLM and BATON_MODEL are not set: no real vLLM to test with"
 )
 
+LAYER_GROUPS = 2
+"""In which its blocks are handed over."""
 START_SECONDS = 300.0
 ANSWER_SECONDS = 120.0
 
@@ -36,7 +38,10 @@ class Engine:
             "kv_connector_module_path": "baton_connector",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "fail",
-            "kv_connector_extra_config": {"socket": agent_socket},
+            "kv_connector_extra_config": {
+                "socket": agent_socket,
+                "layer_groups": LAYER_GROUPS,
+            },
         }
         command = [
             *(f"{vllm}/bin/vllm", "serve", model, "--served-model-name", "model"),

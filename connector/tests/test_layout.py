@@ -114,3 +114,35 @@ def test_the_heads_of_a_rank_lie_where_it_is_told(order) -> None:
         cache.copy_out(2, own)
         assert torch.equal(own, cut(engine.heads(4), slot, 2 * rank, 2))
         assert cache.heads(4) == engine.heads(4).replace("h4", "h2")
+
+
+@pytest.mark.parametrize("make", [interleaved, pages_side_by_side])
+def test_layer_groups_are_parts_of_a_block(make) -> None:
+    layers = make()
+    whole, halves = PagedCache(layers, BLOCKS, "B"), PagedCache(layers, BLOCKS, "B", 2)
+    assert 2 * halves.block_bytes == whole.block_bytes
+    assert halves.group_of == {"l0": 0, "l1": 1}
+    assert halves.description == whole.description
+    assert halves.heads(3) == whole.heads(3).replace("/2*", "/1*")
+    block = torch.zeros(whole.block_bytes, dtype=torch.uint8)
+    parts = torch.zeros(whole.block_bytes, dtype=torch.uint8)
+    whole.copy_out(1, block)
+    for group, part in enumerate(parts.split(halves.block_bytes)):
+        halves.copy_out(1, part, group)
+    assert torch.equal(block, parts)
+    halves.copy_in(parts[halves.block_bytes :], 3, 1)
+    assert torch.equal(layers["l1"][3], layers["l1"][1])
+    assert not torch.equal(layers["l0"][3], layers["l0"][1])
+
+
+def test_layers_that_groups_cannot_share_evenly_are_refused() -> None:
+    with pytest.raises(LayoutError, match="has 2 layers, which 3 layer groups"):
+        PagedCache(interleaved(), BLOCKS, "B", 3)
+    layers = interleaved()
+    layers["l1"] = layers["l1"][:, :1].contiguous()
+    with pytest.raises(LayoutError, match="unlike sizes"):
+        PagedCache(layers, BLOCKS, "B", 2)
+    # Alike in size and not in order: whole blocks may pass, heads cannot be told apart.
+    layers["l1"] = torch.zeros(BLOCKS, TOKENS, HEADS, WIDTH).permute(0, 2, 1, 3)
+    assert PagedCache(layers, BLOCKS, "B", 2).heads(3) == ""
+    assert PagedCache(layers, BLOCKS, "B").heads(3) != ""

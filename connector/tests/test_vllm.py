@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from agent import PEER, Agent
-from engine import MODEL, Engine, needs_vllm, status_of
+from engine import LAYER_GROUPS, MODEL, Engine, needs_vllm, status_of
 from legs import (
     EXTERNAL_HITS,
     PATIENCE_SECONDS,
@@ -38,11 +38,33 @@ def test_the_hello_says_what_the_engine_is(engine: Engine, agent: Agent) -> None
     assert compatibility["model"] == os.path.basename(os.path.abspath(MODEL or ""))
     assert compatibility["kv_dtype"] == "float32"
     assert compatibility["block_size_tokens"] == BLOCK
-    assert compatibility["block_bytes"] == 30 * 3 * BLOCK * 128 * 4
+    assert compatibility["layer_groups"] == LAYER_GROUPS
+    assert compatibility["block_bytes"] == 30 // LAYER_GROUPS * 3 * BLOCK * 128 * 4
     assert compatibility["kv_layout"].endswith(f"30*3x{BLOCK}x128@{BLOCK * 128}.128.1")
-    assert compatibility["kv_heads"].endswith(f"/3/30*h3.{BLOCK * 128 * 4}")
+    assert compatibility["kv_heads"].endswith(
+        f"/3/{30 // LAYER_GROUPS}*h3.{BLOCK * 128 * 4}"
+    )
     assert len(compatibility["revision"]) == 64
     assert (compatibility["tensor_parallel_rank"], compatibility["tensor_parallel_size"]) == (0, 1)
+
+
+def indices(first: int, end: int) -> range:
+    """Of the prompt's blocks from one to before another, in all layer groups."""
+    return range(first * LAYER_GROUPS, end * LAYER_GROUPS)
+
+
+def test_a_layer_group_leaves_before_the_next_is_computed(engine: Engine, agent: Agent) -> None:
+    """What was computed when a message was sent is all in that message: of what leaves after the step
+    there is one alone."""
+    key = new_key()
+    engine.reset_prefix_cache()
+    produce(engine, agent, prompt_of(1100, seed=40), key)
+    told = [[block["index"] for block in m["blocks"]] for m in agent.seen("exported", key)]
+    by_step = []
+    for first, end in ((0, 16), (16, 32), (32, 35)):
+        groups = [list(indices(first, end))[group::LAYER_GROUPS] for group in range(LAYER_GROUPS)]
+        by_step += groups
+    assert told == by_step, "three steps of 512 tokens"
 
 
 @pytest.fixture
@@ -69,7 +91,7 @@ def test_a_handoff_from_where_its_blocks_lie_answers_as_an_aggregated_request(
     split = consume(engine, prompt, key, logprobs=1)
     assert tokens_of(split) == tokens_of(aggregated) and same_logprobs(split, aggregated)
     loaded = [index for message in agent.seen("loaded_mapped", key) for index in message["indices"]]
-    assert sorted(loaded) == list(range(-(-length // BLOCK)))
+    assert sorted(loaded) == list(indices(0, -(-length // BLOCK)))
     assert not agent.seen("loaded", key) and not agent.seen("corrupt", key)
 
 
@@ -83,7 +105,7 @@ def test_a_handoff_answers_as_an_aggregated_request(
     engine.reset_prefix_cache()
     sealed = produce(engine, agent, prompt, key)
     assert (sealed["prompt_tokens"], sealed["cached_tokens"]) == (length, 0)
-    assert sorted(agent.handoff(key).blocks) == list(range(-(-length // BLOCK)))
+    assert sorted(agent.handoff(key).blocks) == list(indices(0, -(-length // BLOCK)))
 
     engine.reset_prefix_cache()
     hits = engine.metric(EXTERNAL_HITS)
@@ -94,7 +116,7 @@ def test_a_handoff_answers_as_an_aggregated_request(
     usage = [a["usage"]["completion_tokens"] for a in (split, aggregated)]
     assert usage[0] == usage[1] and split["usage"]["prompt_tokens"] == length
     handoff = agent.handoff(key)
-    assert handoff.sent == set(range(-(-length // BLOCK)))
+    assert handoff.sent == set(indices(0, -(-length // BLOCK)))
     loaded = [slot for message in agent.seen("loaded", key) for slot in message["slots"]]
     assert len(loaded) == len(handoff.sent)
     assert not agent.seen("aborted", key)
@@ -134,8 +156,8 @@ def test_prefix_cached_blocks_are_exported_too(engine: Engine, agent: Agent) -> 
     produce(engine, agent, prompt, first)
     assert produce(engine, agent, prompt, second)["cached_tokens"] == 96
     exported = agent.handoff(second).blocks
-    assert {i: exported[i] for i in range(3)} == {
-        i: agent.handoff(first).blocks[i] for i in range(3)
+    assert {i: exported[i] for i in indices(0, 3)} == {
+        i: agent.handoff(first).blocks[i] for i in indices(0, 3)
     }
 
 
@@ -151,8 +173,8 @@ def test_a_second_turn_fetches_only_what_is_new(engine: Engine, agent: Agent) ->
     consume(engine, prompt, first, max_tokens=1)
     assert tokens_of(consume(engine, longer, second)) == tokens_of(aggregated)
     assert agent.handoff(first).subscribed["first_block"] == 0
-    assert agent.handoff(second).subscribed["first_block"] == 3
-    assert agent.handoff(second).sent == {3, 4}
+    assert agent.handoff(second).subscribed["first_block"] == 3 * LAYER_GROUPS
+    assert agent.handoff(second).sent == set(indices(3, 5))
 
 
 def test_a_cached_prefix_is_lent_and_found_where_it_is_loaded(engine: Engine, agent: Agent) -> None:
@@ -164,7 +186,7 @@ def test_a_cached_prefix_is_lent_and_found_where_it_is_loaded(engine: Engine, ag
     engine.complete(start, max_tokens=1, kv_transfer_params=params("lend", key))
     sealed = agent.wait(lambda: agent.handoff(key).sealed, "the seal")
     assert (sealed["prompt_tokens"], sealed["cached_tokens"]) == (len(start), 20 * BLOCK)
-    assert sorted(agent.handoff(key).blocks) == list(range(21))
+    assert sorted(agent.handoff(key).blocks) == list(indices(0, 21))
 
     engine.reset_prefix_cache()
     hits = engine.metric(EXTERNAL_HITS)
@@ -226,7 +248,7 @@ def test_more_blocks_than_export_slots(engine: Engine, agent: Agent) -> None:
     agent.handoff(key).kept = True
     engine.complete(prompt, max_tokens=1, kv_transfer_params=params("produce", key))
     assert agent.handoff(key).sealed is None
-    assert len(agent.handoff(key).blocks) == 48, "a quarter of 64 is kept for others"
+    assert len(agent.handoff(key).blocks) == 48, "a quarter of 64 slots is kept for others"
     agent.handoff(other_key).kept = True
     engine.complete(other, max_tokens=1, kv_transfer_params=params("produce", other_key))
     assert len(agent.handoff(other_key).blocks) == 1

@@ -1,9 +1,11 @@
 """The worker's half over a real socket and arena, with a cache of a few small blocks."""
 
 import os
+import threading
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -27,13 +29,13 @@ PATIENCE_SECONDS = 30.0
 class Fixture:
     """A worker's half that is stepped by hand."""
 
-    def __init__(self, **agent) -> None:
+    def __init__(self, layer_groups: int = 1, **agent) -> None:
         self.agent = Agent(**agent)
         generator = torch.Generator().manual_seed(0)
         self.layers = {
             f"l{i}": torch.rand((BLOCKS, 2, 4, 8), generator=generator) for i in range(3)
         }
-        self.cache = PagedCache(self.layers, BLOCKS)
+        self.cache = PagedCache(self.layers, BLOCKS, layer_groups=layer_groups)
         self.link = Link(self.agent.path, hello(self.cache), self.cache.block_bytes)
         self.link.start()
         self.worker = WorkerSide(self.cache, self.link)
@@ -63,9 +65,9 @@ class Fixture:
             self.step()
             time.sleep(0.001)
 
-    def block(self, block_id: int) -> bytes:
+    def block(self, block_id: int, group: int = 0) -> bytes:
         slot = torch.zeros(self.cache.block_bytes, dtype=torch.uint8)
-        self.cache.copy_out(block_id, slot)
+        self.cache.copy_out(block_id, slot, group)
         return bytes(slot.tolist())
 
     def tell(self, kind: str, name=NAME, **fields) -> None:
@@ -77,7 +79,13 @@ class Fixture:
 
 
 def hello(cache: PagedCache) -> dict:
-    return {"compatibility": {"block_bytes": cache.block_bytes, "block_size_tokens": 4}}
+    return {
+        "compatibility": {
+            "block_bytes": cache.block_bytes,
+            "block_size_tokens": 4,
+            "layer_groups": cache.layer_groups,
+        }
+    }
 
 
 @pytest.fixture
@@ -186,6 +194,146 @@ def test_a_cancel_may_come_before_the_first_block(fixture: Fixture) -> None:
     fixture.step(exports=[export([(0, 0)], req_id="z", key=KEY._replace(generation=9))])
     fixture.agent.wait(lambda: fixture.agent.seen("exported"), "another's block")
     assert [m["generation"] for m in fixture.agent.messages] == [9]
+
+
+# Layer group by layer group
+
+
+@pytest.fixture
+def in_groups() -> Iterator[Fixture]:
+    """Of three layers, each a group of its own."""
+    fixture = Fixture(layer_groups=3, export_slots=16, import_slots=4)
+    yield fixture
+    fixture.close()
+
+
+def indices(fixture: Fixture) -> list[list[int]]:
+    """As they were exported, message by message."""
+    return [[block["index"] for block in m["blocks"]] for m in fixture.agent.seen("exported")]
+
+
+def test_a_group_is_exported_before_the_step_ends(in_groups: Fixture) -> None:
+    fixture, agent = in_groups, in_groups.agent
+    plan = StepPlan(seq=1, exports=[export([(0, 5), (1, 2)], seal=SEAL, last_chance=True)])
+    fixture.worker.before_forward(plan)
+    for group, layer in enumerate(fixture.layers):
+        # What is computed later is not there yet: only the group's own pages may be read now.
+        later = [view for name, view in fixture.layers.items() if name > layer]
+        kept = [view.clone() for view in later]
+        for view in later:
+            view.zero_()
+        fixture.worker.layer_computed(plan, layer)
+        fixture.worker.layer_computed(plan, layer)
+        agent.wait(lambda: len(agent.seen("exported")) == group + 1, "the layer group")  # noqa: B023
+        for view, right in zip(later, kept):
+            view.copy_(right)
+        assert not agent.seen("sealed"), "the step has not ended"
+    fixture.worker.after_forward(plan)
+    fixture.told("sealed")
+    assert indices(fixture) == [[0, 3], [1, 4], [2, 5]]
+    size = fixture.cache.block_bytes
+    expected = {
+        i * 3 + group: fixture.block(b, group) for i, b in ((0, 5), (1, 2)) for group in range(3)
+    }
+    assert {i: b[:size] for i, b in agent.handoff(NAME).blocks.items()} == expected
+    assert fixture.worker.report().seq == 1
+
+
+def test_what_no_layer_told_of_leaves_after_the_step(in_groups: Fixture) -> None:
+    """As in a step that runs as one CUDA graph, and of layers that are none of the cache's."""
+    fixture = in_groups
+    fixture.seq = 1
+    plan = StepPlan(seq=fixture.seq, exports=[export([(0, 5)])])
+    fixture.worker.before_forward(plan)
+    fixture.worker.layer_computed(plan, "l1")
+    fixture.worker.layer_computed(plan, "unknown")
+    fixture.worker.after_forward(plan)
+    # Late for its step, and too early for the next.
+    fixture.worker.layer_computed(plan, "l0")
+    fixture.worker.layer_computed(StepPlan(seq=2, exports=plan.exports), "l0")
+    fixture.step(exports=[export([(1, 2)], seal=SEAL, last_chance=True)])
+    fixture.told("sealed")
+    assert indices(fixture) == [[1], [0, 2], [3, 4, 5]]
+
+
+def test_withdrawn_groups_come_again_from_where_they_stopped(in_groups: Fixture) -> None:
+    fixture = in_groups
+    fixture.agent.handoff(NAME).kept = True
+    # Twelve slots for one handoff: of the last group nothing but two blocks finds room.
+    fixture.step(exports=[export([(i, i) for i in range(5)])])
+    fixture.told("exported")
+    assert sum(map(len, indices(fixture))) == 12
+    fixture.step(withdrawn=["r"])
+    fixture.agent.release_all()
+    fixture.step_until(lambda: fixture.worker.report().free_slots == 12, "the slots")
+    moved = [(i, BLOCKS - 1 - i) for i in range(6)]
+    fixture.agent.handoff(NAME).kept = False
+    fixture.step(exports=[export(moved, seal=SEAL)])
+    fixture.told("sealed")
+    exported = [index for message in indices(fixture) for index in message]
+    assert sorted(exported) == list(range(18)), "each once"
+    for group in range(3):
+        of_group = [index for index in exported if index % 3 == group]
+        assert of_group == sorted(of_group)
+
+
+def test_loads_land_in_their_layer_group(in_groups: Fixture) -> None:
+    fixture, size = in_groups, in_groups.cache.block_bytes
+    start_load(fixture, [4, 9], first_block=3)
+    assert fixture.agent.seen("subscribe")[0]["first_block"] == 9
+    for index in (10, 9, 13, 11, 12):
+        give(fixture, index, 16, bytes([index]) * size)
+        loaded = len(fixture.agent.seen("loaded")) + 1
+        fixture.step_until(lambda: len(fixture.agent.seen("loaded")) == loaded, "it")  # noqa: B023
+    fixture.tell("complete")
+    fixture.step_until(lambda: fixture.received, "the end of the load")
+    assert fixture.failed == ["r"], "a group of the last block did not come"
+    for index in (9, 10, 11, 12, 13):
+        block_id = 4 if index < 12 else 9
+        assert fixture.block(block_id, index % 3) == bytes([index]) * size
+
+
+class SlowCopier:
+    """Copies as on a GPU: they end when they are let."""
+
+    is_asynchronous = True
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def ticket(self) -> "SlowCopier":
+        return self
+
+    def query(self) -> bool:
+        return self.ended.is_set()
+
+    def synchronize(self) -> None:
+        self.ended.wait(PATIENCE_SECONDS)
+
+    def fence(self) -> None:
+        pass
+
+    def drain(self) -> None:
+        self.ended.set()
+
+
+def test_copies_are_told_of_when_they_end_and_not_at_the_next_step() -> None:
+    fixture = Fixture(layer_groups=3, export_slots=16, import_slots=4)
+    copier = SlowCopier()
+    fixture.worker._copier = fixture.worker._exports._copier = copier  # type: ignore[assignment]
+    plan = StepPlan(seq=1, exports=[export([(0, 5)], seal=SEAL, last_chance=True)])
+    fixture.worker.before_forward(plan)
+    for layer in fixture.layers:
+        fixture.worker.layer_computed(plan, layer)
+    fixture.worker.after_forward(plan)
+    assert not fixture.agent.messages, "they are still on their way"
+    copier.ended.set()
+    fixture.told("sealed")
+    assert indices(fixture) == [[0], [1], [2]]
+    fixture.close()
 
 
 # Consuming
@@ -470,7 +618,9 @@ def test_an_engine_that_is_refused_does_not_start() -> None:
 
 def test_an_arena_with_slots_too_small_is_refused() -> None:
     agent = Agent()
-    small = {"compatibility": {"block_bytes": 4096, "block_size_tokens": 4}}
+    small = {
+        "compatibility": {"block_bytes": 4096, "block_size_tokens": 4, "layer_groups": 1}
+    }
     with pytest.raises(ArenaError, match="cannot hold"):
         Link(agent.path, small, block_bytes=4097).start()
     agent.close()

@@ -15,6 +15,9 @@ use tokio::sync::mpsc;
 /// Of an engine with tensor parallelism each rank does all of this for its own part of each block, in slots
 /// of its own ([`baton_arena::ArenaLayout::of_rank`]). All are told the same of a handoff, and it is complete
 /// for none before it is for all.
+///
+/// An engine of several layer groups ([`Compatibility::layer_groups`]) hands each block over as so many blocks, one
+/// for each group. Wherever a block goes by an index here, it is that of such a block: `b · layer_groups + g`.
 #[derive(Debug)]
 pub struct KvPort {
     /// Of the first rank; the others differ from it in their number alone.
@@ -41,10 +44,10 @@ impl RankPort {
     }
 }
 
-/// One whole block of KV, all layers together, in a slot of the arena.
+/// One block of KV, all layers of its group together, in a slot of the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockInSlot {
-    /// Position in the prompt: block `index` holds tokens `index * block_size_tokens ..`.
+    /// Position in the prompt: block `index` holds tokens `index / layer_groups * block_size_tokens ..`.
     pub index: u32,
     pub slot: Slot,
 }
@@ -81,7 +84,7 @@ impl BlockToLoad {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum FromEngine {
-    /// Producer: these blocks are computed and lie in the arena.
+    /// Producer: these blocks are computed and lie in the arena. Those of each layer group come in their order.
     Exported { handoff: HandoffId, generation: Generation, blocks: Vec<BlockInSlot> },
     /// Producer: that was all of the prompt.
     Sealed {
@@ -100,7 +103,7 @@ pub enum FromEngine {
         prompt_tokens: u32,
         #[serde(with = "hex_digest")]
         prompt_digest: PromptDigest,
-        /// Blocks before it are in the engine's own prefix cache.
+        /// Blocks before it, of all layer groups, are in the engine's own prefix cache.
         first_block: u32,
     },
     /// Consumer: holds the whole prompt already; nothing need be sent.

@@ -28,15 +28,21 @@ struct Engines {
 
 /// Small enough that blocks, slots, seats and steps all run short at times.
 async fn engines(export_slots: u64, import_slots: u64) -> Engines {
-    engines_by(Way::Copied, export_slots, import_slots).await
+    engines_by(Way::Copied, 1, export_slots, import_slots).await
 }
 
-async fn engines_by(way: Way, export_slots: u64, import_slots: u64) -> Engines {
+async fn engines_of_groups(layer_groups: u32, export_slots: u64, import_slots: u64) -> Engines {
+    engines_by(Way::Copied, layer_groups, export_slots, import_slots).await
+}
+
+/// Whose blocks are handed over in so many layer groups. Slots are those of a whole block.
+async fn engines_by(way: Way, layer_groups: u32, export_slots: u64, import_slots: u64) -> Engines {
     let directory = tempfile::tempdir().unwrap();
     let config = SimConfig {
         max_model_tokens: 512,
         block_size_tokens: BLOCK_TOKENS,
         kv_bytes_per_token: 64,
+        layer_groups,
         kv_blocks: 128,
         max_seqs: 6,
         max_step_tokens: STEP_TOKENS,
@@ -120,12 +126,48 @@ async fn failures_are_told() {
     a_failed_handoff_is_a_500(&engines(16, 16).await.pair).await;
 }
 
+#[tokio::test]
+async fn answers_are_equal_at_every_edge_layer_group_by_layer_group() {
+    for groups in [2, 16] {
+        let Engines { pair, .. } = &engines_of_groups(groups, 16, 16).await;
+        let prompts = edge_prompts(&pair.vocabulary, BLOCK_TOKENS, STEP_TOKENS);
+        handed_over_equals_aggregated(pair, prompts, 1).await;
+    }
+}
+
+#[tokio::test]
+async fn hundreds_of_answers_are_equal_layer_group_by_layer_group() {
+    let Engines { pair, producer, .. } = &engines_of_groups(4, 12, 5).await;
+    let prompts = prompts_with_shared_prefixes(&pair.vocabulary, 200, 200);
+    handed_over_equals_aggregated(pair, prompts, 9).await;
+    let usage = producer.usage();
+    assert_eq!((usage.blocks_used, usage.export_slots_used), (0, 0));
+}
+
+#[tokio::test]
+async fn what_is_cached_aborted_or_wrong_is_so_layer_group_by_layer_group() {
+    // Fewer slots than a block has layer groups.
+    let few = engines_of_groups(4, 1, 1).await;
+    let prompts = prompts_with_shared_prefixes(&few.pair.vocabulary, 30, 200);
+    handed_over_equals_aggregated(&few.pair, prompts, 1).await;
+    a_cached_prefix_is_lent_and_no_other(&few.pair).await;
+
+    second_turn_brings_only_what_is_new(&engines_of_groups(4, 16, 16).await.pair).await;
+    several_choices_share_one_handoff(&engines_of_groups(4, 16, 16).await.pair).await;
+    a_wrong_block_changes_the_answer(&engines_of_groups(4, 16, 16).await.pair).await;
+    a_block_that_rots_in_the_arena_is_seen(&engines_of_groups(4, 16, 16).await.pair).await;
+    let Engines { pair, producer, .. } = &engines_of_groups(4, 4, 4).await;
+    an_abort_at_any_stage_frees_everything(pair).await;
+    let usage = producer.usage();
+    assert_eq!((usage.blocks_used, usage.export_slots_used), (0, 0));
+}
+
 /// Blocks that stay in the producer's arena until they are loaded. One import slot is none too few: it has no use.
 mod mapped {
     use super::*;
 
     async fn engines(export_slots: u64) -> Engines {
-        engines_by(Way::Mapped, export_slots, 1).await
+        engines_by(Way::Mapped, 1, export_slots, 1).await
     }
 
     #[tokio::test]
@@ -144,6 +186,15 @@ mod mapped {
             let usage = producer.usage();
             assert_eq!((usage.blocks_used, usage.export_slots_used), (0, 0));
         }
+    }
+
+    #[tokio::test]
+    async fn layer_group_by_layer_group() {
+        let Engines { pair, .. } = &engines_by(Way::Mapped, 4, 12, 1).await;
+        let prompts = prompts_with_shared_prefixes(&pair.vocabulary, 60, 200);
+        handed_over_equals_aggregated(pair, prompts, 9).await;
+        a_wrong_block_changes_the_answer(pair).await;
+        a_block_that_is_overwritten_before_it_is_loaded_is_seen(pair).await;
     }
 
     #[tokio::test]

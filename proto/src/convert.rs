@@ -70,6 +70,7 @@ impl From<&types::Compatibility> for wire::Compatibility {
             tensor_parallel_size: c.tensor_parallel_size,
             connector_version: c.connector_version.clone(),
             kv_heads: c.kv_heads.clone(),
+            layer_groups: c.layer_groups,
         }
     }
 }
@@ -87,6 +88,7 @@ impl From<wire::Compatibility> for types::Compatibility {
             tensor_parallel_size: c.tensor_parallel_size,
             connector_version: c.connector_version,
             kv_heads: c.kv_heads,
+            layer_groups: c.layer_groups.max(1),
         }
     }
 }

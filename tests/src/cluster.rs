@@ -77,7 +77,7 @@ impl TlsPem {
 #[derive(Clone, Debug)]
 enum Engine {
     Sim { toml: String },
-    Vllm { program: PathBuf, model: PathBuf, arguments: Vec<String> },
+    Vllm { program: PathBuf, model: PathBuf, arguments: Vec<String>, toml: String },
 }
 
 impl ClusterBuilder {
@@ -92,7 +92,7 @@ impl ClusterBuilder {
     pub fn vllm(installation: &VllmInstallation) -> Self {
         let program = installation.environment.join("bin/vllm");
         let model = installation.model.clone();
-        Self::new(Engine::Vllm { program, model, arguments: Vec::new() })
+        Self::new(Engine::Vllm { program, model, arguments: Vec::new(), toml: String::new() })
     }
 
     fn new(engine: Engine) -> Self {
@@ -128,15 +128,14 @@ impl ClusterBuilder {
         self
     }
 
-    /// More keys of `[engine]` (embedded engine only), in place of those of the same name.
+    /// More keys of `[engine]`, in place of those of the same name.
     pub fn engine(mut self, keys: &str) -> Self {
-        if let Engine::Sim { toml } = &mut self.engine {
-            let named = |line: &str| line.split('=').next().unwrap_or_default().trim().to_owned();
-            let given: Vec<_> = keys.lines().map(named).collect();
-            toml.retain_lines(|line| !given.contains(&named(line)));
-            toml.push_str(keys);
-            toml.push('\n');
-        }
+        let (Engine::Sim { toml } | Engine::Vllm { toml, .. }) = &mut self.engine;
+        let named = |line: &str| line.split('=').next().unwrap_or_default().trim().to_owned();
+        let given: Vec<_> = keys.lines().map(named).collect();
+        toml.retain_lines(|line| !given.contains(&named(line)));
+        toml.push_str(keys);
+        toml.push('\n');
         self
     }
 
@@ -324,7 +323,7 @@ impl ClusterBuilder {
             for keys in ["", role].iter().filter_map(|role| self.transfer_toml.get(*role)) {
                 writeln!(toml, "{keys}")?;
             }
-            if let Engine::Vllm { program, model, arguments } = &self.engine {
+            if let Engine::Vllm { program, model, arguments, toml: keys } = &self.engine {
                 let socket = directory.join(format!("{name}.sock"));
                 let model = model.to_string_lossy().into_owned();
                 let base = [
@@ -360,7 +359,7 @@ impl ClusterBuilder {
                     "[worker.engine]\nkind = \"vllm\"\ncommand = {command:?}\nport = {}\n\
                      connector_socket = {socket:?}\n\
                      environment = {{ HF_HUB_OFFLINE = \"1\", VLLM_NO_USAGE_STATS = \"1\", \
-                     VLLM_SERVER_DEV_MODE = \"1\", VLLM_CPU_OMP_THREADS_BIND = \"{}\" }}",
+                     VLLM_SERVER_DEV_MODE = \"1\", VLLM_CPU_OMP_THREADS_BIND = \"{}\" }}\n{keys}",
                     engine_port,
                     bound.join("|"),
                 )?;

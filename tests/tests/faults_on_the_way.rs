@@ -38,7 +38,13 @@ struct Stack {
 }
 
 impl Stack {
-    async fn start(faults: &Faults, seed: u64, transport: &str, ranks: [u32; 2]) -> Self {
+    async fn start(
+        faults: &Faults,
+        seed: u64,
+        transport: &str,
+        ranks: [u32; 2],
+        layer_groups: u32,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let [http, workers] = [free_tcp_port(), free_tcp_port()];
         let mut toml = format!(
@@ -46,7 +52,8 @@ impl Stack {
              [placement]\nmode = \"always\"\n\n\
              [arena]\ndirectory = \".\"\nexport_bytes = \"192 KiB\"\nimport_bytes = \"64 KiB\"\n\n\
              [engine]\nkind = \"sim\"\ntime_scale = 0.0\nmax_model_tokens = 512\nkv_blocks = 2048\n\
-             block_size_tokens = {BLOCK_SIZE_TOKENS}\nkv_bytes_per_token = 64\n\n"
+             block_size_tokens = {BLOCK_SIZE_TOKENS}\nkv_bytes_per_token = 64\n\
+             layer_groups = {layer_groups}\n\n"
         );
         let mut relays = Vec::new();
         for (n, name) in ["prefill-0", "prefill-1", "decode-0", "decode-1"].into_iter().enumerate()
@@ -205,40 +212,51 @@ fn from_environment(name: &str) -> Option<u64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_token_is_wrong_and_nothing_is_left() {
-    disturbed("quic", [1, 1], 400).await;
+    disturbed("quic", [1, 1], 1, 400).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nor_where_memory_is_shared() {
-    disturbed("shm", [1, 1], 400).await;
+    disturbed("shm", [1, 1], 1, 400).await;
 }
 
 /// Blocks that are made of pieces: what is wrong with a piece is seen before or after it was laid down.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nor_between_engines_of_other_numbers_of_ranks() {
-    disturbed("quic", [4, 2], 200).await;
+    disturbed("quic", [4, 2], 1, 200).await;
 }
 
 /// Rank to rank, each with a ledger of its own: what fails for one fails for all, and leaves nothing on any.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nor_from_rank_to_rank() {
-    disturbed("shm", [2, 2], 200).await;
+    disturbed("shm", [2, 2], 1, 200).await;
+}
+
+/// Each block as four, one layer group behind the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_layer_group_by_layer_group() {
+    disturbed("shm", [1, 1], 4, 300).await;
 }
 
 /// `ranks` of each prefill and of each decode worker's engine.
-async fn disturbed(transport: &str, ranks: [u32; 2], handoffs: u64) {
+async fn disturbed(transport: &str, ranks: [u32; 2], layer_groups: u32, handoffs: u64) {
     let seed = from_environment("BATON_FAULT_SEED").unwrap_or(1);
     let handoffs = from_environment("BATON_FAULT_HANDOFFS").unwrap_or(handoffs);
     let handoffs = usize::try_from(handoffs).unwrap();
     println!(
-        "BATON_FAULT_SEED={seed} BATON_FAULT_HANDOFFS={handoffs} over {transport}, ranks {ranks:?}"
+        "BATON_FAULT_SEED={seed} BATON_FAULT_HANDOFFS={handoffs} over {transport}, ranks {ranks:?}, \
+         {layer_groups} layer groups"
     );
-    let plan =
-        FaultPlan { seed, disturbed_ratio: DISTURBED_RATIO, block_size_tokens: BLOCK_SIZE_TOKENS };
+    let plan = FaultPlan {
+        seed,
+        disturbed_ratio: DISTURBED_RATIO,
+        block_size_tokens: BLOCK_SIZE_TOKENS,
+        layer_groups,
+    };
     let faults = Faults::new(plan);
     let beside = tempfile::tempdir().unwrap();
     let reference = Arc::new(Reference::start(beside.path()));
-    let stack = Stack::start(&faults, seed, transport, ranks).await;
+    let stack = Stack::start(&faults, seed, transport, ranks, layer_groups).await;
     let began = Instant::now();
 
     let client = reqwest::Client::builder().no_proxy().build().unwrap();

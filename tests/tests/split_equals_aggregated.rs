@@ -51,9 +51,38 @@ async fn several_hundred_prompts_with_shared_prefixes() {
     assert_eq!(ended, f64::from(split_count));
 }
 
+/// In steps that take their time, so that each layer group leaves before the step ends.
+#[tokio::test]
+async fn layer_group_by_layer_group() {
+    let engine = "time_scale = 0.02\nmax_step_tokens = 256\nlayer_groups = 8";
+    let split = ClusterBuilder::sim().pools(2, 1).engine(engine).start().await.unwrap();
+    let mut whole = ClusterBuilder::sim().pools(0, 1).not_ready().start().await.unwrap();
+    whole.wait_for_workers(1, std::time::Duration::from_secs(30)).await.unwrap();
+    let random = (1..1500usize, 0..4u32);
+    let mut runner = TestRunner::new(Config { rng_seed: RngSeed::Fixed(21), ..Config::default() });
+    for _ in 0..60 {
+        let (length, seed) = random.new_tree(&mut runner).unwrap().current();
+        let tokens = prompt(seed, length);
+        let (a, b) = tokio::join!(split.complete(tokens.clone(), 8), whole.complete(tokens, 8));
+        assert_eq!((a.path(), b.path()), ("disaggregated", "aggregated"), "{:?}", a.headers);
+        assert_eq!(a.generated(), b.generated(), "prompt of {length} tokens");
+    }
+    split.eventually_idle().await;
+}
+
 #[tokio::test]
 async fn the_counters_agree_with_each_other_and_with_the_prompt() {
-    let cluster = ClusterBuilder::sim().start().await.unwrap();
+    counters_agree(1).await;
+}
+
+#[tokio::test]
+async fn a_block_counts_once_however_many_layer_groups_it_has() {
+    counters_agree(4).await;
+}
+
+async fn counters_agree(layer_groups: u32) {
+    let engine = format!("layer_groups = {layer_groups}");
+    let cluster = ClusterBuilder::sim().engine(&engine).start().await.unwrap();
     let block_bytes = (BLOCK_SIZE_TOKENS * KV_BYTES_PER_TOKEN) as f64;
     let mut blocks = 0.0;
     for (seed, length) in [(50, 15), (51, 16), (52, 17), (53, 200)] {

@@ -24,6 +24,8 @@ async fn vllm_on_both_sides() {
     ];
     let mut cluster = ClusterBuilder::vllm(&installation)
         .vllm_arguments(&arguments)
+        // Of 30 layers.
+        .engine("layer_groups = 3")
         // Less than any step takes: no more of a prompt is computed beside decodes than has to be.
         .slo("itl_ms = 1.0")
         .start()

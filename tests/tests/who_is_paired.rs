@@ -59,17 +59,24 @@ async fn a_worker_of_another_model_serves_its_own() {
 #[tokio::test]
 async fn blocks_of_another_shape_are_not_paired() {
     let mut cluster = ClusterBuilder::sim().start().await.unwrap();
-    let toml = file_for_one_more(&cluster, "decode-0")
-        .replace("\"decode-0\"", "\"other-0\"")
-        .replace("kind = \"sim\"\n", "kind = \"sim\"\nblock_size_tokens = 32\n");
+    let alike = file_for_one_more(&cluster, "decode-0");
     cluster.kill("decode-0");
-    cluster.eventually("it is gone", |m| m.sum("baton_workers", &[]) == 1.0).await;
-    cluster.start_worker_of(&toml, "other-0", "decode", "other-0").unwrap();
-    cluster.wait_for_workers(2, Duration::from_secs(30)).await.unwrap();
-    let answer = ask(&cluster, "baton-sim").await;
-    answer.generated();
-    assert_eq!(answer.header("x-baton-reason"), "no_compatible_pair");
-    cluster.wait_for_log("coordinator", "block_size_tokens differs: 32 here, 16 at the peer").await;
+    for (name, key, told) in [
+        ("other-0", "block_size_tokens = 32", "block_size_tokens differs: 32 here, 16 at the peer"),
+        ("other-1", "layer_groups = 4", "layer_groups differs: 4 here, 1 at the peer"),
+    ] {
+        cluster.eventually("it is gone", |m| m.sum("baton_workers", &[]) == 1.0).await;
+        let toml = alike
+            .replace("\"decode-0\"", &format!("{name:?}"))
+            .replace("kind = \"sim\"\n", &format!("kind = \"sim\"\n{key}\n"));
+        cluster.start_worker_of(&toml, name, "decode", name).unwrap();
+        cluster.wait_for_workers(2, Duration::from_secs(30)).await.unwrap();
+        let answer = ask(&cluster, "baton-sim").await;
+        answer.generated();
+        assert_eq!(answer.header("x-baton-reason"), "no_compatible_pair");
+        cluster.wait_for_log("coordinator", told).await;
+        cluster.kill(name);
+    }
 }
 
 #[tokio::test]

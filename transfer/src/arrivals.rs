@@ -7,6 +7,7 @@ use crate::{
     channel::{Pulled, Seal, Subscription, TransferError},
     frame::{BlockHead, BlocksDigest, SealedFrame},
     mac::MacKey,
+    order::Order,
 };
 
 /// Takes a handoff's blocks one by one, each in its turn.
@@ -15,7 +16,7 @@ pub(crate) struct Arrivals<'a> {
     subscription: &'a Subscription,
     transport: &'static str,
     key: Option<MacKey>,
-    next_index: u32,
+    order: Order,
     blocks: u32,
     bytes: u64,
     digest: BlocksDigest,
@@ -27,24 +28,24 @@ impl<'a> Arrivals<'a> {
         subscription: &'a Subscription,
         transport: &'static str,
         key: Option<MacKey>,
+        layer_groups: u32,
     ) -> Self {
         Self {
             subscription,
             transport,
             key,
-            next_index: subscription.first_block,
+            order: Order::from(subscription.first_block, layer_groups),
             blocks: 0,
             bytes: 0,
             digest: BlocksDigest::default(),
         }
     }
 
-    /// Whether the block that is announced is the one that is due, so many others being announced
-    /// `ahead` of it and not placed. To be asked before any of its bytes is taken.
+    /// Whether the block that is announced is one that is due. To be asked, once, before any of its bytes is
+    /// taken.
     pub(crate) fn announced(
-        &self,
+        &mut self,
         head: &BlockHead,
-        ahead: u32,
         longest_bytes: u32,
     ) -> Result<(), TransferError> {
         let BlockHead { handoff, index, len, crc: _, mac } = *head;
@@ -52,10 +53,9 @@ impl<'a> Arrivals<'a> {
             let due = self.subscription.handoff;
             return Err(TransferError::ForeignBlock { index, of: handoff, due });
         }
-        let expected = self.next_index.saturating_add(ahead);
-        if index != expected {
-            return Err(TransferError::UnexpectedBlock { index, expected });
-        }
+        self.order
+            .take(index)
+            .map_err(|expected| TransferError::UnexpectedBlock { index, expected })?;
         if len > longest_bytes {
             let excess = format!("block {index} of {len} bytes, {longest_bytes} are the most");
             return Err(TransferError::Protocol(excess));
@@ -65,6 +65,11 @@ impl<'a> Arrivals<'a> {
             return Err(TransferError::Protocol(wrong));
         }
         Ok(())
+    }
+
+    /// The block that was announced last has to wait, and will be announced again.
+    pub(crate) fn put_back(&mut self, head: &BlockHead) {
+        self.order.put_back(head.index);
     }
 
     /// Verifies a block where it now lies, and counts it. Answers the CRC-32 for
@@ -77,7 +82,6 @@ impl<'a> Arrivals<'a> {
 
     /// Counts a block that was verified.
     pub(crate) fn verified(&mut self, head: &BlockHead) {
-        self.next_index = self.next_index.saturating_add(1);
         self.blocks += 1;
         self.bytes += u64::from(head.len);
         self.digest.add(head.index, head.crc);
@@ -91,8 +95,12 @@ impl<'a> Arrivals<'a> {
         agree("prompt tokens", prompt_tokens, &wanted.prompt_tokens)?;
         agree("prompt digest", prompt_digest, &wanted.prompt_digest)?;
         agree("blocks", blocks_sent, &self.blocks)?;
-        let end = u64::from(wanted.first_block) + u64::from(self.blocks);
-        agree("the prompt's blocks", &u64::from(*prompt_blocks), &end)?;
+        let Some(end) = self.order.end() else {
+            let (field, sealed) = ("blocks of each layer group", prompt_blocks.to_string());
+            let found = "unlike numbers".to_owned();
+            return Err(TransferError::SealMismatch { field, sealed, found });
+        };
+        agree("the prompt's blocks", prompt_blocks, &end)?;
         let (blocks, bytes) = (self.blocks, self.bytes);
         agree("the blocks' digest", &hex(digest), &hex(&self.digest.finish()))?;
         Ok(Pulled { seal: *seal, blocks, bytes, transport: self.transport })

@@ -73,8 +73,14 @@ pub trait BlockSink: Send + Sync {
         64 << 20
     }
 
+    /// Blocks that make one of the engine's, if it hands them over layer group by layer group: block `index`
+    /// is of group `index % layer_groups`. Those of each group come in their order.
+    fn layer_groups(&self) -> u32 {
+        1
+    }
+
     /// A slot for a block of `len` bytes, waiting for a free one: this is what slows a sender down.
-    /// Slots are asked for in order and one after the other, but others may be on their way and be
+    /// Slots are asked for in the order of coming and one after the other, but others may be on their way and be
     /// verified meanwhile. The channel keeps the slot
     /// until nothing can write into it any more, whatever becomes of the sink.
     async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError>;
@@ -130,7 +136,7 @@ pub trait Exports: Send + Sync + 'static {
     ) -> Result<Box<dyn ExportStream>, Refusal>;
 }
 
-/// The blocks of one handoff, in the order of their indices, then its seal. Dropping it unfinished
+/// The blocks of one handoff, those of each layer group in their order, then its seal. Dropping it unfinished
 /// says that the consumer is gone.
 #[async_trait]
 pub trait ExportStream: Send {

@@ -71,6 +71,7 @@ macro_rules! channel_conformance {
                 the_longest_block_arrives,
                 blocks_pushed_while_the_consumer_waits_arrive,
                 blocks_that_the_consumer_has_are_not_sent,
+                layer_groups_come_in_their_own_order,
                 a_subscription_may_come_before_its_handoff,
                 hundreds_of_handoffs_share_few_slots,
                 thousands_of_handoffs_at_once,
@@ -96,6 +97,7 @@ macro_rules! channel_conformance {
             faults: [
                 a_block_that_changed_on_its_way_is_corrupt,
                 blocks_out_of_order_are_not_taken,
+                blocks_out_of_order_in_their_layer_group_are_not_taken,
                 blocks_of_another_handoff_are_not_taken,
                 a_seal_over_other_blocks_is_not_taken,
                 a_block_longer_than_a_slot_is_not_read,

@@ -5,7 +5,8 @@ use crate::{channel::Refusal, lease::Ending};
 /// What a ledger has done since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LedgerCounters {
-    /// Blocks given whole to the network, those of handoffs that failed later included.
+    /// Blocks given whole to the network, with all their layer groups, those of handoffs that failed later
+    /// included.
     pub blocks_sent: u64,
     pub bytes_sent: u64,
     pub handoffs_expected: u64,
@@ -70,8 +71,8 @@ impl Tallies {
         self.expected.fetch_add(1, Relaxed);
     }
 
-    pub(crate) fn sent(&self, bytes: u64) {
-        self.blocks_sent.fetch_add(1, Relaxed);
+    pub(crate) fn sent(&self, blocks: u64, bytes: u64) {
+        self.blocks_sent.fetch_add(blocks, Relaxed);
         self.bytes_sent.fetch_add(bytes, Relaxed);
     }
 

@@ -86,6 +86,7 @@ pub struct FaultPlan {
     /// Share of the attempts at a handoff that are disturbed.
     pub disturbed_ratio: f64,
     pub block_size_tokens: u32,
+    pub layer_groups: u32,
 }
 
 /// A plan, and how far it was carried out. Clones share the count.
@@ -143,6 +144,7 @@ impl Faults {
 
     fn fate(&self, subscription: &Subscription) -> Option<Fate> {
         let blocks = subscription.prompt_tokens.div_ceil(self.plan.block_size_tokens.max(1));
+        let blocks = blocks * self.plan.layer_groups;
         let wanted = blocks.checked_sub(subscription.first_block).filter(|wanted| *wanted > 0)?;
         let generation = subscription.handoff.generation.0;
         let mut random = self.random(&subscription.prompt_digest, generation);

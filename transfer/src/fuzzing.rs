@@ -71,7 +71,7 @@ pub fn pulled_handoff(bytes: &[u8]) {
         prompt_tokens: 7,
         prompt_digest: PromptDigest([8; 32]),
     };
-    let mut arrivals = Arrivals::new(&subscription, "none", None);
+    let mut arrivals = Arrivals::new(&subscription, "none", None, 1);
     let (mut taken_blocks, mut taken_bytes) = (0, 0);
     while let Some((&kind, after)) = rest.split_first() {
         let Ok(body_bytes) = ProducerFrame::body_bytes(kind) else { return };
@@ -83,7 +83,7 @@ pub fn pulled_handoff(bytes: &[u8]) {
                     head.handoff = handoff;
                     head.index = subscription.first_block + taken_blocks;
                 }
-                if arrivals.announced(&head, 0, LONGEST_BLOCK_BYTES).is_err() {
+                if arrivals.announced(&head, LONGEST_BLOCK_BYTES).is_err() {
                     return;
                 }
                 let Some((block, after)) = rest.split_at_checked(head.len as usize) else { return };

@@ -16,7 +16,10 @@ use std::{
 use baton_types::{Generation, HandoffKey};
 use bytes::Bytes;
 
-use crate::channel::{Exported, Refusal, Seal, Subscription, TransferError};
+use crate::{
+    channel::{Exported, Refusal, Seal, Subscription, TransferError},
+    order::Order,
+};
 
 /// How a handoff ended for its producer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +43,8 @@ pub enum HandoffError {
     Stale { given: Generation, known: Generation },
     #[error("block {given} was exported where block {expected} is due")]
     OutOfOrder { given: u32, expected: u32 },
+    #[error("the handoff was sealed with unlike numbers of blocks of its layer groups")]
+    Uneven,
     #[error("the handoff was sealed already")]
     Sealed,
     #[error("a block of {bytes} bytes is too long to be sent")]
@@ -71,14 +76,20 @@ pub(crate) struct Handoff {
     expires: Instant,
     phase: Phase,
     subscription: Option<Subscription>,
-    next_index: u32,
+    order: Order,
     waiting: VecDeque<Exported>,
     seal: Option<Seal>,
     seal_taken: bool,
 }
 
 impl Handoff {
-    pub(crate) fn new(key: HandoffKey, consumer: [u8; 32], lease: Duration, now: Instant) -> Self {
+    pub(crate) fn new(
+        key: HandoffKey,
+        consumer: [u8; 32],
+        layer_groups: u32,
+        lease: Duration,
+        now: Instant,
+    ) -> Self {
         Self {
             key,
             consumer,
@@ -86,7 +97,7 @@ impl Handoff {
             expires: now + lease,
             phase: Phase::Reserved,
             subscription: None,
-            next_index: 0,
+            order: Order::from(0, layer_groups),
             waiting: VecDeque::new(),
             seal: None,
             seal_taken: false,
@@ -109,7 +120,7 @@ impl Handoff {
         self.expires = self.expires.max(now + self.lease);
     }
 
-    /// Adds the block that comes next, unless the consumer does not want it.
+    /// Adds the block that comes next of its layer group, unless the consumer does not want it.
     pub(crate) fn push(
         &mut self,
         index: u32,
@@ -120,11 +131,10 @@ impl Handoff {
         if self.phase == Phase::Sealed {
             return Err(HandoffError::Sealed);
         }
-        if index != self.next_index {
-            return Err(HandoffError::OutOfOrder { given: index, expected: self.next_index });
-        }
+        self.order
+            .take(index)
+            .map_err(|expected| HandoffError::OutOfOrder { given: index, expected })?;
         self.phase = Phase::Streaming;
-        self.next_index += 1;
         self.renew(now);
         let unwanted = self.subscription.as_ref().is_some_and(|wanted| index < wanted.first_block);
         if !unwanted {
@@ -140,7 +150,8 @@ impl Handoff {
         if self.phase == Phase::Sealed {
             return Err(HandoffError::Sealed);
         }
-        let seal = Seal { prompt_blocks: self.next_index, ..seal };
+        let prompt_blocks = self.order.end().ok_or(HandoffError::Uneven)?;
+        let seal = Seal { prompt_blocks, ..seal };
         self.phase = Phase::Sealed;
         self.renew(now);
         self.seal = Some(seal);
@@ -306,7 +317,7 @@ mod tests {
             let held = Held::default();
             let mut now = Instant::now();
             let mut last_move = now;
-            let mut handoff = Handoff::new(KEY, CONSUMER, LEASE, now);
+            let mut handoff = Handoff::new(KEY, CONSUMER, 1, LEASE, now);
             let (mut pushed, mut sealed, mut first) = (0, None, None);
             let (mut taken, mut last_word) = (Vec::new(), None);
             for step in steps {

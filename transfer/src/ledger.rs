@@ -50,6 +50,7 @@ struct Shared {
 struct Books {
     epoch: Epoch,
     compatibility: [u8; 32],
+    layer_groups: u32,
     open: HashMap<HandoffId, Entry>,
     ended: Ended,
     next_serial: u64,
@@ -75,6 +76,7 @@ impl Ledger {
         let books = Books {
             epoch: our_epoch,
             compatibility: compatibility_digest,
+            layer_groups: 1,
             open: HashMap::new(),
             ended: Ended::default(),
             next_serial: 0,
@@ -89,12 +91,13 @@ impl Ledger {
     }
 
     /// The engine has a new life: every open handoff was of the old one and is void.
-    pub fn begin_epoch(&self, epoch: Epoch, compatibility_digest: [u8; 32]) {
+    pub fn begin_epoch(&self, epoch: Epoch, compatibility_digest: [u8; 32], layer_groups: u32) {
         let mut books = self.shared.books.lock();
         let void: Vec<_> = books.open.drain().map(|(_, entry)| entry).collect();
         books.ended = Ended::default();
         books.epoch = epoch;
         books.compatibility = compatibility_digest;
+        books.layer_groups = layer_groups;
         drop(books);
         for entry in void {
             self.shared.tallies.ended(&Ending::Aborted);
@@ -141,7 +144,8 @@ impl Ledger {
         let serial = books.next_serial;
         books.next_serial += 1;
         let key = HandoffKey { epoch: books.epoch, id, generation };
-        let handoff = Handoff::new(key, consumer_fingerprint, self.shared.lease, Instant::now());
+        let (groups, lease) = (books.layer_groups, self.shared.lease);
+        let handoff = Handoff::new(key, consumer_fingerprint, groups, lease, Instant::now());
         let ready = Arc::new(Notify::new());
         books.open.insert(id, Entry { handoff, due, serial, ready, ending, attached: None });
         drop(books);
@@ -154,7 +158,7 @@ impl Ledger {
         Ok(ended)
     }
 
-    /// Adds the next block of a prompt, counted from 0. Takes its CRC-64/NVME here: from now on its
+    /// Adds the next block of a prompt, counted from 0, or of one of its layer groups. Takes its CRC-64/NVME here: from now on its
     /// bytes must not change until `bytes` is dropped, which also tells that they are needed no more.
     #[allow(clippy::needless_pass_by_value)] // The caller's hold on the block ends here.
     pub fn push(
@@ -275,6 +279,7 @@ impl Ledger {
             let refusal = if of_this { ended.refusal } else { Refusal::WrongGeneration };
             return Err(Attempt::Refused(refusal));
         }
+        let layer_groups = books.layer_groups.max(1);
         let Some(entry) = books.open.get_mut(&key.id) else {
             return Err(Attempt::Early(Refusal::UnknownHandoff));
         };
@@ -296,6 +301,8 @@ impl Ledger {
             ready: Arc::clone(&entry.ready),
             revoked,
             is_revoked: false,
+            layer_groups,
+            sent: 0,
             is_finished: false,
         })
     }
@@ -416,6 +423,9 @@ struct LedgerStream {
     ready: Arc<Notify>,
     revoked: oneshot::Receiver<Infallible>,
     is_revoked: bool,
+    layer_groups: u32,
+    /// Blocks of all layer groups.
+    sent: u32,
     is_finished: bool,
 }
 
@@ -461,7 +471,9 @@ impl ExportStream for LedgerStream {
     }
 
     fn sent(&mut self, bytes: u64) {
-        self.shared.tallies.sent(bytes);
+        self.sent = self.sent.wrapping_add(1);
+        let is_whole = self.sent.is_multiple_of(self.layer_groups);
+        self.shared.tallies.sent(u64::from(is_whole), bytes);
         self.with_entry(|entry| entry.handoff.renew(Instant::now()));
     }
 

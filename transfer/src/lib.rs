@@ -20,6 +20,7 @@ mod lease;
 mod ledger;
 mod mac;
 mod nearest;
+mod order;
 mod quic;
 mod ranks;
 mod shm;

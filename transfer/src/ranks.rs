@@ -40,9 +40,10 @@ impl RankLedgers {
         ledgers.resize_with(count, || nobodys(self.lease));
         for (rank, ledger) in (0..).zip(ledgers.iter()) {
             if rank < ranks {
-                ledger.begin_epoch(epoch.of_rank(rank), engine.of_rank(rank).digest());
+                let digest = engine.of_rank(rank).digest();
+                ledger.begin_epoch(epoch.of_rank(rank), digest, engine.layer_groups);
             } else {
-                ledger.begin_epoch(Epoch::random(), NO_ENGINE);
+                ledger.begin_epoch(Epoch::random(), NO_ENGINE, 1);
             }
         }
         ledgers[..ranks as usize].to_vec()
@@ -107,6 +108,7 @@ mod tests {
             tensor_parallel_size: ranks,
             connector_version: "1".into(),
             kv_heads: String::new(),
+            layer_groups: 1,
         }
     }
 

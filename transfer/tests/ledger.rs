@@ -213,7 +213,7 @@ proptest! {
                 }
                 Step::Restart => {
                     epoch = Epoch::random();
-                    ledger.begin_epoch(epoch, [0; 32]);
+                    ledger.begin_epoch(epoch, [0; 32], 1);
                 }
             }
             sides.iter_mut().for_each(|side| drop(side.hear()));
@@ -326,7 +326,7 @@ fn live(steps: &[Step]) -> Ending {
             }
             Step::Vanish => stream = None,
             Step::Expire => drop(ledger.expire(Instant::now() + 2 * LEASE)),
-            Step::Restart => ledger.begin_epoch(Epoch::from_u128(101), [0; 32]),
+            Step::Restart => ledger.begin_epoch(Epoch::from_u128(101), [0; 32], 1),
         }
     }
     drop(stream);
@@ -417,6 +417,6 @@ fn an_owner_may_call_the_ledger_when_its_block_is_freed() {
     push(0, 2).unwrap();
     drop(stream);
     ledger.abort(id(1), Generation(0));
-    ledger.begin_epoch(Epoch::from_u128(2), [0; 32]);
+    ledger.begin_epoch(Epoch::from_u128(2), [0; 32], 1);
     assert_eq!(ledger.open_handoffs(), 0);
 }

@@ -15,16 +15,24 @@ pub struct Compatibility {
     /// Memory order of one block, as the engine names it.
     pub kv_layout: String,
     pub block_size_tokens: u32,
-    /// Bytes of one block on one rank, all layers together.
+    /// Layer groups in which each block is handed over, one after the other. Each is a block of its own on its
+    /// way: group `g` of the engine's block `b` goes by the index `b · layer_groups + g`.
+    #[serde(default = "one")]
+    pub layer_groups: u32,
+    /// Bytes of one block on one rank, as it is handed over: of all layers of one group together.
     pub block_bytes: u64,
     pub tensor_parallel_rank: u32,
     pub tensor_parallel_size: u32,
     /// Version of the software that lays the blocks out.
     pub connector_version: String,
-    /// Where each KV head lies in a block, as a [`HeadLayout`](crate::HeadLayout); empty where the engine
-    /// cannot tell. Blocks of engines that tell can be made of one another, whatever their number of ranks.
+    /// Where each KV head lies in a block of one layer group, as a [`HeadLayout`](crate::HeadLayout); empty where
+    /// the engine cannot tell. Blocks of engines that tell can be made of one another, whatever their number of ranks.
     #[serde(default)]
     pub kv_heads: String,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// The first field in which two engines differ.
@@ -82,7 +90,7 @@ impl Compatibility {
 
     /// The fields as far as they must be equal. Where heads can be told apart, only what is common to all
     /// ways of splitting them.
-    fn to_be_equal(&self) -> [(&'static str, String); 10] {
+    fn to_be_equal(&self) -> [(&'static str, String); 11] {
         let Ok(split) = Split::of(self) else { return self.of_rank(0).fields() };
         let kv_heads = split.kin().to_string();
         let free = Self {
@@ -97,12 +105,13 @@ impl Compatibility {
     }
 
     /// What says most comes first.
-    fn fields(&self) -> [(&'static str, String); 10] {
+    fn fields(&self) -> [(&'static str, String); 11] {
         [
             ("model", self.model.clone()),
             ("revision", self.revision.clone()),
             ("kv_dtype", self.kv_dtype.clone()),
             ("block_size_tokens", self.block_size_tokens.to_string()),
+            ("layer_groups", self.layer_groups.to_string()),
             ("connector_version", self.connector_version.clone()),
             ("kv_heads", self.kv_heads.clone()),
             ("tensor_parallel_size", self.tensor_parallel_size.to_string()),
@@ -115,7 +124,8 @@ impl Compatibility {
 
 fn digest(fields: &[(&'static str, String)]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
-    for (name, value) in fields {
+    // Who has but one layer group agrees with workers of the time before there were any.
+    for (name, value) in fields.iter().filter(|field| **field != ("layer_groups", "1".to_owned())) {
         for part in [name.as_bytes(), value.as_bytes()] {
             hasher.update(&(part.len() as u64).to_le_bytes());
             hasher.update(part);
@@ -135,6 +145,7 @@ mod tests {
             kv_dtype: "float32".into(),
             kv_layout: "NHD".into(),
             block_size_tokens: 32,
+            layer_groups: 1,
             block_bytes: 4096,
             tensor_parallel_rank: 0,
             tensor_parallel_size: 1,
@@ -157,12 +168,13 @@ mod tests {
     #[test]
     fn every_field_changes_the_digest_and_is_named() {
         type Change = fn(&mut Compatibility);
-        let changes: [(&str, Change); 10] = [
+        let changes: [(&str, Change); 11] = [
             ("model", |c| c.model.push('x')),
             ("revision", |c| c.revision.push('x')),
             ("kv_dtype", |c| c.kv_dtype.push('x')),
             ("kv_layout", |c| c.kv_layout.push('x')),
             ("block_size_tokens", |c| c.block_size_tokens += 1),
+            ("layer_groups", |c| c.layer_groups += 1),
             ("block_bytes", |c| c.block_bytes += 1),
             ("tensor_parallel_rank", |c| c.tensor_parallel_rank += 1),
             ("tensor_parallel_size", |c| c.tensor_parallel_size += 1),
@@ -199,6 +211,10 @@ mod tests {
             ),
             (on_ranks(2, "G/4/3*k2.t8.h2.16", 1536), "kv_heads differs"),
             (on_ranks(2, "F/4/3*k2.t4.h2.32", 1536), "kv_heads differs"),
+            (
+                Compatibility { layer_groups: 3, ..on_ranks(2, "F/4/1*k2.h2.t8.16", 512) },
+                "layer_groups differs: 1 here, 3 at the peer",
+            ),
             // Not what is said of it: not to be cut up.
             (on_ranks(3, "F/4/3*k2.t8.h2.16", 1536), "kv_heads differs"),
             (on_ranks(2, "F/4/3*k2.t8.h2.16", 1537), "kv_heads differs"),

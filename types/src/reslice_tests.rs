@@ -37,6 +37,7 @@ fn described(model: &Model, ranks: u32, order: &[char]) -> Compatibility {
         kv_layout: format!("{order:?} on {ranks}"),
         block_size_tokens: TOKENS,
         block_bytes,
+        layer_groups: 1,
         tensor_parallel_rank: 0,
         tensor_parallel_size: ranks,
         connector_version: "1".into(),

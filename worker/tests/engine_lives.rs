@@ -68,6 +68,7 @@ fn vllm(address: SocketAddr, connector_socket: Option<&Path>) -> VllmConfig {
         source: VllmSource::Url(format!("http://{address}")),
         connector_socket: connector_socket.map(Into::into),
         engine_handoff: false,
+        layer_groups: 1,
         start_timeout: Duration::from_secs(30),
         profile: None,
     }
@@ -85,7 +86,7 @@ async fn connect(socket: &Path) -> (UnixStream, Value) {
     })
     .await;
     let hello = json!({
-        "type": "hello", "protocol": 4, "connector_version": "1", "vllm_version": "0",
+        "type": "hello", "protocol": 5, "connector_version": "1", "vllm_version": "0",
         "compatibility": {
             "model": "m", "revision": "", "kv_dtype": "float32", "kv_layout": "NHD",
             "block_size_tokens": 16, "block_bytes": 4096,

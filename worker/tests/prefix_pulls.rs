@@ -54,8 +54,9 @@ async fn told(worker: &mut Worker) -> PullResult {
 #[tokio::test]
 async fn a_cached_prefix_is_copied_and_the_rest_is_computed() {
     let mut fleet = Fleet::start().await;
-    // Blocks of one rank are made of those of two.
-    for ranks in [1, 2] {
+    // Blocks of one rank are made of those of two, whole and layer group by layer group.
+    for (ranks, layer_groups) in [(1, 1), (2, 1), (2, 4)] {
+        let fast = || SimConfig { layer_groups, ..fast() };
         let mut a = fleet.worker("a", Role::Prefill, fast()).await;
         let sim = SimConfig { tensor_parallel: ranks, ..fast() };
         let mut b = fleet.worker("b", Role::Prefill, sim).await;
@@ -203,7 +204,12 @@ async fn where_it_does_not_come_all_is_computed() {
 #[tokio::test]
 async fn under_faults_every_answer_is_right_and_nothing_is_left() {
     const PROMPTS: usize = 60;
-    let plan = FaultPlan { seed: 7, disturbed_ratio: 0.5, block_size_tokens: BLOCK_TOKENS };
+    let plan = FaultPlan {
+        seed: 7,
+        disturbed_ratio: 0.5,
+        block_size_tokens: BLOCK_TOKENS,
+        layer_groups: 1,
+    };
     let faults = Faults::new(plan);
     let mut fleet = Fleet::start().await;
     let mut workers = Vec::new();

@@ -11,18 +11,28 @@ use baton_proto::{Event, Leg, StartJob};
 use baton_types::Role;
 use fleet::{Fleet, Worker, completion, fast, job, split, timeout};
 
-/// Of the embedded engine, which has four heads. With eight ranks, two have the same one.
-const RANKS: [(u32, u32); 7] = [(2, 2), (4, 2), (2, 4), (1, 4), (4, 1), (8, 2), (2, 8)];
+/// Of the embedded engine, which has four heads, and its layer groups. With eight ranks, two have the same head.
+const RANKS: [(u32, u32, u32); 9] = [
+    (2, 2, 1),
+    (4, 2, 1),
+    (2, 4, 1),
+    (1, 4, 1),
+    (4, 1, 1),
+    (8, 2, 1),
+    (2, 8, 1),
+    (2, 2, 8),
+    (8, 2, 4),
+];
 const BLOCK_BYTES: u64 = 16 * 1024;
 
 async fn worker(
     fleet: &mut Fleet,
     name: &str,
     role: Role,
-    ranks: u32,
+    (tensor_parallel, layer_groups): (u32, u32),
     transport: TransportChoice,
 ) -> Worker {
-    let engine = EngineConfig::Sim(SimConfig { tensor_parallel: ranks, ..fast() });
+    let engine = EngineConfig::Sim(SimConfig { tensor_parallel, layer_groups, ..fast() });
     let mut config = fleet.config(vec![fleet.address()], name, role, engine);
     config.transfer.transport = transport;
     config.transfer.ucx_library = env::var_os("BATON_UCX_LIBRARY").map(Into::into);
@@ -59,11 +69,12 @@ async fn same_answers(transport: TransportChoice, name: &str) {
         }
         alone.stop().await;
     }
-    for (of_prefill, of_decode) in RANKS {
+    for (of_prefill, of_decode, groups) in RANKS {
         let mut fleet = Fleet::start().await;
-        let mut prefill = worker(&mut fleet, "p0", Role::Prefill, of_prefill, transport).await;
-        let mut decode = worker(&mut fleet, "d0", Role::Decode, of_decode, transport).await;
-        let who = format!("{of_prefill} to {of_decode} ranks over {name}");
+        let [prefill, decode] = [(of_prefill, groups), (of_decode, groups)];
+        let mut prefill = worker(&mut fleet, "p0", Role::Prefill, prefill, transport).await;
+        let mut decode = worker(&mut fleet, "d0", Role::Decode, decode, transport).await;
+        let who = format!("{of_prefill} to {of_decode} ranks, {groups} layer groups over {name}");
         for (tokens, expected) in &expected {
             let (of, to) = (&prefill.attached.hello, &decode.attached.hello);
             let legs = split(u64::from(*tokens), &prompt(*tokens), of, to);
@@ -156,11 +167,16 @@ async fn engines_that_cannot_be_cut_up_alike_are_refused_with_what_differs() {
 }
 
 #[tokio::test]
-async fn heads_that_cannot_be_split_so_keep_the_engine_from_starting() {
+async fn heads_and_layers_that_cannot_be_split_so_keep_the_engine_from_starting() {
     let fleet = Fleet::start().await;
     let three = EngineConfig::Sim(SimConfig { tensor_parallel: 3, ..fast() });
     let config: WorkerConfig = fleet.config(vec![fleet.address()], "p0", Role::Prefill, three);
     let refused = fleet.spawn_as(config).running.await.unwrap().unwrap_err().to_string();
     assert!(refused.contains("tensor_parallel is 3"), "{refused}");
     assert!(refused.contains("a divisor or a multiple of the 4 KV heads"), "{refused}");
+    let three = EngineConfig::Sim(SimConfig { layer_groups: 3, ..fast() });
+    let config: WorkerConfig = fleet.config(vec![fleet.address()], "p0", Role::Prefill, three);
+    let refused = fleet.spawn_as(config).running.await.unwrap().unwrap_err().to_string();
+    assert!(refused.contains("layer_groups is 3"), "{refused}");
+    assert!(refused.contains("a divisor of the 256 bytes of each"), "{refused}");
 }

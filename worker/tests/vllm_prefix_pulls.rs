@@ -56,6 +56,7 @@ fn config(
         source: VllmSource::Command { command, environment, port },
         connector_socket: Some(fleet.dir.path().join(format!("{name}.sock"))),
         engine_handoff: false,
+        layer_groups: 1,
         start_timeout: START,
         profile: None,
     });

@@ -29,6 +29,9 @@ pub(crate) struct UpOptions {
     /// Longest prompt plus output.
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_model_len: Option<u32>,
+    /// Layer groups in which a step's blocks leave while it is computed.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) layer_groups: u32,
     /// Element type of the model's computation [vllm].
     #[arg(long)]
     pub(crate) dtype: Option<String>,

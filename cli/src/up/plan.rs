@@ -156,6 +156,7 @@ fn sim(options: &UpOptions) -> SimConfig {
     let defaults = SimConfig::default();
     SimConfig {
         time_scale: options.time_scale.unwrap_or(defaults.time_scale),
+        layer_groups: options.layer_groups,
         max_model_tokens: options.max_model_len.unwrap_or(defaults.max_model_tokens),
         ..defaults
     }

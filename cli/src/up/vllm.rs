@@ -28,6 +28,7 @@ pub(super) struct VllmPlan {
     model_name: String,
     /// After `serve MODEL`.
     arguments: Vec<String>,
+    layer_groups: u32,
     connector: PathBuf,
     sockets: PathBuf,
     machine: Machine,
@@ -96,6 +97,7 @@ impl VllmPlan {
             arguments: arguments(options, &model_name, machine, workers),
             model,
             model_name,
+            layer_groups: options.layer_groups,
             connector,
             sockets: directory.to_owned(),
             machine,
@@ -139,6 +141,7 @@ impl VllmPlan {
             source: VllmSource::Command { command, environment: self.environment(index), port },
             connector_socket: Some(self.socket(worker_name)),
             engine_handoff: false,
+            layer_groups: self.layer_groups,
             start_timeout: START_TIMEOUT,
             profile: None,
         }

@@ -29,7 +29,8 @@ pub enum Way {
 /// The producer's arena, as the consumer is told of it.
 const PRODUCERS: u32 = 7;
 
-/// How a handoff is carried.
+/// How a handoff is carried. Blocks are the engine's: of one that has several layer groups, what happens to it happens
+/// to one of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Interference {
     #[default]
@@ -86,6 +87,7 @@ pub struct Outstanding {
 pub struct Loopback {
     shared: Arc<Shared>,
     block_size_tokens: u32,
+    layer_groups: u32,
     carrier: JoinHandle<()>,
 }
 
@@ -113,7 +115,7 @@ impl Loopback {
     ) -> Self {
         let shared = Arc::new(Shared::default());
         let layout = consumer.0.arena.layout();
-        let block_size_tokens = producer.0.compatibility.block_size_tokens;
+        let Compatibility { block_size_tokens, layer_groups, .. } = producer.0.compatibility;
         let carrier = Carrier {
             imports: SlotPool::new((layout.export_slots..layout.total_slots()).map(Slot)),
             producer: Side::of(producer.0),
@@ -127,7 +129,7 @@ impl Loopback {
             last_blocks: HashMap::new(),
             shared: shared.clone(),
         };
-        Self { shared, block_size_tokens, carrier: tokio::spawn(carrier.run()) }
+        Self { shared, block_size_tokens, layer_groups, carrier: tokio::spawn(carrier.run()) }
     }
 
     pub fn block_size_tokens(&self) -> u32 {
@@ -141,7 +143,10 @@ impl Loopback {
 
     /// Waits for a handoff's end.
     pub async fn passed(&self, handoff: HandoffId) -> Passed {
-        self.wait_for(|state| state.passed.get(&handoff).copied()).await
+        let passed = self.wait_for(|state| state.passed.get(&handoff).copied()).await;
+        let Passed { first_block, blocks, .. } = passed;
+        let groups = self.layer_groups;
+        Passed { first_block: first_block / groups, blocks: blocks.div_ceil(groups), ..passed }
     }
 
     /// The same, for whoever does not ask what became of it.
@@ -338,7 +343,8 @@ impl Carrier {
             Some((*passing.exported.front()?, first_block?))
         }) {
             if block.index >= first_block {
-                if matches!(interference, Interference::HoldFrom { block: from } if block.index >= from)
+                let groups = self.producer.compatibility.layer_groups;
+                if matches!(interference, Interference::HoldFrom { block: from } if block.index / groups >= from)
                 {
                     self.hold(key.0);
                     return;
@@ -369,15 +375,18 @@ impl Carrier {
             self.producer.arena.view(block.slot, bytes).expect("an export slot of the arena");
         let mut copy = view.as_ref().to_vec();
         let sent = copy.clone();
+        // Of each block another layer group.
+        let groups = self.producer.compatibility.layer_groups;
+        let meant = |of: u32| block.index == of * groups + of % groups;
         match interference {
-            Interference::Skip { block: skipped } if skipped == block.index => {
+            Interference::Skip { block: skipped } if meant(skipped) => {
                 self.passings.entry(key).or_default().carried += 1;
                 return;
             }
-            Interference::Flip { block: flipped, byte } if flipped == block.index => {
+            Interference::Flip { block: flipped, byte } if meant(flipped) => {
                 copy[usize::try_from(byte).expect("a byte of a block")] ^= 1;
             }
-            Interference::Stale { block: stale } if stale == block.index => {
+            Interference::Stale { block: stale } if meant(stale) => {
                 copy.clone_from(self.last_blocks.get(&block.index).expect("an earlier handoff"));
             }
             _ => {}
@@ -386,7 +395,7 @@ impl Carrier {
         // Of what came, right or wrong: that what came is right is for a worker to find out.
         let crc32 = BlockToLoad::checksum(&copy);
         if let Interference::Rot { block: rotten, byte } = interference
-            && rotten == block.index
+            && meant(rotten)
         {
             copy[usize::try_from(byte).expect("a byte of a block")] ^= 0x10;
         }
@@ -410,14 +419,16 @@ impl Carrier {
             let at = usize::try_from(byte).expect("a byte of a block");
             arena.write(block.slot, byte, &[sent[at] ^ bits]).expect("a byte of a slot");
         };
+        let groups = self.producer.compatibility.layer_groups;
+        let meant = |of: u32| block.index == of * groups + of % groups;
         let passing = self.passings.entry(key).or_default();
         passing.carried += 1;
         match interference {
-            Interference::Skip { block: skipped } if skipped == block.index => {
+            Interference::Skip { block: skipped } if meant(skipped) => {
                 return self.release(vec![block.slot]).await;
             }
-            Interference::Flip { block: flipped, byte } if flipped == block.index => turn(byte, 1),
-            Interference::Stale { block: stale } if stale == block.index => {
+            Interference::Flip { block: flipped, byte } if meant(flipped) => turn(byte, 1),
+            Interference::Stale { block: stale } if meant(stale) => {
                 let last = self.last_blocks.get(&block.index).expect("an earlier handoff");
                 arena.write(block.slot, 0, last).expect("a slot");
             }
@@ -425,9 +436,9 @@ impl Carrier {
         }
         let crc32 = BlockToLoad::checksum(view.as_ref());
         match interference {
-            Interference::Rot { block: rotten, byte } if rotten == block.index => turn(byte, 0x10),
+            Interference::Rot { block: rotten, byte } if meant(rotten) => turn(byte, 0x10),
             // As a producer does that has taken the handoff back.
-            Interference::Overwrite { block: index } if index == block.index => {
+            Interference::Overwrite { block: index } if meant(index) => {
                 let other: Vec<u8> = sent.iter().map(|byte| !byte).collect();
                 arena.write(block.slot, 0, &other).expect("a slot");
             }

@@ -80,6 +80,8 @@ pub(super) struct Core {
     /// Those of them whose KV was found to be corrupt: the worker is about to give them up.
     spoiled: HashSet<HandoffName>,
     port_is_lost: bool,
+    /// Of the step that is under way.
+    layer_groups_computed: u32,
 }
 
 #[derive(Debug)]
@@ -100,7 +102,7 @@ impl Core {
         Self {
             scheduler,
             store,
-            exports: Exports::new(shards.export_slots()),
+            exports: Exports::new(shards.export_slots(), shards.layer_groups()),
             outbox: VecDeque::new(),
             shards,
             sequences: HashMap::new(),
@@ -108,6 +110,7 @@ impl Core {
             consumers: HashMap::new(),
             spoiled: HashSet::new(),
             port_is_lost: false,
+            layer_groups_computed: 0,
         }
     }
 
@@ -272,11 +275,13 @@ impl Core {
     ) {
         let Some(id) = self.consumers.get(&name).copied() else { return };
         for (index, source, crc32) in blocks {
-            let Some(block) = self.scheduler.blocks(id).get(index as usize).copied() else {
+            let (position, group) =
+                (index / self.shards.layer_groups(), index % self.shards.layer_groups());
+            let Some(block) = self.scheduler.blocks(id).get(position as usize).copied() else {
                 return self.fail_consumer(name, "a block came that is not of the prompt");
             };
             let target = self.store.block_mut(block);
-            let found = match self.shards.import(rank, source, target) {
+            let found = match self.shards.import(rank, source, group, target) {
                 Ok(found) => found,
                 Err(error) => return self.fail_consumer(name, &error.to_string()),
             };
@@ -314,6 +319,7 @@ impl Core {
 
     pub(super) fn begin_step(&mut self) -> Step {
         let step = self.scheduler.plan_step();
+        self.layer_groups_computed = 0;
         for preempted in &step.preempted {
             if let Some(sequence) = self.sequences.get_mut(preempted) {
                 sequence.attention = Attention::default();
@@ -343,7 +349,8 @@ impl Core {
             Part::Produce | Part::Lend => {
                 self.exports.found_cached(name, admission.cached_tokens);
                 let (tokens, id) = (admission.cached_tokens, admission.sequence);
-                self.exports.collect(name, tokens, id, &mut self.scheduler);
+                let groups = self.shards.layer_groups();
+                self.exports.collect(name, tokens, groups, id, &mut self.scheduler);
             }
             Part::Consume if admission.waits_for_remote => {
                 let block_size = self.scheduler.limits().block_size_tokens;
@@ -359,7 +366,7 @@ impl Core {
                     generation,
                     prompt_tokens,
                     prompt_digest,
-                    first_block,
+                    first_block: first_block * self.shards.layer_groups(),
                 });
             }
             Part::Consume => {
@@ -371,8 +378,27 @@ impl Core {
         }
     }
 
-    /// Computes the step's KV, samples, and tells everyone concerned.
-    pub(super) fn end_step(&mut self, step: &Step) {
+    /// The next layer group of the step is computed: its blocks leave.
+    pub(super) fn end_layer_group(&mut self, step: &Step) {
+        if self.layer_groups_computed == 0 {
+            // What is to leave later is only not looked at before.
+            self.compute(step);
+        }
+        self.layer_groups_computed += 1;
+        for work in &step.work {
+            if let Some(sequence) = self.sequences.get(&work.sequence)
+                && let Some(Handoff { name, part, .. }) = sequence.handoff
+                && part.exports()
+            {
+                let (computed, groups) =
+                    (work.first_token + work.tokens, self.layer_groups_computed);
+                self.exports.collect(name, computed, groups, work.sequence, &mut self.scheduler);
+            }
+        }
+        self.pump_exports();
+    }
+
+    fn compute(&mut self, step: &Step) {
         for work in &step.work {
             let Some(sequence) = self.sequences.get(&work.sequence) else { continue };
             let blocks = self.scheduler.blocks(work.sequence);
@@ -382,18 +408,16 @@ impl Core {
                 self.store.compute(blocks, position, *token);
             }
         }
+    }
+
+    /// Computes what is left of the step's KV, samples, and tells everyone concerned.
+    pub(super) fn end_step(&mut self, step: &Step) {
+        while self.layer_groups_computed < self.shards.layer_groups() {
+            self.end_layer_group(step);
+        }
         self.scheduler.finish_step(step);
-        for work in &step.work {
-            if let Some(sequence) = self.sequences.get(&work.sequence)
-                && let Some(Handoff { name, part, .. }) = sequence.handoff
-                && part.exports()
-            {
-                let computed = work.first_token + work.tokens;
-                self.exports.collect(name, computed, work.sequence, &mut self.scheduler);
-            }
-            if work.samples {
-                self.sample(work.sequence);
-            }
+        for work in step.work.iter().filter(|work| work.samples) {
+            self.sample(work.sequence);
         }
         self.pump_exports();
     }

@@ -3,7 +3,10 @@ use baton_types::{Generation, HandoffId};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::*;
-use crate::sim::{handoff::prompt_digest, scheduler::SchedulerLimits};
+use crate::{
+    kv_port::BlockInSlot,
+    sim::{handoff::prompt_digest, scheduler::SchedulerLimits},
+};
 
 const BLOCK_TOKENS: u32 = 4;
 const ENTRY_BYTES: u32 = 32;
@@ -16,9 +19,13 @@ struct Rig {
 
 impl Rig {
     fn new(export_slots: u32) -> Self {
+        Self::of_groups(1, export_slots)
+    }
+
+    fn of_groups(layer_groups: u32, export_slots: u32) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let layout = ArenaLayout {
-            slot_bytes: u64::from(BLOCK_TOKENS * ENTRY_BYTES),
+            slot_bytes: u64::from(BLOCK_TOKENS * ENTRY_BYTES / layer_groups),
             export_slots,
             import_slots: 8,
         };
@@ -31,7 +38,7 @@ impl Rig {
             reserves_output: false,
         };
         let store = KvStore::new("m", limits.kv_blocks, BLOCK_TOKENS, ENTRY_BYTES);
-        let shards = Shards::of_one(arena, BLOCK_TOKENS, ENTRY_BYTES);
+        let shards = Shards::of_one(arena, BLOCK_TOKENS, ENTRY_BYTES, layer_groups);
         let core = Core::new(Scheduler::new(limits), store, shards);
         Self { core, _directory: directory, requests: 0 }
     }
@@ -252,6 +259,79 @@ fn a_cancelled_or_aborted_export_holds_nothing() {
     assert_eq!(aborted.core.scheduler.blocks_used(), 0);
     let last = aborted.core.outbox.pop_back().map(|(_, message)| message);
     assert_eq!(last, Some(FromEngine::Aborted { handoff, generation }));
+}
+
+#[test]
+fn a_layer_group_leaves_while_the_next_is_computed() {
+    const GROUPS: u32 = 4;
+    let mut rig = Rig::of_groups(GROUPS, 64);
+    // Two blocks a step, and a last one that is not full.
+    let _events = rig.submit(&numbers(9), 1, Some(Part::Produce));
+    for (of_step, is_last) in [(0..2, false), (2..3, true)] {
+        let step = rig.core.begin_step();
+        let sequence = rig.sequence();
+        let pages = rig.core.scheduler.blocks(sequence).to_vec();
+        for group in 0..GROUPS {
+            assert_eq!(rig.said(), None, "not before it is computed");
+            if group + 1 < GROUPS {
+                rig.core.end_layer_group(&step);
+            } else {
+                rig.core.end_step(&step);
+            }
+            let Some(FromEngine::Exported { blocks: exported, .. }) = rig.said() else {
+                panic!("group {group} is due")
+            };
+            let indices: Vec<_> = exported.iter().map(|block| block.index).collect();
+            let due: Vec<_> = of_step.clone().map(|block| block * GROUPS + group).collect();
+            assert_eq!(indices, due);
+            for BlockInSlot { index, slot } in exported {
+                let cells = (ENTRY_BYTES * BLOCK_TOKENS / 4 / GROUPS) as usize;
+                let bytes = rig.core.shards.arena().view(slot, (4 * cells) as u64).unwrap();
+                // Of each head of each token the group's own quarter.
+                let page = rig.core.store.block(pages[(index / GROUPS) as usize]);
+                let tokens = if is_last { 1 } else { BLOCK_TOKENS as usize };
+                let own = page.chunks_exact(8).take(4 * tokens).flat_map(|head| {
+                    let from = 2 * group as usize;
+                    head[from..from + 2].to_vec()
+                });
+                let mut own: Vec<_> = own.collect();
+                own.resize(4 * cells, 0);
+                assert_eq!(bytes.as_ref(), own, "block {index}");
+            }
+        }
+    }
+    assert!(matches!(rig.said(), Some(FromEngine::Sealed { .. })));
+}
+
+#[test]
+fn whoever_leaves_between_two_layer_groups_leaves_nothing() {
+    let HandoffName { handoff, generation } = name();
+    for aborts in [true, false] {
+        let mut rig = Rig::of_groups(4, 64);
+        let _events = rig.submit(&numbers(20), 1, Some(Part::Produce));
+        rig.step();
+        let step = rig.core.begin_step();
+        rig.core.end_layer_group(&step);
+        let mut slots = Vec::new();
+        while let Some(message) = rig.said() {
+            let FromEngine::Exported { blocks, .. } = message else { panic!("{message:?}") };
+            slots.extend(blocks.into_iter().map(|block| block.slot));
+        }
+        assert_eq!(slots.len(), 2 * 4 + 2, "a step in four layer groups, and the next in one");
+        if aborts {
+            rig.core.abort(1, None);
+            assert_eq!(rig.said(), Some(FromEngine::Aborted { handoff, generation }));
+        } else {
+            // Whoever asked for it still gets the answer.
+            rig.core.handle(0, ToEngine::Cancel { handoff, generation });
+        }
+        rig.core.end_step(&step);
+        while rig.step() {}
+        assert_eq!(rig.said(), None, "nothing more is exported");
+        assert_eq!(rig.core.scheduler.blocks_used(), 0);
+        rig.core.handle(0, ToEngine::Release { slots });
+        assert_eq!(rig.core.exports.slots_used(), 0);
+    }
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! The producing side of handoffs: blocks on their way from the paged cache into export slots.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet, VecDeque},
+};
 
 use baton_arena::Slot;
 use baton_types::PromptDigest;
@@ -16,6 +19,7 @@ use crate::kv_port::{BlockInSlot, FromEngine};
 #[derive(Debug)]
 pub(super) struct Exports {
     export_slots: u32,
+    layer_groups: u32,
     free_slots: VecDeque<Slot>,
     owner_of_slot: HashMap<Slot, Owner>,
     slots_of: HashMap<HandoffName, u32>,
@@ -36,14 +40,16 @@ struct Export {
     prompt_tokens: u32,
     prompt_digest: PromptDigest,
     cached_tokens: Option<u32>,
-    /// Blocks that were held so far.
-    collected_blocks: u32,
+    /// Blocks of each layer group that were held so far.
+    collected_blocks: Vec<u32>,
     held: VecDeque<HeldBlock>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct HeldBlock {
+    /// Of the engine's block.
     index: u32,
+    layer_group: u32,
     block: BlockId,
     /// The others of its entries are zeroed in the slot.
     tokens: u32,
@@ -59,9 +65,10 @@ pub(super) struct NewExport {
 }
 
 impl Exports {
-    pub(super) fn new(export_slots: u32) -> Self {
+    pub(super) fn new(export_slots: u32, layer_groups: u32) -> Self {
         Self {
             export_slots,
+            layer_groups,
             free_slots: (0..export_slots).map(Slot).collect(),
             owner_of_slot: HashMap::new(),
             slots_of: HashMap::new(),
@@ -80,7 +87,7 @@ impl Exports {
             prompt_tokens: new.prompt_tokens,
             prompt_digest: new.prompt_digest,
             cached_tokens: None,
-            collected_blocks: 0,
+            collected_blocks: vec![0; self.layer_groups as usize],
             held: VecDeque::new(),
         });
         true
@@ -93,11 +100,12 @@ impl Exports {
         }
     }
 
-    /// The first `computed_tokens` of the sequence in `blocks` are computed: holds what is new.
+    /// The first `computed_tokens` of the sequence are computed in so many layer groups: holds what is new.
     pub(super) fn collect(
         &mut self,
         name: HandoffName,
         computed_tokens: u32,
+        layer_groups: u32,
         sequence: super::scheduler::SequenceId,
         scheduler: &mut Scheduler,
     ) {
@@ -108,15 +116,17 @@ impl Exports {
         } else {
             computed_tokens / block_size
         };
-        while export.collected_blocks < ready {
-            let index = export.collected_blocks;
-            let Some(block) = scheduler.blocks(sequence).get(index as usize).copied() else {
-                break;
-            };
-            scheduler.retain(block);
-            let tokens = (export.prompt_tokens - index * block_size).min(block_size);
-            export.held.push_back(HeldBlock { index, block, tokens });
-            export.collected_blocks += 1;
+        for (layer_group, collected) in (0..layer_groups).zip(&mut export.collected_blocks) {
+            while *collected < ready {
+                let index = *collected;
+                let Some(block) = scheduler.blocks(sequence).get(index as usize).copied() else {
+                    break;
+                };
+                scheduler.retain(block);
+                let tokens = (export.prompt_tokens - index * block_size).min(block_size);
+                export.held.push_back(HeldBlock { index, layer_group, block, tokens });
+                *collected += 1;
+            }
         }
     }
 
@@ -139,7 +149,8 @@ impl Exports {
                 copy_out(shards, store, held, slot);
                 scheduler.release(held.block);
                 self.open[position].held.pop_front();
-                blocks.push(BlockInSlot { index: held.index, slot });
+                let index = held.index * self.layer_groups + held.layer_group;
+                blocks.push(BlockInSlot { index, slot });
             }
             if !blocks.is_empty() {
                 let exported = FromEngine::Exported { handoff, generation, blocks };
@@ -147,7 +158,8 @@ impl Exports {
             }
         }
         self.open.retain(|export| {
-            let complete = export.collected_blocks == export.prompt_tokens.div_ceil(block_size);
+            let all = export.prompt_tokens.div_ceil(block_size);
+            let complete = export.collected_blocks.iter().all(|collected| *collected == all);
             let sealed = complete && export.held.is_empty();
             if sealed {
                 let sealed = FromEngine::Sealed {
@@ -244,9 +256,12 @@ impl Exports {
 }
 
 fn copy_out(shards: &Shards, store: &KvStore, held: HeldBlock, slot: Slot) {
-    let mut block = store.entries(held.block, held.tokens as usize).to_vec();
-    block.resize(store.block_bytes(), 0);
-    if let Err(error) = shards.export(slot, &block) {
+    let entries = store.entries(held.block, held.tokens as usize);
+    let mut block = Cow::Borrowed(entries);
+    if entries.len() < store.block_bytes() {
+        block.to_mut().resize(store.block_bytes(), 0);
+    }
+    if let Err(error) = shards.export(slot, held.layer_group, &block) {
         // The arena was made for blocks of this size: a block that is not there fails its checks.
         tracing::error!(%error, "cannot export a block");
     }

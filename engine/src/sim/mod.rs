@@ -117,8 +117,9 @@ impl SimEngine {
             config.block_size_tokens,
             config.kv_bytes_per_token,
         );
-        let shards = Shards::new(arena.clone(), &compatibility_on(config, 1)?, &compatibility)
-            .map_err(|error| bad_split(config, &error.to_string()))?;
+        let shards =
+            Shards::new(arena.clone(), config, &compatibility_on(config, 1)?, &compatibility)
+                .map_err(|error| bad_split(config, &error.to_string()))?;
         let (mut ranks, mut from_engine, mut to_engine) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..config.tensor_parallel {
             let (rank, tell, hear) = RankPort::pair(PORT_CAPACITY);
@@ -232,6 +233,7 @@ fn check(config: &SimConfig) -> Result<(), StartError> {
         ("max_model_tokens", config.max_model_tokens),
         ("block_size_tokens", config.block_size_tokens),
         ("tensor_parallel", config.tensor_parallel),
+        ("layer_groups", config.layer_groups),
         ("kv_blocks", config.kv_blocks),
         ("max_seqs", config.max_seqs),
         ("max_step_tokens", config.max_step_tokens),
@@ -245,6 +247,9 @@ fn check(config: &SimConfig) -> Result<(), StartError> {
         return error("kv_bytes_per_token", value, "fewer than 8 cannot hold a token's state");
     }
     shards::check(config).map_err(|reason| bad_split(config, &reason))?;
+    if let Err(reason) = shards::check_groups(config) {
+        return error("layer_groups", config.layer_groups.to_string(), &reason);
+    }
     if !config.time_scale.is_finite() || config.time_scale < 0.0 {
         return error("time_scale", config.time_scale.to_string(), "expected a number from 0 up");
     }
@@ -256,7 +261,7 @@ fn check(config: &SimConfig) -> Result<(), StartError> {
     Ok(())
 }
 
-/// For each rank no more slots than the cache has blocks: the others would never be used.
+/// For each rank no more slots than the cache has blocks, of all layer groups: the others would never be used.
 fn arena_layout(
     config: &SimConfig,
     slot_bytes: u64,
@@ -264,7 +269,8 @@ fn arena_layout(
 ) -> Result<ArenaLayout, StartError> {
     let ranks = u64::from(config.tensor_parallel);
     let slots = |field, bytes: u64| {
-        let slots = (bytes / ranks / slot_bytes).min(u64::from(config.kv_blocks));
+        let most = u64::from(config.kv_blocks) * u64::from(config.layer_groups);
+        let slots = (bytes / ranks / slot_bytes).min(most);
         let all = u32::try_from(slots * ranks).ok().filter(|slots| *slots > 0);
         all.ok_or_else(|| StartError::Config {
             field,
@@ -289,6 +295,7 @@ fn compatibility_on(config: &SimConfig, ranks: u32) -> Result<Compatibility, Sta
         kv_dtype: "sim".to_owned(),
         kv_layout: "token-major".to_owned(),
         block_size_tokens: config.block_size_tokens,
+        layer_groups: config.layer_groups,
         block_bytes: block_bytes.ok_or_else(|| bad_split(config, "a block has too many bytes"))?,
         tensor_parallel_rank: 0,
         tensor_parallel_size: ranks,

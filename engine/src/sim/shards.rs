@@ -1,7 +1,8 @@
 //! One engine's blocks as the parts that its tensor parallel ranks hold.
 //!
 //! The cache itself is whole. A part is cut out of a block when it is exported, as a rank of an engine that
-//! computes on several cards would have computed it, and laid back into the whole when it is imported.
+//! computes on several cards would have computed it, and laid back into the whole when it is imported. Layers are
+//! parts of each head's bytes: a layer group's part of a block is that of all its heads.
 
 use std::collections::{HashMap, hash_map::Entry};
 
@@ -26,12 +27,25 @@ pub(super) fn check(config: &SimConfig) -> Result<(), String> {
     Err(format!("expected a divisor or a multiple of the {heads} KV heads"))
 }
 
-/// Where each head lies in a block of one of so many ranks.
+/// Why a head's bytes cannot be shared out to the layer groups.
+pub(super) fn check_groups(config: &SimConfig) -> Result<(), String> {
+    let head_bytes = config.kv_bytes_per_token / heads(config);
+    if head_bytes.is_multiple_of(config.layer_groups) {
+        return Ok(());
+    }
+    Err(format!("expected a divisor of the {head_bytes} bytes of each of a token's KV heads"))
+}
+
+/// Of one head of one token in one layer group.
+fn cell_bytes(config: &SimConfig) -> u32 {
+    config.kv_bytes_per_token / heads(config) / config.layer_groups
+}
+
+/// Where each head lies in a block of one layer group, on one of so many ranks.
 pub(super) fn kv_heads(config: &SimConfig, ranks: u32) -> String {
-    let SimConfig { kv_bytes_per_token, block_size_tokens, .. } = config;
-    let heads = heads(config);
+    let (block_size_tokens, heads) = (config.block_size_tokens, heads(config));
     let on_rank = (heads / ranks).max(1);
-    format!("sim/{heads}/1*t{block_size_tokens}.h{on_rank}.{}", kv_bytes_per_token / heads)
+    format!("sim/{heads}/1*t{block_size_tokens}.h{on_rank}.{}", cell_bytes(config))
 }
 
 /// Slots go by their number on each rank: a block of the cache has the same on all.
@@ -39,8 +53,8 @@ pub(super) fn kv_heads(config: &SimConfig, ranks: u32) -> String {
 pub(super) struct Shards {
     arena: Arena,
     block_bytes: u64,
-    /// For each rank, in the order of its own part.
-    parts: Vec<Vec<Run>>,
+    /// For each layer group and each rank, in the order of the rank's own part.
+    parts: Vec<Vec<Vec<Run>>>,
     /// Other workers' arenas, by the numbers that the worker gave them. All ranks are one process.
     peers: HashMap<u32, PeerArena>,
 }
@@ -61,23 +75,31 @@ pub(super) enum ImportError {
 }
 
 impl Shards {
-    /// `whole` is the layout of the cache, `part` that of each rank.
+    /// `whole` is the layout of a layer group of the cache, `part` that of the same on each rank.
     pub(super) fn new(
         arena: Arena,
+        config: &SimConfig,
         whole: &Compatibility,
         part: &Compatibility,
     ) -> Result<Self, ResliceError> {
         let reslice = Reslice::between(whole, part)?;
-        let mut parts = vec![Vec::new(); part.tensor_parallel_size as usize];
+        let (groups, cell_bytes) = (config.layer_groups as usize, cell_bytes(config) as usize);
+        let mut parts = vec![vec![Vec::new(); part.tensor_parallel_size as usize]; groups];
         for run in reslice.covers(0).iter().flatten() {
-            parts[run.to_rank as usize].push(*run);
+            for (group, parts) in parts.iter_mut().enumerate() {
+                parts[run.to_rank as usize].extend(in_block(*run, group, groups, cell_bytes));
+            }
         }
-        parts.iter_mut().for_each(|part| part.sort_unstable_by_key(|run| run.to));
+        parts.iter_mut().flatten().for_each(|part| part.sort_unstable_by_key(|run| run.to));
         Ok(Self { arena, block_bytes: part.block_bytes, parts, peers: HashMap::new() })
     }
 
-    pub(super) fn ranks(&self) -> u32 {
+    pub(super) fn layer_groups(&self) -> u32 {
         u32::try_from(self.parts.len()).unwrap_or(u32::MAX)
+    }
+
+    pub(super) fn ranks(&self) -> u32 {
+        self.parts.first().map_or(0, |parts| u32::try_from(parts.len()).unwrap_or(u32::MAX))
     }
 
     /// Export slots of one rank.
@@ -108,23 +130,27 @@ impl Shards {
         self.peers.remove(&arena);
     }
 
-    /// Gives every rank its part of a block.
-    pub(super) fn export(&self, slot: Slot, block: &[u8]) -> Result<(), ArenaError> {
-        for (rank, part) in (0..).zip(&self.parts) {
-            for run in part {
-                let bytes = &block[run.from..run.from + run.bytes];
-                self.arena.write(self.slot_on(rank, slot), run.to as u64, bytes)?;
+    /// Gives every rank its part of a layer group of a block.
+    pub(super) fn export(&self, slot: Slot, group: u32, block: &[u8]) -> Result<(), ArenaError> {
+        for (rank, part) in (0..).zip(self.parts.get(group as usize).into_iter().flatten()) {
+            let runs: Vec<_> =
+                part.iter().map(|run| &block[run.from..run.from + run.bytes]).collect();
+            let slot = self.slot_on(rank, slot);
+            match runs[..] {
+                [run] => self.arena.write(slot, 0, run)?,
+                _ => self.arena.write(slot, 0, &runs.concat())?,
             }
         }
         Ok(())
     }
 
-    /// Lays one rank's part into a block, and answers the checksum over what was laid there: it is what
+    /// Lays one rank's part of a layer group into a block, and answers the checksum over what was laid there: it is what
     /// will be computed with.
     pub(super) fn import(
         &self,
         rank: u32,
         source: Source,
+        group: u32,
         block: &mut [u8],
     ) -> Result<u32, ImportError> {
         let view;
@@ -139,7 +165,8 @@ impl Shards {
             }
         };
         let mut checksum = Digest::new(Crc32IsoHdlc);
-        for run in self.parts.get(rank as usize).into_iter().flatten() {
+        let parts = self.parts.get(group as usize);
+        for run in parts.and_then(|parts| parts.get(rank as usize)).into_iter().flatten() {
             let target = &mut block[run.from..run.from + run.bytes];
             target.copy_from_slice(&lies[run.to..run.to + run.bytes]);
             checksum.update(target);
@@ -150,17 +177,36 @@ impl Shards {
     }
 }
 
+/// Where the cells of a run lie in a block of all layer groups, whose cells hold those of one group after the
+/// other.
+fn in_block(run: Run, group: usize, groups: usize, cell_bytes: usize) -> impl Iterator<Item = Run> {
+    // Of one group alone cells lie side by side.
+    let bytes = if groups == 1 { run.bytes } else { cell_bytes };
+    (0..run.bytes / bytes).map(move |cell| Run {
+        from: run.from * groups + cell * bytes * groups + group * bytes,
+        to: run.to + cell * bytes,
+        bytes,
+        ..run
+    })
+}
+
 #[cfg(test)]
 impl Shards {
     /// Of an engine of one rank.
-    pub(super) fn of_one(arena: Arena, block_tokens: u32, entry_bytes: u32) -> Self {
+    pub(super) fn of_one(
+        arena: Arena,
+        block_tokens: u32,
+        entry_bytes: u32,
+        layer_groups: u32,
+    ) -> Self {
         let config = SimConfig {
             block_size_tokens: block_tokens,
             kv_bytes_per_token: entry_bytes,
+            layer_groups,
             ..SimConfig::default()
         };
         let whole = super::compatibility_on(&config, 1).unwrap();
-        Self::new(arena, &whole, &whole).unwrap()
+        Self::new(arena, &config, &whole, &whole).unwrap()
     }
 
     pub(super) fn arena(&self) -> &Arena {

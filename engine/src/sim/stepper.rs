@@ -146,9 +146,17 @@ impl Stepper {
             if seconds > 0.0 {
                 let now = Instant::now();
                 let begin = if now.duration_since(step_end) < MOST_LAG { step_end } else { now };
-                step_end = begin + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-                if !self.hear_until(step_end).await {
-                    return;
+                let groups = self.core.shards.layer_groups();
+                for group in 1..=groups {
+                    let share = seconds * f64::from(group) / f64::from(groups);
+                    step_end = begin + Duration::try_from_secs_f64(share).unwrap_or(Duration::MAX);
+                    if !self.hear_until(step_end).await {
+                        return;
+                    }
+                    if group < groups {
+                        self.core.end_layer_group(&step);
+                        self.publish();
+                    }
                 }
             } else {
                 tokio::task::yield_now().await;

@@ -211,6 +211,7 @@ pub(super) fn fitting(hello: &Hello) -> Result<Option<Compatibility>, Refused> {
         ("block_bytes", compatibility.block_bytes),
         ("block_size_tokens", compatibility.block_size_tokens.into()),
         ("tensor_parallel_size", compatibility.tensor_parallel_size.into()),
+        ("layer_groups", compatibility.layer_groups.into()),
     ] {
         if value == 0 {
             return Err(Refused::Zero(field));

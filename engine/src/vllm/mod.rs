@@ -85,7 +85,11 @@ impl VllmEngine {
             VllmSource::Url(url) => (http::authority(url)?, None),
             VllmSource::Command { command, environment, port } => {
                 let socket = config.connector_socket.as_deref();
-                let mut arguments = serve_arguments(*port, socket, event_sockets.as_ref());
+                let mut arguments = serve_arguments(
+                    *port,
+                    socket.map(|socket| (socket, config.layer_groups)),
+                    event_sockets.as_ref(),
+                );
                 let order = order_arguments(command, socket);
                 takes_priority = order.iter().chain(command).any(|word| word == "priority");
                 arguments.extend(order);
@@ -142,15 +146,15 @@ impl VllmEngine {
     }
 }
 
-/// What the worker adds to the user's command.
+/// What the worker adds to the user's command: for the connector its socket and the number of layer groups.
 fn serve_arguments(
     port: u16,
-    connector_socket: Option<&Path>,
+    connector: Option<(&Path, u32)>,
     event_sockets: Option<&EventSockets>,
 ) -> Vec<String> {
     let mut arguments =
         vec!["--host".into(), "127.0.0.1".into(), "--port".into(), port.to_string()];
-    if let Some(socket) = connector_socket {
+    if let Some((socket, layer_groups)) = connector {
         let transfer = serde_json::json!({
             "kv_connector": "BatonConnector",
             "kv_connector_module_path": "baton_connector",
@@ -159,7 +163,7 @@ fn serve_arguments(
             "kv_role": "kv_both",
             // A decode that silently recomputes would pass for a handoff.
             "kv_load_failure_policy": "fail",
-            "kv_connector_extra_config": { "socket": socket },
+            "kv_connector_extra_config": { "socket": socket, "layer_groups": layer_groups },
         });
         arguments.extend(["--kv-transfer-config".into(), transfer.to_string()]);
     }
@@ -276,11 +280,12 @@ mod tests {
     #[test]
     fn the_connector_is_asked_for_only_where_it_has_a_socket() {
         assert_eq!(serve_arguments(8101, None, None), ["--host", "127.0.0.1", "--port", "8101"]);
-        let with = serve_arguments(8101, Some(Path::new("/run/baton/p0.sock")), None);
+        let with = serve_arguments(8101, Some((Path::new("/run/baton/p0.sock"), 4)), None);
         assert_eq!(with[4], "--kv-transfer-config");
         let config: serde_json::Value = serde_json::from_str(&with[5]).unwrap();
         assert_eq!(config["kv_load_failure_policy"], "fail");
         assert_eq!(config["kv_connector_extra_config"]["socket"], "/run/baton/p0.sock");
+        assert_eq!(config["kv_connector_extra_config"]["layer_groups"], 4);
     }
 
     #[test]

@@ -163,6 +163,9 @@ pub struct Compatibility {
     /// `baton_types::HeadLayout`; empty where the engine cannot tell.
     #[prost(string, tag = "10")]
     pub kv_heads: ::prost::alloc::string::String,
+    /// In which each block is handed over, one after the other; 0 is 1.
+    #[prost(uint32, tag = "11")]
+    pub layer_groups: u32,
 }
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct Welcome {

@@ -1,6 +1,7 @@
 //! What was exported arrives.
 
 use std::{
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     channel::{ExportStream, Exports, Pulled, Refusal, Seal, Subscription},
-    lease::Ending,
+    lease::{Ending, HandoffError},
     ledger::Ledger,
 };
 
@@ -95,6 +96,51 @@ pub async fn blocks_that_the_consumer_has_are_not_sent(transport: &dyn Transport
     assert_eq!((pulled.seal, pulled.blocks, pulled.bytes), (seal(5), 0, 0));
     assert_eq!(producer.ledger.counters().blocks_sent, 2);
     producer.holds_nothing().await;
+}
+
+/// Chunk by chunk, and in each chunk one layer group of all blocks after the other.
+pub async fn layer_groups_come_in_their_own_order(transport: &dyn Transport) {
+    const GROUPS: u32 = 3;
+    let producer = Producer::start(transport, Staging::new(2, 4096)).await;
+    let consumer = Consumer::start(transport, Staging::new(2, 4096)).await;
+    producer.ledger.begin_epoch(producer.epoch, COMPATIBILITY, GROUPS);
+    let chunks = [0..4_u32, 4..5, 5..12];
+    let of_chunk = |blocks: Range<u32>| {
+        (0..GROUPS).flat_map(move |group| blocks.clone().map(move |block| block * GROUPS + group))
+    };
+    for has in [0, 3] {
+        let id = HandoffId::random();
+        let ending = producer.expect(id, &consumer);
+        let mut sink = consumer.sink(id);
+        sink.layer_groups = GROUPS;
+        let subscription = producer.subscription(id, has * GROUPS);
+        let pull = consumer.node.channel.pull(&producer.node.address, subscription, &sink);
+        let export = async {
+            for index in chunks.clone().into_iter().flat_map(of_chunk) {
+                producer.push(id, index, 4096).await;
+            }
+            let again = producer.ledger.push(id, FIRST, 35, "again".into());
+            assert_eq!(again, Err(HandoffError::OutOfOrder { given: 35, expected: 38 }));
+            producer.seal(id);
+        };
+        let (pulled, ()) = tokio::join!(pull, export);
+        let pulled = pulled.unwrap();
+        assert_eq!((pulled.seal, pulled.blocks), (seal(12 * GROUPS), (12 - has) * GROUPS));
+        assert_eq!(soon("the acknowledgement", ending).await.unwrap(), Ending::Acked);
+    }
+    assert_eq!(producer.ledger.counters().blocks_sent, 12 + 9, "each with all its groups");
+
+    // Of one group there is a block more than of the others.
+    let id = HandoffId::random();
+    producer.expect(id, &consumer);
+    for index in 0..=GROUPS {
+        producer.ledger.push(id, FIRST, index, "kv".into()).unwrap();
+    }
+    let sealed = producer.ledger.seal(id, FIRST, PROMPT_TOKENS, PROMPT, 0);
+    assert_eq!(sealed, Err(HandoffError::Uneven));
+    producer.ledger.abort(id, FIRST);
+    producer.holds_nothing().await;
+    consumer.holds_nothing().await;
 }
 
 pub async fn a_subscription_may_come_before_its_handoff(transport: &dyn Transport) {

@@ -101,17 +101,30 @@ async fn told(
     id: HandoffId,
     script: Vec<Exported>,
 ) -> Result<Pulled, TransferError> {
+    told_in_groups(transport, id, script, 1, 1).await
+}
+
+/// The same, from another block on and of so many layer groups.
+async fn told_in_groups(
+    transport: &dyn Transport,
+    id: HandoffId,
+    script: Vec<Exported>,
+    first_block: u32,
+    layer_groups: u32,
+) -> Result<Pulled, TransferError> {
     let liar = transport.start(Arc::new(Script(parking_lot::Mutex::new(script))), NEVER).await;
     let consumer = Consumer::start(transport, Staging::new(2, 4096)).await;
     let subscription = Subscription {
         handoff: scripted(id),
         consumer_epoch: Epoch::from_u128(2),
         compatibility: COMPATIBILITY,
-        first_block: 1,
+        first_block,
         prompt_tokens: PROMPT_TOKENS,
         prompt_digest: PROMPT,
     };
-    soon("an error", consumer.pull_from(&liar.address, subscription)).await
+    let mut sink = consumer.sink(id);
+    sink.layer_groups = layer_groups;
+    soon("an error", consumer.node.channel.pull(&liar.address, subscription, &sink)).await
 }
 
 /// What a handoff that is told by a script is called.
@@ -134,6 +147,25 @@ pub async fn blocks_out_of_order_are_not_taken(transport: &dyn Transport) {
         let pulled = told(transport, id, script).await;
         assert_eq!(pulled, Err(TransferError::UnexpectedBlock { index: wrong, expected }));
     }
+}
+
+pub async fn blocks_out_of_order_in_their_layer_group_are_not_taken(transport: &dyn Transport) {
+    let id = HandoffId::from_u128(9);
+    // Of two groups, from the second block on.
+    for (indices, expected) in
+        [(vec![2, 5], 3), (vec![2, 4, 4], 6), (vec![3, 0], 2), (vec![3, 5, 6], 2)]
+    {
+        let wrong = *indices.last().unwrap();
+        let script = indices.into_iter().map(|index| block(id, index, 64)).collect();
+        let pulled = told_in_groups(transport, id, script, 2, 2).await;
+        assert_eq!(pulled, Err(TransferError::UnexpectedBlock { index: wrong, expected }));
+    }
+    // As many as the seal says, and all of them in order, but not of both groups equally many.
+    let (prompt_tokens, prompt_digest) = (PROMPT_TOKENS, PROMPT);
+    let seal = Seal { prompt_blocks: 4, prompt_tokens, prompt_digest, cached_tokens: 0 };
+    let script = vec![block(id, 2, 64), block(id, 4, 64), Exported::Sealed(seal)];
+    let error = told_in_groups(transport, id, script, 2, 2).await.unwrap_err();
+    assert_eq!(error.name(), "seal_mismatch");
 }
 
 pub async fn blocks_of_another_handoff_are_not_taken(transport: &dyn Transport) {

@@ -128,7 +128,7 @@ pub async fn two_epochs_are_never_mixed(transport: &dyn Transport) {
     let (next, next_compatibility) = (Epoch::random(), COMPATIBILITY);
     let restart = async {
         pace.reached(1).await;
-        producer.ledger.begin_epoch(next, next_compatibility);
+        producer.ledger.begin_epoch(next, next_compatibility, 1);
         // The same name, and what would be the next blocks, of another life.
         producer.expect(id, &consumer);
         producer.ledger.push(id, FIRST, 0, "other".into()).unwrap();

@@ -189,6 +189,7 @@ impl Consumer {
             pace: Arc::new(Pace::default()),
             takes_them_there: self.takes_them_there,
             reading: None,
+            layer_groups: 1,
         }
     }
 
@@ -217,6 +218,7 @@ pub(super) struct Sink {
     id: HandoffId,
     staging: Arc<Staging>,
     pub(super) pace: Arc<Pace>,
+    pub(super) layer_groups: u32,
     takes_them_there: bool,
     /// Where blocks that are taken where they lie are kept, with their checksums; else they are let go of at once.
     pub(super) reading: Option<Arc<Reading>>,
@@ -290,6 +292,10 @@ impl Pace {
 impl BlockSink for Sink {
     fn max_block_bytes(&self) -> u32 {
         u32::try_from(self.staging.arena.layout().slot_bytes).unwrap()
+    }
+
+    fn layer_groups(&self) -> u32 {
+        self.layer_groups
     }
 
     async fn reserve(&self, _index: u32, len: u32) -> Result<Landing, TransferError> {

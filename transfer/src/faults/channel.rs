@@ -71,6 +71,10 @@ impl BlockSink for FaultySink<'_> {
         self.sink.max_block_bytes()
     }
 
+    fn layer_groups(&self) -> u32 {
+        self.sink.layer_groups()
+    }
+
     async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError> {
         self.may_take(index).await?;
         self.sink.reserve(index, len).await

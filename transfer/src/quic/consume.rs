@@ -59,7 +59,7 @@ impl Producer {
         key: Option<MacKey>,
     ) -> Result<Pulled, TransferError> {
         self.say(encode_subscription(subscription, key.as_ref())).await?;
-        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, key);
+        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, key, sink.layer_groups());
         let mut last_word = Instant::now();
         loop {
             match self.frame().await? {
@@ -94,7 +94,7 @@ impl Producer {
         arrivals: &mut Arrivals<'_>,
         head: &BlockHead,
     ) -> Result<(), TransferError> {
-        arrivals.announced(head, 0, sink.max_block_bytes())?;
+        arrivals.announced(head, sink.max_block_bytes())?;
         let chunks = self.exactly(head.len as usize).await?;
         let block = self.attend(sink.reserve(head.index, head.len)).await?;
         let slices: Vec<&[u8]> = chunks.iter().map(AsRef::as_ref).collect();

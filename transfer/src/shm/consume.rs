@@ -99,7 +99,7 @@ impl Producer {
         sink: &dyn BlockSink,
         copiers: &Copiers,
     ) -> Result<Pulled, TransferError> {
-        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, None);
+        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, None, sink.layer_groups());
         let mut copying = Copying::new(copiers);
         loop {
             let Came(frame, bytes) = match self.next(&mut copying).await? {
@@ -116,7 +116,7 @@ impl Producer {
                     self.mapped(first, arena, sink, &mut copying, &mut arrivals).await?;
                 }
                 ProducerFrame::Block(head) => {
-                    arrivals.announced(&head, 0, self.max_block_bytes)?;
+                    arrivals.announced(&head, self.max_block_bytes)?;
                     let landing = self.attend(sink.reserve(head.index, head.len)).await?;
                     let bytes = bytes.unwrap_or_default();
                     let failed = |error| TransferError::NoRoom(format!("{error}"));
@@ -161,7 +161,7 @@ impl Producer {
         let mut next = Some(first);
         while let Some(block) = next.take() {
             let Mapped { head, offset, wanted_back } = block;
-            arrivals.announced(&head, small(copying.len()), self.max_block_bytes)?;
+            arrivals.announced(&head, self.max_block_bytes)?;
             let may_stay = sink.takes_from(head.index, head.len, arena)?;
             let slot = if may_stay && !wanted_back {
                 None
@@ -176,6 +176,7 @@ impl Producer {
                 }
                 None => {
                     copying.waits_for_slots();
+                    arrivals.put_back(&head);
                     self.frames.push_front(block.into());
                     break;
                 }
@@ -383,11 +384,6 @@ impl Producer {
         self.taken_bytes = 0;
         self.link.write(&words).await
     }
-}
-
-/// Blocks of one batch fit.
-fn small(number: usize) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
 }
 
 fn elsewhere() -> TransferError {

@@ -90,7 +90,7 @@ impl Producer {
     ) -> Result<Pulled, TransferError> {
         let mut saying = BytesMut::from(&encode_subscription(subscription, key.as_ref())[..]);
         put_address(&mut saying, &data.ucx.address());
-        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, key);
+        let mut arrivals = Arrivals::new(subscription, super::TRANSPORT, key, sink.layer_groups());
         let mut offered: VecDeque<BlockHead> = VecDeque::new();
         let mut told_regions: Vec<u64> = Vec::new();
         let mut reserving: Option<Reserving<'_>> = None;
@@ -100,8 +100,7 @@ impl Producer {
             while let Some(frame) = self.next_frame()? {
                 match frame {
                     Frame::Said(ProducerFrame::Block(head)) => {
-                        let ahead = offered.len() + self.granted.len();
-                        arrivals.announced(&head, small(ahead), sink.max_block_bytes())?;
+                        arrivals.announced(&head, sink.max_block_bytes())?;
                         if offered.len() >= MAX_OFFERED {
                             let excess =
                                 format!("more than {MAX_OFFERED} blocks were announced at once");
@@ -235,7 +234,7 @@ impl Producer {
         sink: &dyn BlockSink,
         arrivals: &mut Arrivals<'_>,
     ) -> Result<(), TransferError> {
-        arrivals.announced(head, 0, sink.max_block_bytes())?;
+        arrivals.announced(head, sink.max_block_bytes())?;
         let slot = self.attend(sink.reserve(head.index, head.len)).await?;
         slot.write(&[bytes]).map_err(|error| TransferError::NoRoom(error.to_string()))?;
         let crc32 = arrivals.placed(head, slot.as_bytes())?;

@@ -224,17 +224,18 @@ impl Imports {
     fn complete(&self, name: Name, pulled: Pulled, first_block: u32, duration: Duration) {
         let consumers = self.consumers.lock();
         let Some(consumer) = consumers.get(&name) else { return };
+        let blocks_reused = first_block / self.layer_groups();
         // The job knows before the engine does, and so before there is a token.
         consumer.progress.send_replace(Progress::Complete(Received {
-            blocks: pulled.blocks,
+            blocks: pulled.blocks / self.layer_groups(),
             bytes: pulled.bytes,
             duration,
-            blocks_reused: first_block,
+            blocks_reused,
             blocks_mapped: consumer.blocks_mapped,
             transport: pulled.transport,
             cached_tokens: pulled.seal.cached_tokens,
         }));
-        self.counters.handoff_blocks_reused.add(u64::from(first_block));
+        self.counters.handoff_blocks_reused.add(u64::from(blocks_reused));
         self.tell_all(&ToEngine::Complete { handoff: name.0, generation: name.1 });
     }
 
@@ -399,6 +400,17 @@ impl Imports {
         u32::try_from(self.ranks.len()).unwrap_or(u32::MAX)
     }
 
+    /// In which each block of the engine comes, each as a block of its own.
+    pub(super) fn layer_groups(&self) -> u32 {
+        self.compatibility.layer_groups.max(1)
+    }
+
+    /// Blocks of the engine that count as come with this one: it, if it is of the last layer group.
+    pub(super) fn whole_blocks(&self, index: u32) -> u64 {
+        let groups = self.layer_groups();
+        u64::from(index % groups + 1 == groups)
+    }
+
     /// Bytes of a block of one rank.
     pub(super) fn block_bytes(&self) -> u64 {
         self.compatibility.block_bytes
@@ -454,9 +466,9 @@ impl Imports {
         let blocks = vec![MappedBlockToLoad { index, offset: block.offset(), crc32 }];
         consumer.lent_mapped.insert((rank, index), block);
         // All ranks' parts are one block.
-        let is_one = u32::from(rank == 0);
-        consumer.blocks_mapped += is_one;
-        self.counters.handoff_blocks_mapped.add(is_one.into());
+        let blocks_mapped = if rank == 0 { self.whole_blocks(index) } else { 0 };
+        consumer.blocks_mapped += u32::from(blocks_mapped > 0);
+        self.counters.handoff_blocks_mapped.add(blocks_mapped);
         if let Some(rank) = self.ranks.get(rank as usize) {
             rank.queue.send(ToEngine::LoadMapped { handoff, generation, arena, blocks });
         }

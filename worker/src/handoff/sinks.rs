@@ -28,6 +28,10 @@ impl BlockSink for Whole<'_> {
         u32::try_from(self.imports.block_bytes()).unwrap_or(u32::MAX)
     }
 
+    fn layer_groups(&self) -> u32 {
+        self.imports.layer_groups()
+    }
+
     async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError> {
         is_whole(index, len, self.imports.block_bytes())?;
         self.imports.reserve(self.rank).await
@@ -36,7 +40,7 @@ impl BlockSink for Whole<'_> {
     async fn verified(&self, index: u32, block: Landing, crc32: u32) -> Result<(), TransferError> {
         *self.verified.lock() = Instant::now();
         self.imports.lend(self.name, index, [(self.rank, block, crc32)])?;
-        self.count();
+        self.count(index);
         Ok(())
     }
 
@@ -58,15 +62,16 @@ impl BlockSink for Whole<'_> {
     ) -> Result<(), TransferError> {
         *self.verified.lock() = Instant::now();
         self.imports.lend_mapped(self.name, self.rank, index, block, crc32)?;
-        self.count();
+        self.count(index);
         Ok(())
     }
 }
 
 impl Whole<'_> {
     /// All ranks' parts are one block.
-    fn count(&self) {
-        self.imports.count(u64::from(self.rank == 0), self.imports.block_bytes());
+    fn count(&self, index: u32) {
+        let blocks = if self.rank == 0 { self.imports.whole_blocks(index) } else { 0 };
+        self.imports.count(blocks, self.imports.block_bytes());
     }
 }
 
@@ -89,9 +94,9 @@ pub(super) struct Assembly<'a> {
     reslicing: &'a Reslicing,
     verified: &'a Mutex<Instant>,
     rows: Mutex<HashMap<u32, Row>>,
-    /// The first block that has no row yet. Who waits for the slots of a row holds it, so that rows come one
-    /// after the other and no two of them wait for one another's slots.
-    next_row: AsyncMutex<u32>,
+    /// Who waits for the slots of a row holds it, so that rows come one after the other and no two of them wait
+    /// for one another's slots.
+    making_row: AsyncMutex<()>,
     /// Pieces of a block.
     needed: usize,
 }
@@ -108,7 +113,6 @@ impl<'a> Assembly<'a> {
         imports: &'a Imports,
         name: Name,
         reslicing: &'a Reslicing,
-        first_block: u32,
         verified: &'a Mutex<Instant>,
     ) -> Self {
         let needed = (0..reslicing.sources()).filter(|source| reslicing.is_needed(*source)).count();
@@ -118,7 +122,7 @@ impl<'a> Assembly<'a> {
             reslicing,
             verified,
             rows: Mutex::default(),
-            next_row: AsyncMutex::new(first_block),
+            making_row: AsyncMutex::default(),
             needed,
         }
     }
@@ -131,19 +135,20 @@ impl<'a> Assembly<'a> {
     /// Sees to it that this block has a slot on each rank. A piece gets a place of its own only after that, so
     /// that those which have come can always be laid down, and make room for others.
     async fn row(&self, index: u32) -> Result<(), TransferError> {
-        if self.rows.lock().contains_key(&index) {
+        let is_there = || self.rows.lock().contains_key(&index);
+        if is_there() {
             return Ok(());
         }
-        let mut next = self.next_row.lock().await;
-        while *next <= index {
-            let mut places = Vec::new();
-            // Always the lower rank first: who has a slot of the last one waits for no slot any more.
-            for rank in 0..self.imports.count_ranks() {
-                places.push(self.imports.reserve(rank).await?);
-            }
-            self.rows.lock().insert(*next, Row { places, laid: Vec::new() });
-            *next += 1;
+        let _making = self.making_row.lock().await;
+        if is_there() {
+            return Ok(());
         }
+        let mut places = Vec::new();
+        // Always the lower rank first: who has a slot of the last one waits for no slot any more.
+        for rank in 0..self.imports.count_ranks() {
+            places.push(self.imports.reserve(rank).await?);
+        }
+        self.rows.lock().insert(index, Row { places, laid: Vec::new() });
         Ok(())
     }
 
@@ -191,7 +196,7 @@ impl<'a> Assembly<'a> {
         let blocks = (0..).zip(places).zip(checksums);
         let blocks = blocks.map(|((rank, place), checksum)| (rank, place, checksum));
         self.imports.lend(self.name, index, blocks)?;
-        self.imports.count(1, 0);
+        self.imports.count(self.imports.whole_blocks(index), 0);
         Ok(())
     }
 }
@@ -213,6 +218,10 @@ impl Piece<'_> {
 impl BlockSink for Piece<'_> {
     fn max_block_bytes(&self) -> u32 {
         u32::try_from(self.assembly.reslicing.block_bytes()).unwrap_or(u32::MAX)
+    }
+
+    fn layer_groups(&self) -> u32 {
+        self.assembly.imports.layer_groups()
     }
 
     async fn reserve(&self, index: u32, len: u32) -> Result<Landing, TransferError> {

@@ -44,6 +44,7 @@ fn engine(ranks: u32) -> Compatibility {
         kv_layout: format!("of {ranks}"),
         block_size_tokens: 2,
         block_bytes: u64::from(60 * heads),
+        layer_groups: 1,
         tensor_parallel_rank: 0,
         tensor_parallel_size: ranks,
         connector_version: "1".into(),
@@ -132,7 +133,7 @@ async fn a_block_is_loaded_when_its_last_piece_was_laid_into_it() {
     let mut hear = std::mem::take(&mut fixture.hear);
     let verified = Mutex::new(Instant::now());
     let Fixture { handoffs, name, reslicing, .. } = &fixture;
-    let assembly = Assembly::new(&handoffs.imports, *name, reslicing, 0, &verified);
+    let assembly = Assembly::new(&handoffs.imports, *name, reslicing, &verified);
     let pieces = [0, 1, 2, 3].map(|source| assembly.piece(source));
     // Two ranks are a block ahead of the two others.
     for (index, rank) in [(0, 3), (1, 3), (0, 0), (1, 0), (0, 1)] {
@@ -162,7 +163,7 @@ async fn a_piece_that_changed_after_its_checksum_reaches_no_rank() {
         let mut hear = std::mem::take(&mut fixture.hear);
         let verified = Mutex::new(Instant::now());
         let Fixture { handoffs, name, reslicing, .. } = &fixture;
-        let assembly = Assembly::new(&handoffs.imports, *name, reslicing, 0, &verified);
+        let assembly = Assembly::new(&handoffs.imports, *name, reslicing, &verified);
         let pieces = [0, 1, 2, 3].map(|source| assembly.piece(source));
         for rank in [0, 1, 3] {
             bring(&pieces[usize::from(rank)], 0, rank).await.unwrap();
@@ -184,7 +185,7 @@ async fn a_piece_of_another_length_is_no_piece() {
     let fixture = fixture().await;
     let verified = Mutex::new(Instant::now());
     let Fixture { handoffs, name, reslicing, .. } = &fixture;
-    let assembly = Assembly::new(&handoffs.imports, *name, reslicing, 0, &verified);
+    let assembly = Assembly::new(&handoffs.imports, *name, reslicing, &verified);
     let refused = assembly.piece(1).reserve(0, 120).await.err();
     assert_eq!(refused, Some(TransferError::Truncated { index: 0, bytes: 120, expected: 60 }));
     assert_eq!(handoffs.slots().used, 0, "before anything is reserved");

@@ -109,6 +109,7 @@ pub(super) fn compatibility() -> Compatibility {
         kv_layout: "flat".into(),
         block_size_tokens: 16,
         block_bytes: BLOCK_BYTES,
+        layer_groups: 1,
         tensor_parallel_rank: 0,
         tensor_parallel_size: 1,
         connector_version: "1".into(),

@@ -76,7 +76,7 @@ fn hello() -> Value {
         "vllm_version": "0.32.0",
         "compatibility": {
             "model": "m", "revision": "r", "kv_dtype": "float32", "kv_layout": "NHD",
-            "block_size_tokens": 32, "block_bytes": 5000,
+            "block_size_tokens": 32, "layer_groups": 2, "block_bytes": 5000,
             "tensor_parallel_rank": 0, "tensor_parallel_size": 1, "connector_version": "0.1.0",
         },
     })
@@ -260,6 +260,7 @@ async fn what_does_not_fit_is_refused_with_a_reason() {
         (change("/protocol", json!(9)), "protocol 9"),
         (change("/compatibility/block_bytes", json!(0)), "block_bytes"),
         (change("/compatibility/tensor_parallel_size", json!(0)), "tensor_parallel_size"),
+        (change("/compatibility/layer_groups", json!(0)), "layer_groups"),
         (change("/compatibility/tensor_parallel_rank", json!(1)), "rank is 1, of 1"),
         (change("/compatibility/block_bytes", json!(16_000)), "arena.import_bytes"),
         (change("/compatibility/block_bytes", json!(u64::MAX)), "arena.export_bytes"),

@@ -55,7 +55,7 @@ impl Imports {
             }
             Some(theirs) => {
                 let reslicing = self.reslicing(theirs).await?;
-                let assembly = Assembly::new(self, name, &reslicing, prompt.first_block, verified);
+                let assembly = Assembly::new(self, name, &reslicing, verified);
                 let sources: Vec<_> = (0..reslicing.sources()).map(|s| assembly.piece(s)).collect();
                 let pulls = (0..).zip(&sources).map(|(rank, sink): (u32, &Piece<'_>)| {
                     // What others give as well is acknowledged, and not sent.
@@ -108,9 +108,11 @@ impl Imports {
         })
     }
 
+    /// Of all layer groups.
     fn blocks_of(&self, prompt: Prompt) -> u32 {
         // A layout of no tokens a block is of no engine; one is the strictest reading.
-        prompt.prompt_tokens.div_ceil(self.compatibility.block_size_tokens.max(1))
+        let blocks = prompt.prompt_tokens.div_ceil(self.compatibility.block_size_tokens.max(1));
+        blocks.saturating_mul(self.layer_groups())
     }
 
     /// The channel proved that what was sealed is what came; that it is the whole prompt is for those to
