@@ -3,10 +3,16 @@
 //!
 //! The whole stack runs in this process, so that faults can be put where they happen: below the
 //! verification of blocks, in the arena, and, where there are any, between the sockets of a network. `BATON_FAULT_HANDOFFS` says how many,
-//! `BATON_FAULT_SEED` which.
+//! `BATON_FAULT_SEED` which; `BATON_FAULT_TRANSPORT` and `BATON_FAULT_RANKS` (`4,2`) what the one that is ignored runs over.
 
 // A scenario says what must hold by panicking, and its seed on the terminal.
-#![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::unwrap_used
+)]
 
 use std::{
     collections::BTreeMap,
@@ -226,6 +232,29 @@ async fn nor_between_engines_of_other_numbers_of_ranks() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nor_from_rank_to_rank() {
     disturbed("shm", [2, 2], 200).await;
+}
+
+/// Blocks that are written into the consumer's arena before anybody there has looked at them. Over the real library;
+/// where there is none that is said, and with BATON_REQUIRE_UCX it is a failure.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_where_blocks_are_written_by_the_other_side() {
+    if std::env::var_os("BATON_UCX_LIBRARY").is_none() {
+        let demanded = std::env::var_os("BATON_REQUIRE_UCX").is_some_and(|value| value != "0");
+        assert!(!demanded, "BATON_REQUIRE_UCX is set, and BATON_UCX_LIBRARY is not");
+        eprintln!("SKIPPED, not run: BATON_UCX_LIBRARY is not set");
+        return;
+    }
+    disturbed("ucx", [2, 2], 200).await;
+}
+
+/// Whatever else is to be tried: `BATON_FAULT_TRANSPORT` and `BATON_FAULT_RANKS`, of prefill and of decode.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a long run of one's choice"]
+async fn nor_over_what_is_chosen() {
+    let transport = std::env::var("BATON_FAULT_TRANSPORT").unwrap_or_else(|_| "quic".to_owned());
+    let ranks = std::env::var("BATON_FAULT_RANKS").unwrap_or_else(|_| "2,2".to_owned());
+    let ranks: Vec<u32> = ranks.split(',').map(|ranks| ranks.parse().unwrap()).collect();
+    disturbed(&transport, ranks.try_into().unwrap(), 400).await;
 }
 
 /// `ranks` of each prefill and of each decode worker's engine.
