@@ -3,7 +3,8 @@
 //!
 //! The whole stack runs in this process, so that faults can be put where they happen: below the
 //! verification of blocks, in the arena, and, where there are any, between the sockets of a network. `BATON_FAULT_HANDOFFS` says how many,
-//! `BATON_FAULT_SEED` which.
+//! `BATON_FAULT_SEED` which; `BATON_FAULT_TRANSPORT`, `BATON_FAULT_RANKS` (`4,2`) and
+//! `BATON_FAULT_LAYER_GROUPS` what the one that is ignored runs over.
 
 use std::{
     collections::BTreeMap,
@@ -236,6 +237,31 @@ async fn nor_from_rank_to_rank() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nor_layer_group_by_layer_group() {
     disturbed("shm", [1, 1], 4, 300).await;
+}
+
+/// Blocks that are written into the consumer's arena before anybody there has looked at them. Over the real library;
+/// where there is none that is said, and with BATON_REQUIRE_UCX it is a failure.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_where_blocks_are_written_by_the_other_side() {
+    if std::env::var_os("BATON_UCX_LIBRARY").is_none() {
+        let demanded = std::env::var_os("BATON_REQUIRE_UCX").is_some_and(|value| value != "0");
+        assert!(!demanded, "BATON_REQUIRE_UCX is set, and BATON_UCX_LIBRARY is not");
+        eprintln!("SKIPPED, not run: BATON_UCX_LIBRARY is not set");
+        return;
+    }
+    disturbed("ucx", [2, 2], 1, 200).await;
+}
+
+/// Whatever else is to be tried: the ranks are of prefill and of decode.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a long run of one's choice"]
+async fn nor_over_what_is_chosen() {
+    let transport = std::env::var("BATON_FAULT_TRANSPORT").unwrap_or_else(|_| "quic".to_owned());
+    let ranks = std::env::var("BATON_FAULT_RANKS").unwrap_or_else(|_| "2,2".to_owned());
+    let ranks: Vec<u32> = ranks.split(',').map(|ranks| ranks.parse().unwrap()).collect();
+    let layer_groups = from_environment("BATON_FAULT_LAYER_GROUPS").unwrap_or(1);
+    let layer_groups = u32::try_from(layer_groups).unwrap();
+    disturbed(&transport, ranks.try_into().unwrap(), layer_groups, 400).await;
 }
 
 /// `ranks` of each prefill and of each decode worker's engine.
