@@ -310,7 +310,7 @@ impl Imports {
 
     /// The number of another worker's arena, if the engine loads blocks from where they lie in it.
     pub(super) fn number_of(&self, arena: &Arc<PeerArena>) -> Option<u32> {
-        self.engine_maps.number_of(arena, self.ranks.iter().map(|rank| &rank.queue))
+        self.engine_maps.number_of(arena, &self.ranks)
     }
 
     /// The engine's request is gone. Answers whether the handoff was one of ours.
@@ -366,7 +366,7 @@ impl Imports {
     /// Takes back the slots of jobs that ended, from an engine that does not give them back. Should it
     /// read one after all, what it reads belongs to a request that failed.
     pub(super) fn sweep(&self) {
-        self.engine_maps.forget_gone(self.ranks.iter().map(|rank| &rank.queue));
+        self.engine_maps.forget_gone(&self.ranks);
         self.consumers.lock().retain(|name, consumer| {
             let keep =
                 consumer.left.is_none_or(|left| left.elapsed() < self.transfer.stall_timeout);

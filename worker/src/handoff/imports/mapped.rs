@@ -9,7 +9,7 @@ use baton_arena::PeerArena;
 use baton_engine::ToEngine;
 use parking_lot::Mutex;
 
-use super::super::to_engine::Queue;
+use super::Rank;
 
 /// Of one life of the engine's KV side. Each arena has a number of its own, which is not used again.
 #[derive(Debug, Default)]
@@ -37,11 +37,7 @@ struct Asked {
 impl EngineMaps {
     /// The arena's number, if all ranks of the engine have mapped it. Asks them to, where that was not done yet: its
     /// blocks are copied meanwhile.
-    pub(super) fn number_of<'a>(
-        &self,
-        arena: &Arc<PeerArena>,
-        ranks: impl ExactSizeIterator<Item = &'a Queue>,
-    ) -> Option<u32> {
+    pub(super) fn number_of(&self, arena: &Arc<PeerArena>, ranks: &[Rank]) -> Option<u32> {
         let mut known = self.known.lock();
         let asked = known.arenas.iter().find(|asked| asked.arena.as_ptr() == Arc::as_ptr(arena));
         if let Some(asked) = asked {
@@ -57,8 +53,8 @@ impl EngineMaps {
             is_refused: false,
         });
         let file = arena.file();
-        for queue in ranks {
-            queue.send(ToEngine::Map { arena: number, file: file.clone() });
+        for rank in ranks {
+            rank.queue.send(ToEngine::Map { arena: number, file: file.clone() });
         }
         None
     }
@@ -85,11 +81,12 @@ impl EngineMaps {
     }
 
     /// Has the engine let go of the arenas that nobody needs any more.
-    pub(super) fn forget_gone<'a>(&self, ranks: impl Iterator<Item = &'a Queue> + Clone) {
+    pub(super) fn forget_gone(&self, ranks: &[Rank]) {
         self.known.lock().arenas.retain(|asked| {
             let is_needed = asked.arena.strong_count() > 0;
             if !is_needed {
-                ranks.clone().for_each(|queue| queue.send(ToEngine::Unmap { arena: asked.number }));
+                let unmap = || ToEngine::Unmap { arena: asked.number };
+                ranks.iter().for_each(|rank| rank.queue.send(unmap()));
             }
             is_needed
         });
