@@ -18,7 +18,8 @@ use std::{
     },
 };
 
-use baton_types::PromptDigest;
+use baton_types::{HandoffKey, PromptDigest};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
@@ -94,8 +95,8 @@ pub struct FaultPlan {
 pub struct Faults {
     plan: FaultPlan,
     done: Arc<[AtomicU64; Disturbance::ALL.len()]>,
-    /// A block of some handoff, to be put in another's place.
-    stray: Arc<Mutex<Option<Exported>>>,
+    /// The last blocks of two handoffs, to be put in others' places.
+    strays: Arc<Mutex<[Option<Exported>; 2]>>,
 }
 
 impl fmt::Debug for Faults {
@@ -127,7 +128,7 @@ struct Fate {
 impl Faults {
     pub fn new(plan: FaultPlan) -> Self {
         let done = Arc::new(std::array::from_fn(|_| AtomicU64::new(0)));
-        Self { plan, done, stray: Arc::default() }
+        Self { plan, done, strays: Arc::default() }
     }
 
     /// How often each was done.
@@ -140,6 +141,27 @@ impl Faults {
         if let Some(count) = self.done.get(what.place()) {
             count.fetch_add(1, Relaxed);
         }
+    }
+
+    /// Keeps a block that went by, and one of another handoff.
+    fn keep(&self, block: Exported) {
+        let mut strays = self.strays.lock();
+        if strays[0].as_ref().map(handoff_of) != Some(handoff_of(&block)) {
+            strays.swap(0, 1);
+        }
+        strays[0] = Some(block);
+    }
+
+    /// A block that is none of this handoff's, nor the same.
+    fn stray(&self, handoff: HandoffKey, bytes: &[u8]) -> Option<(HandoffKey, u32, u64, Bytes)> {
+        self.strays.lock().iter().flatten().find_map(|stray| match stray {
+            Exported::Block { handoff: of, index, crc, bytes: stray }
+                if *of != handoff && stray != bytes =>
+            {
+                Some((*of, *index, *crc, stray.clone()))
+            }
+            _ => None,
+        })
     }
 
     fn fate(&self, subscription: &Subscription) -> Option<Fate> {
@@ -164,6 +186,13 @@ impl Faults {
         let digest: [u8; 32] = hasher.finalize().into();
         let seed = digest.iter().take(8).fold(0, |seed, byte| seed << 8 | u64::from(*byte));
         fastrand::Rng::with_seed(seed)
+    }
+}
+
+fn handoff_of(block: &Exported) -> Option<HandoffKey> {
+    match block {
+        Exported::Block { handoff, .. } => Some(*handoff),
+        _ => None,
     }
 }
 

@@ -104,7 +104,7 @@ impl FaultyStream {
         };
         let block = |bytes| Exported::Block { handoff, index, crc, bytes };
         let Some(Fate { what, dice, .. }) = self.fate.filter(|fate| fate.index == index) else {
-            *self.faults.stray.lock() = Some(block(bytes.to_vec().into()));
+            self.faults.keep(block(bytes.to_vec().into()));
             self.ready.push_back(block(bytes));
             self.ready.extend(self.held_back.take());
             return;
@@ -127,20 +127,15 @@ impl FaultyStream {
                 self.ready.push_back(block(bytes.slice(..kept)));
             }
             Disturbance::Replace | Disturbance::Foreign => {
-                let stray = self.faults.stray.lock().clone();
-                match stray {
-                    Some(Exported::Block { handoff: of, index: at, crc: sum, bytes: stray })
-                        if of != handoff && stray != bytes =>
-                    {
-                        self.ready.push_back(if what == Disturbance::Replace {
-                            block(stray)
-                        } else {
-                            Exported::Block { handoff: of, index: at, crc: sum, bytes: stray }
-                        });
-                    }
+                let Some((of, at, sum, stray)) = self.faults.stray(handoff, &bytes) else {
                     // Nobody else has sent a block yet.
-                    _ => return self.ready.push_back(block(bytes)),
-                }
+                    return self.ready.push_back(block(bytes));
+                };
+                self.ready.push_back(if what == Disturbance::Replace {
+                    block(stray)
+                } else {
+                    Exported::Block { handoff: of, index: at, crc: sum, bytes: stray }
+                });
             }
             Disturbance::StallProducer => self.mood = Mood::Silent,
             Disturbance::CutProducer => self.ready.push_back(Exported::Aborted),
