@@ -104,7 +104,7 @@ mod tests {
             pacing.observe(&work, 12.0);
         }
         let pace = pacing.pace().unwrap();
-        assert_eq!(pace.step_ms, 38.0);
+        assert_eq!(pace.step_ms, 39.2);
         assert!((pace.model.decode_step_ms(1, 100) - 12.0).abs() < 1.0, "{pace:?}");
         for none in [0.0, -1.0, f64::NAN] {
             pacing.set_itl_target_ms(none);
@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn of_noisy_steps_the_slowest_tenth_is_planned_to_keep_the_target() {
         let (steady, _) = paced(0.0);
-        assert_eq!(steady.step_ms, 38.0);
+        assert_eq!(steady.step_ms, 39.2);
         let (noisy, slowest) = paced(0.2);
         let tail_ms = noisy.step_ms * slowest;
         assert!((37.0..=40.5).contains(&tail_ms), "{tail_ms} of {noisy:?}");
@@ -152,6 +152,6 @@ mod tests {
         for ms in [5.0, 500.0].repeat(100) {
             pacing.observe(&work, ms);
         }
-        assert_eq!(pacing.pace().unwrap().step_ms, 38.0);
+        assert_eq!(pacing.pace().unwrap().step_ms, 39.2);
     }
 }

@@ -36,7 +36,7 @@ async fn an_answer_stays_where_it_was_prefilled_or_joins_others_as_the_target_ma
             .start()
             .await
             .unwrap();
-        // Somebody decodes while the others come: with steps of 30 ms, of which 47.5 are left for
+        // Somebody decodes while the others come: with steps of 30 ms, of which 49 are left for
         // prefill beside decodes, it pays to decode together.
         let long =
             json!({"prompt": "On and on.", "max_tokens": 300, "stream": true, "ignore_eos": true});

@@ -25,10 +25,8 @@ const FORGETTING: f64 = 1.0 / 256.0;
 /// How far a step moves the beginning of the tail, as a part of the prediction, at that rate.
 const STRIDE: f64 = 1.0;
 
-/// Steps are planned to end within this part of the ITL target at most: the target is on the slowest of them.
-pub const STEP_HEADROOM: f64 = 0.95;
-/// Of the ITL target, what the slowest tenth of steps may take on average.
-const TAIL_HEADROOM: f64 = 0.98;
+/// Steps are planned for the slowest tenth of them to take this part of the ITL target.
+pub const STEP_HEADROOM: f64 = 0.98;
 
 impl Default for StepTail {
     fn default() -> Self {
@@ -61,7 +59,7 @@ impl StepTail {
     /// What a step with decodes shall be predicted to take at most, for the slowest tenth to keep to the ITL target.
     /// Both in milliseconds.
     pub fn planned_step_ms(&self, itl_target_ms: f64) -> f64 {
-        itl_target_ms * STEP_HEADROOM.min(TAIL_HEADROOM / self.part())
+        itl_target_ms * STEP_HEADROOM / self.part().max(1.0)
     }
 }
 
@@ -96,8 +94,8 @@ mod tests {
 
     #[test]
     fn noisy_steps_are_planned_shorter_and_exact_ones_no_longer_than_the_headroom() {
-        assert_eq!(observed(1.0, 0.0, 1000).planned_step_ms(100.0), 95.0);
-        assert_eq!(observed(0.5, 0.0, 1000).planned_step_ms(100.0), 95.0);
+        assert_eq!(observed(1.0, 0.0, 1000).planned_step_ms(100.0), 98.0);
+        assert_eq!(observed(0.5, 0.0, 1000).planned_step_ms(100.0), 98.0);
         let noisy_ms = observed(1.0, 0.2, 5000).planned_step_ms(100.0);
         assert!((noisy_ms - 83.0).abs() < 2.5, "{noisy_ms}");
     }

@@ -1,34 +1,30 @@
 use std::time::Duration;
 
-/// Who may be late how often, by length: prompts of like length, from each power of two to the next, are a
-/// class with an account. Each prompt that is served earns its class a part of a lateness, each that comes
-/// too late spends one. A class with nothing left to spend is served ahead of its turn, so that overload is not
-/// paid for by the long ones, which are the first to miss when all wait until the last moment.
+/// Who may be late how often, by length: each tenth of the prompts, from the shortest to the longest, has an
+/// account. Each prompt that is served earns its tenth a part of a lateness, each that comes too late spends one. A
+/// tenth with nothing left to spend is served ahead of its turn, so that overload is not paid for by the long ones,
+/// which are the first to miss when all wait until the last moment.
 ///
 /// What was earned is forgotten in time: quiet hours do not pay for a long row of late ones.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct LateShares {
-    left: [f64; 33],
+    left: [f64; TENTHS],
+    lengths: Lengths,
 }
 
-impl Default for LateShares {
-    fn default() -> Self {
-        Self { left: [0.0; 33] }
-    }
-}
-
-/// Of a class so many may be late, as long as others can be late in their place.
+const TENTHS: usize = 10;
+/// Of a tenth so many may be late, as long as others can be late in their place.
 const SHARE: f64 = 0.18;
 /// A prompt whose like have been late often enough is served ahead of its turn by this part of what it
 /// takes. With more of it others lose more than these gain.
 const HEAD_START: f64 = 0.5;
-/// So many prompts of its class are remembered.
+/// So many prompts of its tenth are remembered.
 const MEMORY: f64 = 4096.0;
 
 impl LateShares {
     /// Whether prompts of this length have been late as often as they may.
     fn are_spent(&self, tokens: u32) -> bool {
-        self.left[class(tokens)] < 1.0
+        self.left[self.lengths.tenth(tokens)] < 1.0
     }
 
     /// The turn of a prompt that is due then, of so many tokens, that takes so long.
@@ -40,35 +36,81 @@ impl LateShares {
 
     /// A prompt's turn came, in time or not.
     pub(crate) fn served(&mut self, tokens: u32, is_late: bool) {
-        let left = &mut self.left[class(tokens)];
+        self.lengths.add(tokens);
+        let left = &mut self.left[self.lengths.tenth(tokens)];
         let earned = SHARE - f64::from(u8::from(is_late));
         *left += earned - *left / MEMORY;
     }
 }
 
-fn class(tokens: u32) -> usize {
-    tokens.checked_ilog2().map_or(0, |power| power as usize + 1)
+/// How long the prompts of late were: how many of each length, in steps of a quarter of a power of two at most.
+#[derive(Clone, Debug)]
+struct Lengths {
+    prompts: [u32; step(u32::MAX) + 1],
+    all: u32,
+}
+
+/// Beyond so many, half of them are forgotten.
+const MOST_LENGTHS: u32 = 8192;
+
+impl Default for Lengths {
+    fn default() -> Self {
+        Self { prompts: [0; step(u32::MAX) + 1], all: 0 }
+    }
+}
+
+impl Lengths {
+    fn add(&mut self, tokens: u32) {
+        self.prompts[step(tokens)] += 1;
+        self.all += 1;
+        if self.all > MOST_LENGTHS {
+            self.prompts.iter_mut().for_each(|prompts| *prompts /= 2);
+            self.all = self.prompts.iter().sum();
+        }
+    }
+
+    /// In which tenth of all prompts one of this length is. Those of one step are in one tenth.
+    fn tenth(&self, tokens: u32) -> usize {
+        let step = step(tokens);
+        let shorter: u32 = self.prompts[..step].iter().sum();
+        // Out of all, doubled: half of its like are taken to be shorter.
+        let place = (2 * shorter + self.prompts[step]) as usize;
+        let tenth = TENTHS * place / (2 * self.all).max(1) as usize;
+        tenth.min(TENTHS - 1)
+    }
+}
+
+const fn step(tokens: u32) -> usize {
+    match tokens.checked_ilog2() {
+        Some(power) if power >= 2 => {
+            let quarter = (tokens >> (power - 2)) & 3;
+            (4 * (power - 1) + quarter) as usize
+        }
+        _ => tokens as usize,
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
-    fn each_class_has_its_own_account() {
+    fn each_tenth_has_its_own_account() {
         let mut shares = LateShares::default();
         assert!(shares.are_spent(0) && shares.are_spent(u32::MAX), "nothing is earned yet");
         for _ in 0..20 {
+            shares.served(100, false);
             shares.served(5000, false);
         }
-        assert!(!shares.are_spent(4096) && !shares.are_spent(8191));
-        assert!(shares.are_spent(4095) && shares.are_spent(8192));
-        shares.served(5000, true);
-        shares.served(5000, true);
-        assert!(!shares.are_spent(5000), "0.18 each are more than three");
-        shares.served(5000, true);
-        shares.served(5000, true);
-        assert!(shares.are_spent(5000));
+        assert!(!shares.are_spent(100) && !shares.are_spent(5000));
+        for _ in 0..4 {
+            shares.served(5000, true);
+        }
+        assert!(shares.are_spent(5000), "0.18 each are less than four");
+        assert!(!shares.are_spent(100));
+        assert!(shares.are_spent(4700), "as long as these, to a quarter of a power of two");
     }
 
     #[test]
@@ -83,5 +125,30 @@ mod tests {
             late += 1.0;
         }
         assert!(late < 0.25 * MEMORY, "{late}");
+    }
+
+    #[test]
+    fn tenths_follow_the_traffic() {
+        let mut lengths = Lengths::default();
+        (0..MOST_LENGTHS).for_each(|_| lengths.add(100));
+        lengths.add(9000);
+        assert_eq!(lengths.tenth(9000), TENTHS - 1);
+        (0..10 * MOST_LENGTHS).for_each(|_| lengths.add(20_000));
+        assert!(lengths.tenth(9000) <= 1, "almost all are longer now");
+    }
+
+    proptest! {
+        #[test]
+        fn the_longer_is_in_no_lower_tenth(
+            seen in prop::collection::vec(any::<u32>(), 0..50),
+            (a, b) in any::<(u32, u32)>(),
+        ) {
+            let mut lengths = Lengths::default();
+            seen.iter().for_each(|tokens| lengths.add(tokens >> (tokens % 32)));
+            let (shorter, longer) = (a.min(b), a.max(b));
+            prop_assert!(step(shorter) <= step(longer));
+            prop_assert!(lengths.tenth(shorter) <= lengths.tenth(longer));
+            prop_assert!(lengths.tenth(longer) < TENTHS);
+        }
     }
 }
