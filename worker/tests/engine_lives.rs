@@ -85,7 +85,7 @@ async fn connect(socket: &Path) -> (UnixStream, Value) {
     })
     .await;
     let hello = json!({
-        "type": "hello", "protocol": 4, "connector_version": "1", "vllm_version": "0",
+        "type": "hello", "protocol": 5, "connector_version": "1", "vllm_version": "0",
         "compatibility": {
             "model": "m", "revision": "", "kv_dtype": "float32", "kv_layout": "NHD",
             "block_size_tokens": 16, "block_bytes": 4096,
