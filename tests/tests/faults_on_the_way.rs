@@ -328,6 +328,11 @@ async fn disturbed(transport: &str, ranks: [u32; 2], layer_groups: u32, handoffs
     let of_rank = ranks != [1, 1] && counted("cross_epoch");
     assert!(counted("cross_handoff") || of_rank, "cross_handoff was not counted");
     assert!(paths["disaggregated"] > handoffs / 2, "{paths:?}");
+    let blocks = |what: &str| idle.sum(&format!("baton_worker_handoff_blocks_{what}_total"), &[]);
+    let (mapped, received) = (blocks("mapped"), blocks("received"));
+    println!("{mapped} of {received} blocks were loaded where they lay");
+    // Disturbed below verification there, too.
+    assert_eq!(mapped > 0.0, transport == "shm", "{mapped} of {received}");
     drop(idle);
     stack.stop();
 }
