@@ -25,6 +25,7 @@ const PACKAGE: &[(&str, &str)] = package!(
     "link.py"
     "loads.py"
     "pacing.py"
+    "peers.py"
     "plan.py"
     "scheduler.py"
     "scheduler_side.py"
