@@ -136,7 +136,8 @@ mod tests {
     #[test]
     fn of_noisy_steps_the_slowest_tenth_is_planned_to_keep_the_target() {
         let (steady, _) = paced(0.0);
-        assert_eq!(steady.step_ms, 39.2);
+        // But for the fit's own rounding.
+        assert!((steady.step_ms - 39.2).abs() < 1e-6, "{steady:?}");
         let (noisy, slowest) = paced(0.2);
         let tail_ms = noisy.step_ms * slowest;
         assert!((37.0..=40.5).contains(&tail_ms), "{tail_ms} of {noisy:?}");
