@@ -52,7 +52,7 @@ fn subscription(id: HandoffId) -> Subscription {
 
 fn subscription_bytes(id: HandoffId) -> Vec<u8> {
     let subscription = subscription(id);
-    let mut bytes = b"BTKV\x04\0\0\0".to_vec();
+    let mut bytes = b"BTKV\x05\0\0\0".to_vec();
     bytes.extend(EPOCH.as_bytes());
     bytes.extend(id.as_bytes());
     bytes.extend(0_u32.to_le_bytes());
@@ -181,9 +181,9 @@ async fn another_version_is_told_ours() {
     let client = Raw::new();
     let connection = client.connect(producer.local_address()).await.unwrap();
     let (mut send, mut recv) = connection.open_bi().await.unwrap();
-    send.write_all(b"BTKV\x05\0\0\0 whatever comes in version 5").await.unwrap();
+    send.write_all(b"BTKV\x06\0\0\0 whatever comes in version 6").await.unwrap();
     let answer = recv.read_to_end(100).await.unwrap();
-    assert_eq!(answer, [5, 4, 0, 0, 0]);
+    assert_eq!(answer, [5, 5, 0, 0, 0]);
 }
 
 #[tokio::test]
@@ -329,7 +329,7 @@ async fn what_the_protocol_does_not_allow_is_not_taken() {
         assert!(matches!(refused, Err(TransferError::Protocol(_))), "{bytes:?}: {refused:?}");
     }
     let theirs = pulled(vec![5, 9, 0, 0, 0], Then::Finish).await;
-    assert_eq!(theirs, Err(TransferError::Version { ours: 4, theirs: 9 }));
+    assert_eq!(theirs, Err(TransferError::Version { ours: 5, theirs: 9 }));
 }
 
 #[tokio::test]
