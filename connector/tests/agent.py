@@ -39,7 +39,7 @@ Key = tuple[str, int]
 
 PEER = 3
 """The number of another worker's arena."""
-PEER_SLOTS = 64
+PEER_SLOTS = 96
 
 
 class Agent:
