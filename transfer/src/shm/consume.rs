@@ -128,7 +128,6 @@ impl Producer {
                 ProducerFrame::Sealed(sealed) => {
                     let pulled = arrivals.sealed(&sealed)?;
                     self.all_let_go().await?;
-                    self.tell_taken().await?;
                     self.link.write(&ConsumerWord::Ack.encode()).await?;
                     if self.lent.any() {
                         self.was_kept().await?;
@@ -319,11 +318,14 @@ impl Producer {
         }
     }
 
-    /// Waits until nobody reads a block any more where it lies.
+    /// Waits until nobody reads a block any more where it lies, and tells the producer.
     async fn all_let_go(&mut self) -> Result<(), TransferError> {
         let mut give_up = Instant::now() + self.stall;
-        while self.lent.is_out() {
+        loop {
             self.tell_taken().await?;
+            if !self.lent.is_out() {
+                return Ok(());
+            }
             tokio::select! {
                 biased;
                 index = self.lent.come_back() => {
@@ -338,7 +340,6 @@ impl Producer {
             }
             self.heed()?;
         }
-        Ok(())
     }
 
     /// Hears from the producer that what was read in its arena lay there untouched until it was acknowledged. Had
@@ -388,4 +389,32 @@ impl Producer {
 
 fn elsewhere() -> TransferError {
     TransferError::Protocol("a block in an arena it has not".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_arena::{Arena, ArenaLayout};
+
+    use super::*;
+
+    /// Nobody says anything more to who waits here.
+    #[tokio::test]
+    async fn who_waits_for_blocks_sees_those_that_are_back_already() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = ArenaLayout { slot_bytes: 4096, export_slots: 1, import_slots: 0 };
+        let arena = Arena::create(&directory.path().join("arena"), layout).unwrap();
+        let arena = Arc::new(PeerArena::open(&arena.file().unwrap()).unwrap());
+        let (stream, _producer) = UnixStream::pair().unwrap();
+        let mut producer = Producer {
+            link: Link::new(stream, 4096),
+            stall: Duration::from_millis(200),
+            max_block_bytes: 4096,
+            frames: VecDeque::new(),
+            lent: Lent::new(),
+            taken: Vec::new(),
+            taken_bytes: 0,
+        };
+        drop(producer.lent.lend(&arena, 0, 4096, 0));
+        assert_eq!(producer.all_let_go().await, Ok(()));
+    }
 }
