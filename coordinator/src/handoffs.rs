@@ -3,7 +3,8 @@ use std::collections::HashMap;
 use baton_core::WorkerKey;
 use baton_proto as wire;
 
-/// What passed between each prefill and decode worker since both attached.
+/// What each worker handed over to each other since both attached: prompts for decode, and starts of prompts that
+/// another copied from its cache.
 #[derive(Debug, Default)]
 pub(crate) struct HandoffMatrix {
     pairs: HashMap<(WorkerKey, WorkerKey), Pair>,
@@ -16,7 +17,7 @@ pub(crate) struct Pair {
     pub(crate) failed: u64,
     pub(crate) blocks: u64,
     pub(crate) bytes: u64,
-    /// Summed over handoffs, from decode's subscription to its last verified block. It waits for
+    /// Summed over handoffs, from the receiver's subscription to its last verified block. It waits for
     /// prefill to compute meanwhile.
     pub(crate) micros: u64,
     /// What carried the last one.
@@ -27,13 +28,8 @@ pub(crate) struct Pair {
 const LONGEST_TRANSPORT_CHARS: usize = 64;
 
 impl HandoffMatrix {
-    pub(crate) fn add(
-        &mut self,
-        prefill: WorkerKey,
-        decode: WorkerKey,
-        moved: &wire::HandoffResult,
-    ) {
-        let pair = self.pairs.entry((prefill, decode)).or_default();
+    pub(crate) fn add(&mut self, from: WorkerKey, to: WorkerKey, moved: &wire::HandoffResult) {
+        let pair = self.pairs.entry((from, to)).or_default();
         pair.handoffs += 1;
         pair.blocks = pair.blocks.saturating_add(moved.blocks.into());
         pair.bytes = pair.bytes.saturating_add(moved.bytes);
@@ -44,12 +40,12 @@ impl HandoffMatrix {
     }
 
     /// As long as both are attached.
-    pub(crate) fn failed(&mut self, prefill: WorkerKey, decode: WorkerKey) {
-        self.pairs.entry((prefill, decode)).or_default().failed += 1;
+    pub(crate) fn failed(&mut self, from: WorkerKey, to: WorkerKey) {
+        self.pairs.entry((from, to)).or_default().failed += 1;
     }
 
     pub(crate) fn worker_gone(&mut self, worker: WorkerKey) {
-        self.pairs.retain(|(prefill, decode), _| *prefill != worker && *decode != worker);
+        self.pairs.retain(|(from, to), _| *from != worker && *to != worker);
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -26,13 +26,20 @@ async fn leave_after(cluster: &Cluster, patience: Duration) {
     .await;
 }
 
+/// And what they held was given back, not taken back in the end.
+async fn nothing_is_left(cluster: &Cluster) {
+    let metrics = cluster.eventually_idle().await;
+    let expired = metrics.sum("baton_worker_handoffs_ended_total", &["name=\"expired\""]);
+    assert_eq!(expired, 0.0, "{metrics:#?}");
+}
+
 #[tokio::test]
 async fn at_any_moment() {
     let cluster = slow_cluster().await;
     let moments = [0, 1, 5, 20, 60, 150, 400, 1000, 2500];
     for moment in moments {
         leave_after(&cluster, Duration::from_millis(moment)).await;
-        cluster.eventually_idle().await;
+        nothing_is_left(&cluster).await;
     }
     let metrics = cluster.metrics().await;
     let cancelled = metrics.sum("baton_requests_total", &["outcome=\"cancelled\""]);
@@ -47,9 +54,9 @@ async fn many_at_once() {
     let cluster = slow_cluster().await;
     let leaving = (0..40).map(|index| leave_after(&cluster, Duration::from_millis(index * 37)));
     futures::future::join_all(leaving).await;
-    cluster.eventually_idle().await;
+    nothing_is_left(&cluster).await;
     let answer = cluster.complete("And the next one is served.", 4).await;
-    assert_eq!(answer.path(), "disaggregated");
+    assert_eq!(answer.path(), "disaggregated", "{}", answer.text);
 }
 
 #[tokio::test]

@@ -220,8 +220,8 @@ const A_THOUSAND: &str = r#"
       decode_worker: `decode-host-in-some-rack-${at}`, prompt_tokens: 100, attempts: 1 + at % 2,
       phases: { queue_ms: 5 * at, prefill_ms: 300, handoff_ms: 4 + at, decode_ms: 9000 - 20 * at } }));
     state.handoffs = { bytes: 1e13, pairs: 200000, busiest: Array.from({ length: 1024 }, (_, at) => ({
-      prefill: `prefill-host-in-some-rack-${at % 500}`,
-      decode: `decode-host-in-some-rack-${(7 * at) % 500}`, handoffs: 10 + at, blocks: 1000,
+      from: `prefill-host-in-some-rack-${at % 500}`,
+      to: `decode-host-in-some-rack-${(7 * at) % 500}`, handoffs: 10 + at, blocks: 1000,
       bytes: 1e9 * (1 + at % 7), micros: 1e5 * (1 + at % 11), transport: at % 5 ? "ucx" : "quic" })) };
     state.decisions = Array.from({ length: 200 }, (_, at) => ({ at_unix_ms: state.at_unix_ms - 1000 * at,
       kind: "flip", subject: `prefill-host-in-some-rack-${at}`, by: "balancer",

@@ -118,7 +118,7 @@ async fn the_state_shows_workers_requests_and_handoffs() {
     assert_eq!(state["requests_ended"]["ok"], 3);
     let pair = &state["handoffs"]["busiest"][0];
     assert_eq!(state["handoffs"]["pairs"], 1);
-    assert_eq!((&pair["prefill"], &pair["decode"]), (&json!("prefill-0"), &json!("decode-0")));
+    assert_eq!((&pair["from"], &pair["to"]), (&json!("prefill-0"), &json!("decode-0")));
     assert_eq!((&pair["handoffs"], &pair["transport"]), (&json!(4), &json!("shm")));
     assert!(pair["bytes"].as_u64() > Some(0) && pair["micros"].as_u64() > Some(0), "{pair}");
     assert_eq!(last(&state["latency"]["ttft"]), 1, "only a streamed answer has a first token");

@@ -62,6 +62,7 @@ async fn a_burst_of_what_one_worker_holds(cluster: &Cluster, first_leg: &str) {
 
     let answers = join_all((1..=BURST).map(|number| ask(cluster, number))).await;
     let mut copies = 0.0;
+    let mut between = Vec::new();
     for (number, answer) in (1..).zip(&answers) {
         assert_eq!(text(answer), text(&right[number]), "{number}");
         let page = format!("/debug/placement?request=request-{number}");
@@ -71,7 +72,9 @@ async fn a_burst_of_what_one_worker_holds(cluster: &Cluster, first_leg: &str) {
             continue;
         }
         copies += 1.0;
-        assert!(!holders.contains(&answer.header(first_leg)));
+        let to = answer.header(first_leg);
+        assert!(!holders.contains(&to));
+        between.push((pull["from"].clone(), json!(to)));
         assert!(holders.contains(&pull["from"].as_str().unwrap()), "{pull}");
         assert_eq!(
             (&pull["outcome"], &pull["tokens"], &pull["planned_tokens"]),
@@ -84,6 +87,15 @@ async fn a_burst_of_what_one_worker_holds(cluster: &Cluster, first_leg: &str) {
         assert_eq!(tokens.iter().sum::<u64>(), u64::from(SHARED_TOKENS), "{chosen}");
     }
     assert!(copies > 0.0, "nobody copied anything");
+    // Nobody who computes the first leg is handed anything else.
+    let state = cluster.admin_get("/admin/state").await.json();
+    let pairs = state["handoffs"]["busiest"].as_array().unwrap();
+    for (from, to) in &between {
+        let copies = between.iter().filter(|other| **other == (from.clone(), to.clone())).count();
+        let is_it = |pair: &&Value| (&pair["from"], &pair["to"]) == (from, to);
+        let pair = pairs.iter().find(is_it).unwrap();
+        assert_eq!((&pair["handoffs"], &pair["failed"]), (&json!(copies), &json!(0)), "{pair}");
+    }
     let metrics = cluster.eventually_idle().await;
     for (name, labels, expected) in [
         ("baton_prefix_pulls_total", &["result=\"copied\""][..], copies),

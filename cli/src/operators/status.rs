@@ -135,7 +135,7 @@ pub(super) fn troubles(state: &ClusterState) -> Vec<String> {
         bad(&format!("{name}: {kind} {ago} ago: {}", decision.reason)).to_string()
     });
     let pairs = state.handoffs.busiest.iter().filter(|pair| pair.failed > 0).map(|pair| {
-        let (from, to) = (&pair.prefill, &pair.decode);
+        let (from, to) = (&pair.from, &pair.to);
         let all = pair.handoffs + pair.failed;
         bad(&format!("{from} → {to}: {} of {all} handoffs failed", pair.failed)).to_string()
     });

@@ -251,14 +251,15 @@ pub struct Handoffs {
 /// Since both attached, for requests answered here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HandoffPair {
-    pub prefill: String,
-    pub decode: String,
+    pub from: String,
+    pub to: String,
+    /// Of prompts, and of prefixes that were copied.
     pub handoffs: u64,
     /// Those that were tried and failed.
     pub failed: u64,
     pub blocks: u64,
     pub bytes: u64,
-    /// From decode's subscription to its last verified block, summed; while prefill computed too.
+    /// From the receiver's subscription to its last verified block, summed; while prefill computed too.
     pub micros: u64,
     pub transport: String,
 }

@@ -80,7 +80,7 @@ impl Shell {
             let pairs = state.handoffs.busiest(usize::MAX);
             let mut transports: Vec<String> = pairs
                 .into_iter()
-                .filter(|((_, decode), _)| *decode == worker)
+                .filter(|((_, to), _)| *to == worker)
                 .map(|(_, pair)| pair.transport.clone())
                 .collect();
             transports.sort();
@@ -306,9 +306,9 @@ fn handoff_counters(report: &wire::Report) -> HandoffCounters {
 
 fn handoffs(state: &State, bytes: u64) -> Handoffs {
     let pairs = state.handoffs.busiest(MOST_PAIRS).into_iter();
-    let busiest = pairs.map(|((prefill, decode), pair)| HandoffPair {
-        prefill: name_of(state, prefill),
-        decode: name_of(state, decode),
+    let busiest = pairs.map(|((from, to), pair)| HandoffPair {
+        from: name_of(state, from),
+        to: name_of(state, to),
         handoffs: pair.handoffs,
         failed: pair.failed,
         blocks: pair.blocks,

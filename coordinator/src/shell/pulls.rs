@@ -115,6 +115,11 @@ impl Shell {
         let tokens = result.tokens.min(pulling.tokens);
         let bytes = moved.map_or(0, |moved| moved.bytes);
         self.metrics.prefixes.pulled(outcome, tokens, bytes, took);
+        match (outcome, moved) {
+            (PullOutcome::Failed(_), _) => state.handoffs.failed(pulling.from, pulling.to),
+            (_, Some(moved)) => state.handoffs.add(pulling.from, pulling.to, moved),
+            (_, None) => {}
+        }
         if let Some(pull) = &mut client.placed.pull {
             pull.outcome = Some(outcome.as_str());
             (pull.tokens, pull.bytes, pull.took) = (tokens, bytes, took);

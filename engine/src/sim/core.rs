@@ -12,8 +12,9 @@ use super::{
     handoff::{BlockHasher, HandoffName, Part},
     kv_store::{Attention, KvStore},
     sampling::{Drawn, Finish, Sampling},
-    scheduler::{Admission, NewSequence, Scheduler, SequenceId, Step},
+    scheduler::{NewSequence, Scheduler, SequenceId},
     shards::{Shards, Source},
+    step::{Admission, Step},
 };
 use crate::kv_port::{BlockToLoad, FromEngine, MappedBlockToLoad, ToEngine};
 

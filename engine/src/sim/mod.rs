@@ -1,7 +1,7 @@
 //! The embedded engine: a library that behaves like an OpenAI-compatible server over a paged KV
 //! cache, without a model.
 //!
-//! `scheduler` decides what each step computes; `kv_store` holds the bytes; `core` moves them as the
+//! `scheduler` decides what each `step` computes; `kv_store` holds the bytes; `core` moves them as the
 //! scheduler and the worker say; `stepper` gives it its time; `api` speaks HTTP.
 
 mod api;
@@ -15,6 +15,7 @@ mod profile;
 mod sampling;
 mod scheduler;
 mod shards;
+mod step;
 mod stepper;
 mod tokenizer;
 
@@ -38,10 +39,8 @@ use self::{
 pub use self::{
     block_pool::{BlockHash, BlockId},
     profile::{Profile, ProfileError},
-    scheduler::{
-        Admission, NeverFits, NewSequence, PrefillPace, Scheduler, SchedulerLimits, SequenceId,
-        Step, Work,
-    },
+    scheduler::{NeverFits, NewSequence, Scheduler, SchedulerLimits, SequenceId},
+    step::{Admission, PrefillPace, Step, Work},
 };
 use crate::{
     contract::{

@@ -6,7 +6,7 @@ use std::{
 use baton_types::StepModel;
 use serde::{Deserialize, Serialize};
 
-use super::scheduler::Step;
+use super::step::Step;
 
 /// How long an engine's steps take, from measurements of a real one, and how much KV it holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

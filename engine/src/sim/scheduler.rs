@@ -3,9 +3,10 @@
 
 use std::collections::VecDeque;
 
-use baton_types::{StepLoad, StepModel, StepWork};
-
-use super::block_pool::{BlockHash, BlockId, BlockPool};
+use super::{
+    block_pool::{BlockHash, BlockId, BlockPool},
+    step::{Admission, Budget, PrefillPace, Step, Work},
+};
 use crate::kv_cache::KvCacheLog;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,20 +24,6 @@ pub struct SchedulerLimits {
 
 /// One block of so many is kept for sequences that grow, where prompts are begun at a measured pace.
 const SPARE_PART: u32 = 32;
-
-/// How much prefill a step takes in, said in time: what the decodes beside it can bear. Without one,
-/// [`SchedulerLimits::max_step_tokens`] alone limits a step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PrefillPace {
-    /// A step with decodes in it ends within this time.
-    pub step_ms: f64,
-    /// By this model.
-    pub model: StepModel,
-    /// A shorter chunk waits for a step with more room, unless it is the end of its prompt.
-    pub min_chunk_tokens: u32,
-    /// Without decodes, further prompts join the first while the step has fewer tokens than these.
-    pub batch_tokens: u32,
-}
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId {
@@ -70,103 +57,6 @@ pub struct NewSequence {
 pub struct NeverFits {
     pub max_tokens: u32,
     pub kv_tokens: u64,
-}
-
-/// What one step computes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Step {
-    pub work: Vec<Work>,
-    /// Sequences that were given blocks for the first time, or again after they were preempted.
-    pub admitted: Vec<Admission>,
-    /// Sequences that lost their blocks; they will be computed again.
-    pub preempted: Vec<SequenceId>,
-    prompts: u32,
-    prompts_begun: u32,
-    decode_sequences: u32,
-    decode_context_tokens: u64,
-}
-
-impl Step {
-    /// What the step costs its engine.
-    pub fn load(&self, model: &StepModel) -> StepLoad {
-        let mut load = StepLoad {
-            prompts_begun: self.prompts_begun,
-            prompts: self.prompts,
-            prefill_work_ms: 0.0,
-            decode_sequences: self.decode_sequences,
-            decode_context_tokens: self.decode_context_tokens,
-        };
-        if load.prompts > 0 {
-            for work in self.work.iter().filter(|work| !work.is_decode()) {
-                load.prefill_work_ms +=
-                    model.prefill_work_ms(work.first_token, work.first_token + work.tokens);
-            }
-        }
-        load
-    }
-
-    /// What the step computes, for an engine that learns what its steps cost.
-    pub fn computed(&self) -> StepWork {
-        let mut computed = StepWork {
-            decode_sequences: self.decode_sequences,
-            decode_context_tokens: self.decode_context_tokens,
-            ..StepWork::default()
-        };
-        for work in self.work.iter().filter(|work| !work.is_decode()) {
-            computed.add_chunk(work.first_token, work.first_token + work.tokens, false);
-        }
-        StepWork { prompts_begun: self.prompts_begun, ..computed }
-    }
-
-    /// Tokens before those of this step, over all its decodes.
-    pub fn decode_context_tokens(&self) -> u64 {
-        self.decode_context_tokens
-    }
-
-    fn clear(&mut self) {
-        self.work.clear();
-        self.admitted.clear();
-        self.preempted.clear();
-        (self.prompts, self.prompts_begun) = (0, 0);
-        (self.decode_sequences, self.decode_context_tokens) = (0, 0);
-    }
-
-    fn push(&mut self, work: Work, begins: bool) {
-        if work.is_decode() {
-            self.decode_sequences += 1;
-            self.decode_context_tokens += u64::from(work.first_token);
-        } else {
-            self.prompts += 1;
-            self.prompts_begun += u32::from(begins);
-        }
-        self.work.push(work);
-    }
-}
-
-/// Tokens `first_token .. first_token + tokens` of a sequence.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Work {
-    pub sequence: SequenceId,
-    pub first_token: u32,
-    pub tokens: u32,
-    /// These are the last tokens known: a new one is sampled.
-    pub samples: bool,
-}
-
-impl Work {
-    /// One token over a context costs what a decode costs, be it sampled or the end of a prompt.
-    pub fn is_decode(&self) -> bool {
-        self.tokens == 1 && self.first_token > 0
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Admission {
-    pub sequence: SequenceId,
-    /// Tokens whose KV was found in the prefix cache: whole blocks.
-    pub cached_tokens: u32,
-    /// Blocks for the whole prompt are held, and wait for [`Scheduler::complete_remote`].
-    pub waits_for_remote: bool,
 }
 
 /// Continuous batching over a paged KV cache. Decodes go first, then prefills under way, then who
@@ -213,50 +103,6 @@ struct Sequence {
     goes_first: bool,
     waits_for_remote: bool,
     planned_in_step: u64,
-}
-
-/// What is left of a step while it is planned.
-struct Budget {
-    tokens: u32,
-    pace: Option<PrefillPace>,
-    /// Of prefill, in milliseconds.
-    work_ms: f64,
-}
-
-impl Budget {
-    fn decodes_planned(&mut self, step: &Step) {
-        if let Some(PrefillPace { step_ms, model, .. }) = self.pace
-            && step.decode_sequences > 0
-        {
-            let base = model.decode_step_ms(step.decode_sequences, step.decode_context_tokens);
-            self.work_ms = (step_ms - base) / model.prefill_interference_factor.max(1e-3);
-        }
-    }
-
-    /// How many tokens of a prompt the step takes in.
-    fn chunk(&self, from: u32, remaining: u32, step: &Step) -> u32 {
-        let Some(PrefillPace { model, min_chunk_tokens, batch_tokens, .. }) = self.pace else {
-            return remaining.min(self.tokens);
-        };
-        if self.work_ms.is_infinite() {
-            let taken: u32 = step.work.iter().map(|work| work.tokens).sum();
-            let joins = taken == 0 || taken + remaining.min(self.tokens) <= batch_tokens;
-            return if joins { remaining.min(self.tokens) } else { 0 };
-        }
-        let within = model.prefill_tokens_within(self.work_ms, from);
-        let tokens = remaining.min(self.tokens).min(within);
-        if tokens < remaining && tokens < min_chunk_tokens { 0 } else { tokens }
-    }
-
-    fn take(&mut self, work: &Work) {
-        self.tokens -= work.tokens;
-        if let Some(pace) = &self.pace
-            && !work.is_decode()
-        {
-            let end = work.first_token + work.tokens;
-            self.work_ms -= pace.model.prefill_work_ms(work.first_token, end);
-        }
-    }
 }
 
 /// Which of the running sequences a pass over them plans.
@@ -352,8 +198,7 @@ impl Scheduler {
     pub fn plan_step_into(&mut self, step: &mut Step) {
         self.steps += 1;
         step.clear();
-        let mut budget =
-            Budget { tokens: self.limits.max_step_tokens, pace: self.pace, work_ms: f64::INFINITY };
+        let mut budget = Budget::new(self.limits.max_step_tokens, self.pace);
         let mut starved = self.plan_running(Pass::Decodes, step, &mut budget);
         self.admit_loaded(step, &mut budget);
         if !starved {

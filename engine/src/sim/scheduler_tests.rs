@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 
+use baton_types::StepModel;
 use proptest::prelude::*;
 
 use super::*;

@@ -16,8 +16,8 @@ use tokio::{
 use super::{
     core::{Core, Said, Submission},
     profile::Profile,
-    scheduler::PrefillPace,
     shards::Shards,
+    step::PrefillPace,
 };
 use crate::{
     kv_port::{FromEngine, KvPort, ToEngine},

@@ -167,6 +167,18 @@ impl World {
         lent
     }
 
+    /// The engine has mapped the producer's arena, and of a next handoff each block is lent to it.
+    async fn lending() -> (Self, Lending) {
+        let mut world = Self::start();
+        world.first(true).await;
+        let name = name();
+        let ending = world.produce(name);
+        let consuming = world.consume(name).await;
+        let blocks = world.lent().await;
+        let (handoff, generation) = name;
+        (world, Lending { handoff, generation, ending, consuming, blocks })
+    }
+
     /// What an engine finds there.
     fn checksum_of(&self, block: &MappedBlockToLoad) -> u32 {
         let (_, peer) = self.mapped.as_ref().unwrap();
@@ -195,17 +207,21 @@ impl World {
     }
 }
 
+/// A handoff whose blocks the engine reads where they lie, and has not loaded yet.
+struct Lending {
+    handoff: HandoffId,
+    generation: Generation,
+    ending: oneshot::Receiver<Ending>,
+    consuming: Consuming,
+    blocks: Vec<MappedBlockToLoad>,
+}
+
 #[tokio::test]
 async fn blocks_are_loaded_where_they_lie_once_the_engine_has_mapped_them() {
-    let mut world = World::start();
-    world.first(true).await;
-    let name = name();
-    let (handoff, generation) = name;
-    let mut ending = world.produce(name);
-    let consuming = world.consume(name).await;
-    let lent = world.lent().await;
-    assert_eq!(lent.iter().map(|block| block.index).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
-    assert!(lent.iter().all(|block| world.checksum_of(block) == block.crc32));
+    let (mut world, lending) = World::lending().await;
+    let Lending { handoff, generation, mut ending, consuming, blocks } = lending;
+    assert_eq!(blocks.iter().map(|block| block.index).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
+    assert!(blocks.iter().all(|block| world.checksum_of(block) == block.crc32));
     assert_eq!(world.handoffs.slots().used, 0, "no slot of ours is needed");
     for indices in [vec![1, 0], vec![2, 3, 4]] {
         world.tell(FromEngine::LoadedMapped { handoff, generation, indices }).await;
@@ -235,16 +251,11 @@ async fn an_engine_that_cannot_map_gets_copies() {
 
 #[tokio::test]
 async fn a_block_that_was_overwritten_fails_its_handoff() {
-    let mut world = World::start();
-    world.first(true).await;
-    let name = name();
-    let (handoff, generation) = name;
-    let ending = world.produce(name);
-    let consuming = world.consume(name).await;
-    let lent = world.lent().await;
+    let (mut world, lending) = World::lending().await;
+    let Lending { handoff, generation, ending, consuming, blocks } = lending;
     world.arena.write(Slot(3), 0, &[9; 100]).unwrap();
-    let wrong: Vec<_> = lent.iter().filter(|b| world.checksum_of(b) != b.crc32).collect();
-    assert_eq!(wrong, [&lent[3]]);
+    let wrong: Vec<_> = blocks.iter().filter(|b| world.checksum_of(b) != b.crc32).collect();
+    assert_eq!(wrong, [&blocks[3]]);
     world.tell(FromEngine::Corrupt { handoff, generation, index: 3 }).await;
     let fault = timeout(consuming.failed()).await;
     assert_eq!((fault.origin, fault.kind), (Origin::Handoff, FaultKind::Corrupt));
@@ -262,13 +273,8 @@ async fn a_block_that_was_overwritten_fails_its_handoff() {
 
 #[tokio::test]
 async fn who_cancels_while_blocks_are_loaded_leaves_nothing() {
-    let mut world = World::start();
-    world.first(true).await;
-    let name = name();
-    let (handoff, generation) = name;
-    let ending = world.produce(name);
-    let consuming = world.consume(name).await;
-    world.lent().await;
+    let (mut world, lending) = World::lending().await;
+    let Lending { handoff, generation, ending, consuming, .. } = lending;
     drop(consuming);
     assert!(matches!(world.hear_of_mapped(true).await, ToEngine::Failed { .. }));
     assert!(matches!(timeout(ending).await.unwrap(), Ending::Broken(_)));
@@ -284,27 +290,21 @@ async fn who_cancels_while_blocks_are_loaded_leaves_nothing() {
 /// The producer is gone between the verification and the load, and its arena with it.
 #[tokio::test]
 async fn a_producer_that_dies_meanwhile_fails_the_handoff_and_is_unmapped() {
-    let mut world = World::start();
-    world.first(true).await;
-    let name = name();
-    let (handoff, generation) = name;
-    drop(world.produce(name));
-    let consuming = world.consume(name).await;
-    let lent = world.lent().await;
+    let (mut world, lending) = World::lending().await;
+    let Lending { handoff, generation, consuming, blocks, .. } = lending;
     let number = world.mapped.as_ref().map(|(number, _)| *number).unwrap();
     world.channel = None;
     let fault = timeout(consuming.failed()).await;
     assert_eq!((fault.origin, fault.kind), (Origin::Handoff, FaultKind::Unavailable));
     assert!(matches!(world.hear_of_mapped(true).await, ToEngine::Failed { .. }));
     // What is mapped is there as long as the engine may read it.
-    assert!(lent.iter().all(|block| world.checksum_of(block) == block.crc32));
+    assert!(blocks.iter().all(|block| world.checksum_of(block) == block.crc32));
     let indices = (0..BLOCKS).collect();
     world.tell(FromEngine::LoadedMapped { handoff, generation, indices }).await;
     drop(consuming);
     world.consumer_is_idle().await;
     // Whoever asks for it again finds that nobody is there.
-    let again = self::name();
-    let consuming = world.consume(again).await;
+    let consuming = world.consume(name()).await;
     timeout(consuming.failed()).await;
     loop {
         match world.hear().await {
@@ -317,13 +317,7 @@ async fn a_producer_that_dies_meanwhile_fails_the_handoff_and_is_unmapped() {
 
 #[tokio::test]
 async fn an_engine_that_loaded_what_it_was_not_lent_broke_the_protocol() {
-    let mut world = World::start();
-    world.first(true).await;
-    let name = name();
-    let (handoff, generation) = name;
-    drop(world.produce(name));
-    let consuming = world.consume(name).await;
-    world.lent().await;
+    let (world, Lending { handoff, generation, consuming, .. }) = World::lending().await;
     world.tell(FromEngine::LoadedMapped { handoff, generation, indices: vec![BLOCKS] }).await;
     let fault = timeout(consuming.failed()).await;
     assert!(fault.message.contains("block 6"), "{fault}");

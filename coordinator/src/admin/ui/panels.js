@@ -279,7 +279,7 @@ export function drawRequests(state) {
 // Handoffs --------------------------------------------------------------------------------------
 
 const speed = (pair) => (pair.micros > 0 ? pair.bytes / pair.micros / 1000 : 0);
-const told = (pair) => `${pair.prefill} → ${pair.decode}: ${amount(pair.handoffs)} handoffs, `
+const told = (pair) => `${pair.from} → ${pair.to}: ${amount(pair.handoffs)} handoffs, `
   + `${bytes(pair.bytes)} over ${pair.transport}, ${speed(pair).toFixed(3)} GB/s`
   + (pair.failed > 0 ? `; ${amount(pair.failed)} failed` : "");
 
@@ -296,11 +296,11 @@ function cell(pair, fastest) {
 export function drawHandoffs(state) {
   const pairs = state.handoffs.busiest;
   const named = (of) => [...new Set(pairs.map(of))].sort(inOrder);
-  const [prefills, decodes] = [named((p) => p.prefill), named((p) => p.decode)];
+  const [senders, receivers] = [named((p) => p.from), named((p) => p.to)];
   const carried = named((p) => p.transport).filter(Boolean).join(", ");
   const table = find("#handoffs table");
   const rows = [];
-  const isMatrix = prefills.length <= MATRIX && decodes.length <= MATRIX;
+  const isMatrix = senders.length <= MATRIX && receivers.length <= MATRIX;
   const most = isMatrix ? pairs.length : 50;
   say(find("#handoffs h2 small"), pairs.length === 0 ? "none yet"
     : `${carried ? `over ${carried}` : "none got through"}${most < state.handoffs.pairs ? `; the busiest of ${amount(state.handoffs.pairs)} pairs` : ""}`);
@@ -311,19 +311,19 @@ export function drawHandoffs(state) {
   };
   const fastest = Math.max(...pairs.map(speed), 1e-9);
   if (pairs.length > 0 && isMatrix) {
-    const at = new Map(pairs.map((pair) => [`${pair.prefill}\n${pair.decode}`, pair]));
-    rows.push(header(["GB/s", ...decodes]));
-    for (const prefill of prefills) {
+    const at = new Map(pairs.map((pair) => [`${pair.from}\n${pair.to}`, pair]));
+    rows.push(header(["GB/s", ...receivers]));
+    for (const from of senders) {
       const row = make("tr");
-      row.append(make("th", "", prefill),
-        ...decodes.map((decode) => cell(at.get(`${prefill}\n${decode}`), fastest)));
+      row.append(make("th", "", from),
+        ...receivers.map((to) => cell(at.get(`${from}\n${to}`), fastest)));
       rows.push(row);
     }
   } else if (pairs.length > 0) {
-    rows.push(header(["prefill", "decode", "transport", "handoffs", "moved", "GB/s"]));
+    rows.push(header(["from", "to", "transport", "handoffs", "moved", "GB/s"]));
     for (const pair of [...pairs].sort((a, b) => b.bytes - a.bytes).slice(0, most)) {
       const row = make("tr");
-      row.append(make("td", "name", pair.prefill), make("td", "name", pair.decode),
+      row.append(make("td", "name", pair.from), make("td", "name", pair.to),
         make("td", "", pair.transport), make("td", "n", amount(pair.handoffs)),
         make("td", "n", bytes(pair.bytes)), cell(pair, fastest));
       rows.push(row);

@@ -1,0 +1,164 @@
+//! What one step computes, and how much there is room for in it.
+
+use baton_types::{StepLoad, StepModel, StepWork};
+
+use super::scheduler::SequenceId;
+
+/// What one step computes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    pub work: Vec<Work>,
+    /// Sequences that were given blocks for the first time, or again after they were preempted.
+    pub admitted: Vec<Admission>,
+    /// Sequences that lost their blocks; they will be computed again.
+    pub preempted: Vec<SequenceId>,
+    prompts: u32,
+    prompts_begun: u32,
+    decode_sequences: u32,
+    decode_context_tokens: u64,
+}
+
+impl Step {
+    /// What the step costs its engine.
+    pub fn load(&self, model: &StepModel) -> StepLoad {
+        let mut load = StepLoad {
+            prompts_begun: self.prompts_begun,
+            prompts: self.prompts,
+            prefill_work_ms: 0.0,
+            decode_sequences: self.decode_sequences,
+            decode_context_tokens: self.decode_context_tokens,
+        };
+        if load.prompts > 0 {
+            for work in self.work.iter().filter(|work| !work.is_decode()) {
+                load.prefill_work_ms +=
+                    model.prefill_work_ms(work.first_token, work.first_token + work.tokens);
+            }
+        }
+        load
+    }
+
+    /// What the step computes, for an engine that learns what its steps cost.
+    pub fn computed(&self) -> StepWork {
+        let mut computed = StepWork {
+            decode_sequences: self.decode_sequences,
+            decode_context_tokens: self.decode_context_tokens,
+            ..StepWork::default()
+        };
+        for work in self.work.iter().filter(|work| !work.is_decode()) {
+            computed.add_chunk(work.first_token, work.first_token + work.tokens, false);
+        }
+        StepWork { prompts_begun: self.prompts_begun, ..computed }
+    }
+
+    /// Tokens before those of this step, over all its decodes.
+    pub fn decode_context_tokens(&self) -> u64 {
+        self.decode_context_tokens
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.work.clear();
+        self.admitted.clear();
+        self.preempted.clear();
+        (self.prompts, self.prompts_begun) = (0, 0);
+        (self.decode_sequences, self.decode_context_tokens) = (0, 0);
+    }
+
+    pub(super) fn push(&mut self, work: Work, begins: bool) {
+        if work.is_decode() {
+            self.decode_sequences += 1;
+            self.decode_context_tokens += u64::from(work.first_token);
+        } else {
+            self.prompts += 1;
+            self.prompts_begun += u32::from(begins);
+        }
+        self.work.push(work);
+    }
+}
+
+/// Tokens `first_token .. first_token + tokens` of a sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    pub sequence: SequenceId,
+    pub first_token: u32,
+    pub tokens: u32,
+    /// These are the last tokens known: a new one is sampled.
+    pub samples: bool,
+}
+
+impl Work {
+    /// One token over a context costs what a decode costs, be it sampled or the end of a prompt.
+    pub fn is_decode(&self) -> bool {
+        self.tokens == 1 && self.first_token > 0
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admission {
+    pub sequence: SequenceId,
+    /// Tokens whose KV was found in the prefix cache: whole blocks.
+    pub cached_tokens: u32,
+    /// Blocks for the whole prompt are held, and wait for [`Scheduler::complete_remote`].
+    pub waits_for_remote: bool,
+}
+
+/// How much prefill a step takes in, said in time: what the decodes beside it can bear. Without one,
+/// [`SchedulerLimits::max_step_tokens`] alone limits a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PrefillPace {
+    /// A step with decodes in it ends within this time.
+    pub step_ms: f64,
+    /// By this model.
+    pub model: StepModel,
+    /// A shorter chunk waits for a step with more room, unless it is the end of its prompt.
+    pub min_chunk_tokens: u32,
+    /// Without decodes, further prompts join the first while the step has fewer tokens than these.
+    pub batch_tokens: u32,
+}
+
+/// What is left of a step while it is planned.
+pub(super) struct Budget {
+    pub(super) tokens: u32,
+    pace: Option<PrefillPace>,
+    /// Of prefill, in milliseconds.
+    work_ms: f64,
+}
+
+impl Budget {
+    pub(super) fn new(tokens: u32, pace: Option<PrefillPace>) -> Self {
+        Self { tokens, pace, work_ms: f64::INFINITY }
+    }
+
+    pub(super) fn decodes_planned(&mut self, step: &Step) {
+        if let Some(PrefillPace { step_ms, model, .. }) = self.pace
+            && step.decode_sequences > 0
+        {
+            let base = model.decode_step_ms(step.decode_sequences, step.decode_context_tokens);
+            self.work_ms = (step_ms - base) / model.prefill_interference_factor.max(1e-3);
+        }
+    }
+
+    /// How many tokens of a prompt the step takes in.
+    pub(super) fn chunk(&self, from: u32, remaining: u32, step: &Step) -> u32 {
+        let Some(PrefillPace { model, min_chunk_tokens, batch_tokens, .. }) = self.pace else {
+            return remaining.min(self.tokens);
+        };
+        if self.work_ms.is_infinite() {
+            let taken: u32 = step.work.iter().map(|work| work.tokens).sum();
+            let joins = taken == 0 || taken + remaining.min(self.tokens) <= batch_tokens;
+            return if joins { remaining.min(self.tokens) } else { 0 };
+        }
+        let within = model.prefill_tokens_within(self.work_ms, from);
+        let tokens = remaining.min(self.tokens).min(within);
+        if tokens < remaining && tokens < min_chunk_tokens { 0 } else { tokens }
+    }
+
+    pub(super) fn take(&mut self, work: &Work) {
+        self.tokens -= work.tokens;
+        if let Some(pace) = &self.pace
+            && !work.is_decode()
+        {
+            let end = work.first_token + work.tokens;
+            self.work_ms -= pace.model.prefill_work_ms(work.first_token, end);
+        }
+    }
+}
