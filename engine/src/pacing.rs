@@ -1,13 +1,14 @@
 use std::sync::Arc;
 
-use baton_types::{StepFit, StepModel, StepTail, StepWork};
+use baton_types::{StepFit, StepModel, StepSamples, StepTail, StepWork};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::sim::Profile;
 
-/// Without a cold start the model is a guess until this many steps were seen.
-const LEAST_SAMPLES: u64 = 16;
+/// Without a cold start the model is a guess until so many steps of each kind that there is were seen: of prompts
+/// alone, of which there are few, and of decodes.
+const LEAST_SAMPLES: StepSamples = StepSamples { prompts: 4, decodes: 16 };
 
 /// How long an engine's steps take, learnt from those that it tells of, and the pace that they shall
 /// keep. The engine and its worker each hold one end.
@@ -83,9 +84,13 @@ impl Pacing {
 
 impl State {
     fn fitted(&self) -> Option<(StepModel, u64)> {
-        let samples = self.fit.samples();
-        let known = samples >= LEAST_SAMPLES || self.cold_start.is_some();
-        known.then(|| (self.fit.model(), samples))
+        let StepSamples { prompts, decodes } = self.fit.samples();
+        let is_guess = |seen, least| (1..least).contains(&seen);
+        let is_known = prompts + decodes > 0
+            && !is_guess(prompts, LEAST_SAMPLES.prompts)
+            && !is_guess(decodes, LEAST_SAMPLES.decodes);
+        let is_known = is_known || self.cold_start.is_some();
+        is_known.then(|| (self.fit.model(), prompts + decodes))
     }
 }
 
@@ -100,7 +105,8 @@ mod tests {
         assert_eq!(pacing.pace(), None);
         let mut work = StepWork::default();
         work.add_decode(100);
-        for _ in 0..LEAST_SAMPLES {
+        for _ in 0..LEAST_SAMPLES.decodes {
+            assert_eq!(pacing.pace(), None);
             pacing.observe(&work, 12.0);
         }
         let pace = pacing.pace().unwrap();
@@ -113,6 +119,31 @@ mod tests {
         let known = Profile::demo().model;
         let cold = Pacing::new(Some(known));
         assert_eq!(cold.fitted(), Some((known, 0)));
+    }
+
+    /// Many steps of one kind say nothing of the other.
+    #[test]
+    fn each_kind_of_step_is_a_guess_until_it_was_seen() {
+        let pacing = Pacing::new(None);
+        let (mut decode, mut prompt) = (StepWork::default(), StepWork::default());
+        decode.add_decode(100);
+        (0..1000).for_each(|_| pacing.observe(&decode, 12.0));
+        assert!(pacing.fitted().is_some());
+        // Thirty times what is guessed of an engine that nobody described.
+        prompt.add_chunk(0, 1000, true);
+        for _ in 0..LEAST_SAMPLES.prompts {
+            pacing.observe(&prompt, 4000.0);
+        }
+        let (model, samples) = pacing.fitted().unwrap();
+        assert_eq!(samples, 1000 + LEAST_SAMPLES.prompts);
+        let said_ms = model.prefill_alone_ms(0, 1000);
+        assert!((said_ms / 4000.0 - 1.0).abs() < 0.1, "{said_ms} ms by {model:?}");
+        // As the guess had it: as much beside decodes as alone.
+        assert_eq!(model.prefill_interference_factor, 1.0);
+
+        let begun = Pacing::new(None);
+        begun.observe(&prompt, 4000.0);
+        assert_eq!(begun.fitted(), None);
     }
 
     /// Steps of one decode, of 10 ms give or take `spread` of it.

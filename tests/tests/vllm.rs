@@ -3,7 +3,9 @@
 
 use std::{process::Command, time::Duration};
 
-use baton_tests::{Cluster, ClusterBuilder, Metrics, read_events, streamed_text, vllm_or_skip};
+use baton_tests::{
+    Answer, Cluster, ClusterBuilder, Metrics, read_events, streamed_text, vllm_or_skip,
+};
 use futures::StreamExt;
 use serde_json::{Value, json};
 
@@ -28,6 +30,8 @@ async fn vllm_on_both_sides() {
         .engine("layer_groups = 3")
         // Less than any step takes: no more of a prompt is computed beside decodes than has to be.
         .slo("itl_ms = 1.0")
+        // Which copies prefixes.
+        .placement("mode = \"always\"\npolicy = \"slack\"")
         .start()
         .await
         .unwrap();
@@ -36,6 +40,8 @@ async fn vllm_on_both_sides() {
     split_equals_aggregated(&cluster).await;
     say("the second turn sends only what is new");
     second_turn(&cluster).await;
+    say("prefill copies what decode has cached");
+    copied_from_decode(&cluster).await;
     say("usage is what an aggregated vLLM counts");
     usage(&cluster).await;
     say("parameters that cannot be split run whole");
@@ -75,11 +81,30 @@ async fn aggregated(cluster: &Cluster, prompt: &[u32], max_tokens: u32) -> Value
     body["prompt_logprobs"] = 0.into();
     let answer = cluster.post("/v1/completions", &body).await;
     assert_eq!((answer.status, answer.path()), (200, "aggregated"), "{}", answer.text);
-    for worker in ["prefill-0", "decode-0"] {
-        let url = format!("http://127.0.0.1:{}/reset_prefix_cache", cluster.engine_port(worker));
-        assert!(cluster.http.post(url).send().await.unwrap().status().is_success());
-    }
+    forget(cluster, &["prefill-0", "decode-0"]).await;
     answer.json()
+}
+
+/// Clears prefix caches, until the coordinator was told so.
+async fn forget(cluster: &Cluster, workers: &[&str]) {
+    for worker in workers {
+        let url = format!("http://127.0.0.1:{}/reset_prefix_cache", cluster.engine_port(worker));
+        for patience in (0..100).rev() {
+            // Nothing is cleared while blocks are still held.
+            assert!(cluster.http.post(&url).send().await.unwrap().status().is_success());
+            // vLLM tells with its next step.
+            refresh_vllm_metrics(cluster, worker).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if known_blocks(cluster, worker).await == 0.0 {
+                break;
+            }
+            assert!(patience > 0, "{worker} forgets nothing");
+        }
+    }
+}
+
+async fn known_blocks(cluster: &Cluster, worker: &str) -> f64 {
+    cluster.metrics().await.sum("baton_worker_prefix_blocks", &[worker])
 }
 
 /// The tokens are the same, and so are their probabilities: a small model can stammer the right tokens
@@ -165,6 +190,46 @@ async fn second_turn(cluster: &Cluster) {
     let grown = |name| after.sum(name, &[]) - before.sum(name, &[]);
     assert_eq!(grown("baton_handoff_blocks_total"), 2.0, "two new blocks");
     assert_eq!(grown("baton_handoff_blocks_reused_total"), 10.0);
+}
+
+/// As when an answer is part of the next prompt: decode holds what prefill does not, or not any more.
+async fn copied_from_decode(cluster: &Cluster) {
+    const TOKENS: usize = 1000;
+    const CACHED_BLOCKS: usize = TOKENS / BLOCK_SIZE_TOKENS;
+    const CACHED_TOKENS: usize = CACHED_BLOCKS * BLOCK_SIZE_TOKENS;
+    let tokens = prompt(1717, TOKENS);
+    let expected = aggregated(cluster, &tokens, 8).await;
+    let split = cluster.post("/v1/completions", &request(&tokens, 8)).await;
+    assert_same(&split.json(), &expected, "computed");
+    cluster.eventually_idle().await;
+    forget(cluster, &["prefill-0"]).await;
+    cluster
+        .eventually("it is known what decode holds", |metrics| {
+            metrics.sum("baton_worker_prefix_blocks", &["decode-0"]) >= CACHED_BLOCKS as f64
+        })
+        .await;
+
+    let before = (cluster.metrics().await, vllm_metrics(cluster, "prefill-0").await);
+    let asking = cluster.http.post(cluster.url("/v1/completions")).json(&request(&tokens, 8));
+    let asking = asking.header("x-request-id", "copied-from-decode");
+    let answer = Answer::of(asking.send().await.unwrap()).await.unwrap();
+    assert_eq!(answer.path(), "disaggregated", "{:?}", answer.headers);
+    assert_same(&answer.json(), &expected, "copied");
+    let placed = cluster.admin_get("/debug/placement?request=copied-from-decode").await.json();
+    let pull = &placed["pull"];
+    assert_eq!(
+        (&pull["from"], &pull["outcome"], &pull["tokens"]),
+        (&json!("decode-0"), &json!("copied"), &json!(CACHED_TOKENS)),
+        "{placed}"
+    );
+    let after = (cluster.metrics().await, vllm_metrics(cluster, "prefill-0").await);
+    let grown = |name, labels: &[&str]| after.0.sum(name, labels) - before.0.sum(name, labels);
+    assert_eq!(grown("baton_prefix_pulls_total", &["result=\"copied\""]), 1.0);
+    assert_eq!(grown("baton_prefix_pulled_tokens_total", &[]), CACHED_TOKENS as f64);
+    // Its vLLM found them in its own cache, when the prompt came.
+    let found = |metrics: &Metrics| metrics.sum("vllm:prefix_cache_hits_total", &[]);
+    assert_eq!(found(&after.1) - found(&before.1), CACHED_TOKENS as f64);
+    assert_eq!(grown("baton_handoff_blocks_reused_total", &[]), CACHED_BLOCKS as f64);
 }
 
 async fn usage(cluster: &Cluster) {

@@ -18,6 +18,6 @@ pub use handoff::{Epoch, Generation, HandoffId, HandoffKey, ParseIdError, Prompt
 pub use heads::{HeadLayout, HeadLayoutError};
 pub use reslice::{Reslice, ResliceError, Run};
 pub use role::{Leg, ParseRoleError, Role};
-pub use step_fit::{StepFit, StepWork};
+pub use step_fit::{StepFit, StepSamples, StepWork};
 pub use step_model::{StepLoad, StepModel};
 pub use step_tail::{STEP_HEADROOM, StepTail};

@@ -8,7 +8,8 @@
 //!   towards that of a cold start, instead of dividing it by a constant (R. Kulhavý and M. B. Zarrop, *On
 //!   a general concept of forgetting*, Int. J. Control 58(4), 1993).
 //! - **Outliers are refused** by the size of their innovation. Many in a row are no outliers: then the
-//!   engine has changed, and the filter opens up.
+//!   engine has changed, and the filter opens up. Nor are the first of a kind: what nobody measured is no ground
+//!   to refuse them on.
 //! - **No coefficient is below zero**: an estimate that is, is projected (D. Simon, *Kalman filtering
 //!   with state constraints*, IET Control Theory & Applications 4(8), 2010). Nor is one above what can be.
 
@@ -31,6 +32,8 @@ const GATE: f64 = 3.0;
 /// changed: all of its steps, or those of one kind.
 const CHANGE_STEPS: u32 = 8;
 const USUAL_STEPS: u32 = 5;
+/// Until so many steps were taken in, none is refused.
+const GUESSED_STEPS: u64 = 4;
 /// How far each step moves the covariance towards that of a cold start. With [`NOISE`], a coefficient
 /// that each step exercises is remembered for some 40 steps.
 const FORGETTING: f64 = 1e-5;
@@ -96,7 +99,17 @@ pub struct StepFit {
     /// Of steps with decodes: [`StepModel::decode_ms`], then the interference factor, over the
     /// prefill's cost by the filter above.
     decode: Filter<4>,
-    samples: u64,
+    /// Steps that it learned from with decodes and prompts in them.
+    mixed: u64,
+}
+
+/// Steps that a fit learned from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepSamples {
+    /// Those of prompts alone, which teach [`StepModel::prefill_ms`].
+    pub prompts: u64,
+    /// Those with decodes in them, which teach all else.
+    pub decodes: u64,
 }
 
 impl StepFit {
@@ -116,7 +129,7 @@ impl StepFit {
                 [1.0, TYPICAL_SEQUENCES, TYPICAL_CONTEXT_TOKENS, chunk_ms(&cold_start.prefill_ms)],
                 [LONGEST_STEP_MS, LONGEST_STEP_MS, LONGEST_STEP_MS, DEAREST_MIXTURE],
             ),
-            samples: 0,
+            mixed: 0,
         }
     }
 
@@ -127,26 +140,30 @@ impl StepFit {
         if !(ms > 0.0 && ms < LONGEST_STEP_MS) {
             return false;
         }
-        let taken = match (work.decode_sequences, work.prompts) {
-            (0, 0) => return false,
+        match (work.decode_sequences, work.prompts) {
+            (0, 0) => false,
             (0, _) => {
                 let begins = if work.prompts_begun > 0 { 1.0 } else { 0.0 };
                 let features = [begins, work.prefill_tokens as f64, work.prefill_squares];
                 let before_ms = self.chunk_ms();
                 let taken = self.prefill.observe(&features, ms);
-                // What a prefill costs beside decodes is known from such steps, and stays as it was.
-                self.decode.rescale(3, before_ms / self.chunk_ms());
+                if self.mixed > 0 {
+                    // What a prefill costs beside decodes is known from such steps, and stays as it was.
+                    self.decode.rescale(3, before_ms / self.chunk_ms());
+                } else {
+                    self.decode.typical[3] = self.chunk_ms();
+                }
                 taken
             }
-            (sequences, _) => {
+            (sequences, prompts) => {
                 let context_tokens = work.decode_context_tokens as f64;
                 let prefill_ms = work.load(&self.model()).prefill_work_ms;
                 let features = [1.0, f64::from(sequences), context_tokens, prefill_ms];
-                self.decode.observe(&features, ms)
+                let taken = self.decode.observe(&features, ms);
+                self.mixed += u64::from(taken && prompts > 0);
+                taken
             }
-        };
-        self.samples += u64::from(taken);
-        taken
+        }
     }
 
     fn chunk_ms(&self) -> f64 {
@@ -164,9 +181,8 @@ impl StepFit {
         }
     }
 
-    /// Steps that it learned from.
-    pub fn samples(&self) -> u64 {
-        self.samples
+    pub fn samples(&self) -> StepSamples {
+        StepSamples { prompts: self.prefill.samples, decodes: self.decode.samples }
     }
 }
 
@@ -190,6 +206,8 @@ struct Filter<const N: usize> {
     refused: u32,
     /// How many times as doubtful as at the start one must be to take in the nearest of them.
     surprise: f64,
+    /// Steps that it learned from.
+    samples: u64,
 }
 
 impl<const N: usize> Filter<N> {
@@ -202,6 +220,7 @@ impl<const N: usize> Filter<N> {
             most,
             refused: 0,
             surprise: f64::INFINITY,
+            samples: 0,
         };
         filter.bound();
         filter.covariance = diagonal(&filter.doubt());
@@ -226,12 +245,16 @@ impl<const N: usize> Filter<N> {
         }
         let foreseen_ms = dot(&self.coefficients, features);
         let innovation_ms = ms - foreseen_ms;
-        let noise = (NOISE * foreseen_ms).powi(2) + JITTER_MS.powi(2);
+        let is_guess = self.samples < GUESSED_STEPS;
+        // By a guess that is too short a step would pass for one that is measured exactly.
+        let noise = noise(if is_guess { foreseen_ms.max(ms) } else { foreseen_ms });
         if self.is_outlier(features, innovation_ms, noise) {
             let cold_variance = dot(&product(&diagonal(&doubt), features), features);
-            self.surprise = self.surprise.min(innovation_ms.powi(2) / cold_variance);
+            let surprise = innovation_ms.powi(2) / cold_variance;
+            self.surprise = if is_guess { surprise } else { self.surprise.min(surprise) };
             self.refused += USUAL_STEPS;
-            if self.refused < CHANGE_STEPS * USUAL_STEPS || !self.surprise.is_finite() {
+            let has_changed = self.refused >= CHANGE_STEPS * USUAL_STEPS;
+            if !(is_guess || has_changed) || !self.surprise.is_finite() {
                 return false;
             }
             self.covariance = diagonal(&doubt.map(|variance| variance * self.surprise.max(1.0)));
@@ -247,12 +270,17 @@ impl<const N: usize> Filter<N> {
         }
         self.update(features, innovation_ms, noise);
         self.project();
+        self.samples += 1;
         true
     }
 
     fn is_outlier(&self, features: &[f64; N], innovation_ms: f64, noise: f64) -> bool {
-        let variance = dot(&product(&self.covariance, features), features).max(0.0) + noise;
-        innovation_ms.powi(2) > GATE.powi(2) * variance
+        innovation_ms.powi(2) > GATE.powi(2) * (self.variance(features) + noise)
+    }
+
+    /// Of what is foreseen for such a step.
+    fn variance(&self, features: &[f64; N]) -> f64 {
+        dot(&product(&self.covariance, features), features).max(0.0)
     }
 
     /// The feature is from now on counted in a unit that is `1 / by` as large.
@@ -314,6 +342,11 @@ impl<const N: usize> Filter<N> {
     fn share(&self, i: usize) -> f64 {
         self.coefficients[i] * self.typical[i]
     }
+}
+
+/// The variance of a step of this length by itself.
+fn noise(ms: f64) -> f64 {
+    (NOISE * ms).powi(2) + JITTER_MS.powi(2)
 }
 
 fn dot<const N: usize>(a: &[f64; N], b: &[f64; N]) -> f64 {

@@ -108,6 +108,34 @@ proptest! {
         prop_assert!(error < 0.2, "{error}: {:?}", fit.model());
     }
 
+    /// However far off a guess of prompts is, and however many steps of decodes came before: the first prompts tell.
+    #[test]
+    fn the_first_of_a_kind_are_believed(
+        truth in truths(),
+        off in prop_oneof![0.02..1.0f64, 1.0..20.0f64],
+        decodes in 0..2000u32,
+        lengths in proptest::array::uniform4(256..8192u32),
+        seed: u64,
+    ) {
+        let guess = StepModel { prefill_ms: COLD.prefill_ms.map(|c| c * off), ..truth };
+        let (mut traffic, mut fit) = (Traffic::new(seed), StepFit::new(&guess));
+        let mut work = StepWork::default();
+        work.add_decode(1000);
+        for _ in 0..decodes {
+            fit.observe(&work, truth.decode_step_ms(1, 1000) * traffic.noise());
+        }
+        let decodes = fit.samples().decodes;
+        for tokens in lengths {
+            let mut work = StepWork::default();
+            work.add_chunk(0, tokens, true);
+            let ms = truth.step_ms(&work.load(&truth)) * (0.9 + 0.2 * traffic.0.f64());
+            prop_assert!(fit.observe(&work, ms));
+        }
+        prop_assert_eq!(fit.samples(), StepSamples { prompts: 4, decodes });
+        let [said, true_ms] = [fit.model(), truth].map(|model| model.prefill_alone_ms(0, lengths[3]));
+        prop_assert!((0.6..1.6).contains(&(said / true_ms)), "{said} of {true_ms}: {:?}", fit.model());
+    }
+
     /// Whatever an engine tells, and in whatever units it tells it.
     #[test]
     fn what_it_foresees_is_a_time(
@@ -182,7 +210,7 @@ fn outliers_teach_nothing() {
     assert!(!fit.observe(&work, 10.0 * ms));
     assert!(!fit.observe(&work, f64::NAN));
     assert!(!fit.observe(&StepWork::default(), ms));
-    assert_eq!((fit.model(), fit.samples()), (before, 100));
+    assert_eq!((fit.model(), fit.samples()), (before, StepSamples { prompts: 0, decodes: 100 }));
 }
 
 #[test]

@@ -25,9 +25,8 @@ use crate::request::RequestKey;
 pub const OLDEST_EVERY: u64 = 64;
 /// An output token costs a tenant as much as so many of its prompt's, as in the paper above.
 pub const OUTPUT_TOKEN_WEIGHT: f64 = 2.0;
-/// Of the TTFT's target. With less of it who is placed is placed knowing more, but fixed splits gain more by that than
-/// placement does.
-const BACKLOG_PART: f64 = 0.5;
+/// Of the TTFT's target. With less of it who is placed is placed knowing more; with much less, long prompts lose.
+const BACKLOG_PART: f64 = 0.2;
 /// Counters of tenants that have nothing waiting are forgotten beyond so many.
 const MAX_ACCOUNTS: usize = 10_000;
 

@@ -17,7 +17,7 @@ const TENTHS: usize = 10;
 const SHARE: f64 = 0.18;
 /// A prompt whose like have been late often enough is served ahead of its turn by this part of what it
 /// takes. With more of it others lose more than these gain.
-const HEAD_START: f64 = 0.5;
+const HEAD_START: f64 = 0.4;
 /// So many prompts of its tenth are remembered.
 const MEMORY: f64 = 4096.0;
 
