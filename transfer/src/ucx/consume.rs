@@ -13,7 +13,10 @@ use baton_arena::Landing;
 use bytes::BytesMut;
 use futures::{future::BoxFuture, poll};
 use quinn::{Connection, ReadError, RecvStream, SendStream};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::{
+    task::yield_now,
+    time::{Instant, sleep, sleep_until, timeout},
+};
 
 use super::{
     Data, failed,
@@ -33,6 +36,9 @@ use crate::{
 
 /// Blocks that a producer may announce before they are granted a slot.
 const MAX_OFFERED: usize = 4096;
+
+/// So much is verified before the producer is heard again, which may wait for slots to write into.
+const PORTION_BYTES: u64 = 1 << 20;
 
 /// How long a slot is kept that a lost producer may still write into. It notices the loss within two
 /// seconds and stops; a network card that had been given a write before that gives up after eight.
@@ -54,6 +60,7 @@ pub(super) async fn pull(
         send,
         inbox: Some(Inbox::new(recv)),
         granted: VecDeque::new(),
+        landed: 0,
         stall,
         is_over: false,
     };
@@ -73,6 +80,8 @@ struct Producer {
     inbox: Option<Inbox>,
     /// Slots that the producer may be writing into.
     granted: VecDeque<(BlockHead, Landing)>,
+    /// So many of them, the first ones, are said to have been written.
+    landed: usize,
     stall: Duration,
     is_over: bool,
 }
@@ -109,6 +118,7 @@ impl Producer {
                         offered.push_back(head);
                     }
                     Frame::Whole { head, bytes } => {
+                        self.verify(u64::MAX, sink, &mut arrivals).await?;
                         if !offered.is_empty() || !self.granted.is_empty() {
                             let early = "a block that overtakes others".to_owned();
                             return Err(TransferError::Protocol(early));
@@ -116,8 +126,10 @@ impl Producer {
                         self.whole(&head, &bytes, sink, &mut arrivals).await?;
                     }
                     Frame::Landed { blocks } => {
-                        for _ in 0..blocks {
-                            self.landed(sink, &mut arrivals).await?;
+                        self.landed = self.landed.saturating_add(blocks as usize);
+                        if self.landed > self.granted.len() {
+                            let early = "a block landed for which it was granted no slot";
+                            return Err(TransferError::Protocol(early.to_owned()));
                         }
                         if last_word.elapsed() >= PROGRESS_INTERVAL {
                             last_word = Instant::now();
@@ -125,6 +137,7 @@ impl Producer {
                         }
                     }
                     Frame::Said(ProducerFrame::Sealed(sealed)) => {
+                        self.verify(u64::MAX, sink, &mut arrivals).await?;
                         if !offered.is_empty() || !self.granted.is_empty() {
                             let early = "a seal before all its blocks".to_owned();
                             return Err(TransferError::Protocol(early));
@@ -158,6 +171,7 @@ impl Producer {
                 self.grant(offer, slot?, data, &mut told_regions, &mut saying).await?;
             }
             self.say(&mut saying).await?;
+            self.verify(PORTION_BYTES, sink, &mut arrivals).await?;
             let stall = self.stall;
             let inbox = self.inbox.as_mut().ok_or_else(ended_early)?;
             tokio::select! {
@@ -169,6 +183,8 @@ impl Producer {
                         self.grant(offer, slot?, data, &mut told_regions, &mut saying).await?;
                     }
                 }
+                // What has come meanwhile is heard before the next portion.
+                () = yield_now(), if self.landed > 0 => {}
                 () = sleep_until(reserving_since + stall), if reserving.is_some() => {
                     let reason = format!("no block was placed for {stall:?}");
                     return Err(TransferError::NoRoom(reason));
@@ -212,18 +228,24 @@ impl Producer {
         Ok(())
     }
 
-    /// The producer says that the next block lies in its slot. That is no proof.
-    async fn landed(
+    /// Verifies blocks that the producer says lie in their slots, which is no proof, until so many bytes are
+    /// read or there are no more.
+    async fn verify(
         &mut self,
+        most_bytes: u64,
         sink: &dyn BlockSink,
         arrivals: &mut Arrivals<'_>,
     ) -> Result<(), TransferError> {
-        let (head, slot) = self.granted.pop_front().ok_or_else(|| {
-            TransferError::Protocol("a block landed for which it was granted no slot".to_owned())
-        })?;
-        fence(Acquire);
-        let crc32 = arrivals.placed(&head, slot.as_bytes())?;
-        self.attend(sink.verified(head.index, slot, crc32)).await
+        let mut bytes = 0;
+        while self.landed > 0 && bytes < most_bytes {
+            let Some((head, slot)) = self.granted.pop_front() else { break };
+            self.landed -= 1;
+            bytes += u64::from(head.len);
+            fence(Acquire);
+            let crc32 = arrivals.placed(&head, slot.as_bytes())?;
+            self.attend(sink.verified(head.index, slot, crc32)).await?;
+        }
+        Ok(())
     }
 
     /// A block that came over the stream itself.

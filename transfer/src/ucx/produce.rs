@@ -41,6 +41,9 @@ use crate::{
 const WINDOW_BLOCKS: usize = 64;
 const WINDOW_BYTES: u64 = 16 << 20;
 
+/// So much is said to have landed at once: the consumer verifies it while the next is written.
+const BATCH_BYTES: u64 = 1 << 20;
+
 /// How long writes may take to end once the handoff has failed, before the endpoint is closed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -91,6 +94,16 @@ struct Offered {
     index: u32,
     crc: u64,
     bytes: Bytes,
+}
+
+/// Blocks of one region that go together.
+#[derive(Default)]
+struct Granted {
+    region: u32,
+    puts: Vec<Put>,
+    /// Index, checksum, length.
+    blocks: Vec<(u32, u64, u64)>,
+    bytes: u64,
 }
 
 /// Blocks on their way, in order.
@@ -293,7 +306,7 @@ impl Consumer {
 
     /// Acts on all that the consumer has said. Answers whether it acknowledged.
     async fn hear(&mut self) -> Result<bool, TransferError> {
-        let mut granted: Vec<(u32, Put, (u32, u64, u64))> = Vec::new();
+        let mut granted: Vec<Granted> = Vec::new();
         let mut is_acked = false;
         while let Some(word) = Word::take(&mut self.inbox.unread)? {
             self.deadline = Instant::now() + self.stall;
@@ -308,17 +321,20 @@ impl Consumer {
                 Word::Grant { region, offset } => {
                     let Offered { index, crc, bytes } =
                         self.offered.pop_front().ok_or_else(unasked)?;
-                    let block = (index, crc, bytes.len() as u64);
-                    granted.push((region, Put { bytes, offset }, block));
+                    let len = bytes.len() as u64;
+                    let batch = match granted.last_mut() {
+                        Some(last) if last.region == region && last.bytes < BATCH_BYTES => last,
+                        _ => granted.push_mut(Granted { region, ..Granted::default() }),
+                    };
+                    batch.puts.push(Put { bytes, offset });
+                    batch.blocks.push((index, crc, len));
+                    batch.bytes += len;
                 }
             }
         }
-        for of_one in granted.chunk_by(|before, after| before.0 == after.0) {
-            let Some((id, ..)) = of_one.first() else { continue };
-            let region = self.regions.get(id).ok_or_else(unasked)?;
-            let puts = of_one.iter().map(|(_, put, _)| put.clone()).collect();
+        for Granted { region, puts, blocks, .. } in granted {
+            let region = self.regions.get(&region).ok_or_else(unasked)?;
             let writing = region.put(puts).map_err(|error| failed(&error))?;
-            let blocks = of_one.iter().map(|(.., block)| *block).collect();
             self.writing.push_back(Batch { blocks, writing });
         }
         Ok(is_acked)

@@ -1,6 +1,13 @@
 //! What is asked of UCX's thread.
 
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::{
+    convert::Infallible,
+    sync::{
+        atomic::{AtomicBool, Ordering::SeqCst},
+        mpsc,
+    },
+    time::Duration,
+};
 
 use baton_arena::Arena;
 use bytes::Bytes;
@@ -51,9 +58,15 @@ pub(crate) enum Command {
     },
 }
 
-/// The way to the thread. When the last handle goes, the thread ends.
+/// How long whoever drops the last handle waits for the thread to end.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The way to the thread. When the last handle goes, the thread ends, and lets go of the arenas: whoever
+/// then ends the process leaves no file behind.
 pub(crate) struct Commands {
     queue: std::sync::Arc<Queue>,
+    /// Disconnected once the thread holds nothing any more.
+    ended: Mutex<mpsc::Receiver<Infallible>>,
 }
 
 pub(crate) struct Queue {
@@ -64,8 +77,8 @@ pub(crate) struct Queue {
 }
 
 impl Commands {
-    pub(crate) fn new(queue: std::sync::Arc<Queue>) -> Self {
-        Self { queue }
+    pub(crate) fn new(queue: std::sync::Arc<Queue>, ended: mpsc::Receiver<Infallible>) -> Self {
+        Self { queue, ended: Mutex::new(ended) }
     }
 
     pub(crate) fn send(&self, command: Command) {
@@ -87,6 +100,9 @@ impl Drop for Commands {
     fn drop(&mut self) {
         self.queue.is_closed.store(true, SeqCst);
         self.queue.wake();
+        if self.ended.get_mut().recv_timeout(END_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            tracing::warn!("UCX's thread did not end in {END_TIMEOUT:?}");
+        }
     }
 }
 

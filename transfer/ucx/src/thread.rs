@@ -36,6 +36,7 @@ pub(crate) fn start(
 ) -> Result<(Arc<Commands>, Started), StartError> {
     let queue = Arc::new(Queue::new(Waker::new().map_err(StartError::Thread)?));
     let (told, started) = mpsc::channel();
+    let (ending, ended) = mpsc::channel();
     let of_thread = Arc::clone(&queue);
     thread::Builder::new()
         .name("ucx".to_owned())
@@ -50,12 +51,13 @@ pub(crate) fn start(
                     let _ = told.send(Err(error));
                 }
             }
+            drop(ending);
         })
         .map_err(StartError::Thread)?;
     let started = started
         .recv()
         .map_err(|_| StartError::Thread(std::io::Error::other("it ended before it had begun")))??;
-    Ok((Arc::new(Commands::new(queue)), started))
+    Ok((Arc::new(Commands::new(queue, ended)), started))
 }
 
 struct Progress {

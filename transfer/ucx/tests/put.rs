@@ -115,3 +115,30 @@ async fn a_peer_that_went_is_an_error_and_gives_the_bytes_back() {
     assert!(bytes.is_unique(), "UCX holds bytes that it is done with");
     drop(to);
 }
+
+/// A process that ends right behind this would leave a file of all its KV otherwise.
+#[tokio::test]
+async fn the_last_handle_leaves_no_arena_behind() {
+    let (Some(here), Some(there)) = (ucx(), ucx()) else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let to = arena(&directory, "to");
+    let region = there.register(to.clone()).await.unwrap();
+    let endpoint = here.connect(there.address()).await.unwrap();
+    let remote = endpoint.import(region.base(), region.len_bytes(), region.key()).await.unwrap();
+    let from = arena(&directory, "from");
+    let local = here.register(from.clone()).await.unwrap();
+    let bytes = from.view(Slot(0), SLOT_BYTES).unwrap().into_bytes();
+    drop(from);
+    // The first is done, the second may be under way.
+    for wait in [true, false] {
+        let put = Put { bytes: bytes.clone(), offset: 0 };
+        let mut writing = remote.put(vec![put]).unwrap();
+        if wait {
+            writing.done().await.unwrap();
+        }
+    }
+    drop((bytes, remote, endpoint, local, here));
+    assert!(!directory.path().join("from").exists(), "the writer's arena is left");
+    drop((to, region, there));
+    assert!(!directory.path().join("to").exists(), "the arena that was written into is left");
+}
