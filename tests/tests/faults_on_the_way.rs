@@ -239,6 +239,19 @@ async fn nor_layer_group_by_layer_group() {
     disturbed("shm", [1, 1], 4, 300).await;
 }
 
+/// Blocks that UCX writes, with grants and slots that outlive whoever breaks off. Where there is no UCX that is said, and with
+/// `BATON_REQUIRE_UCX` it is a failure.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_where_ucx_writes() {
+    if std::env::var_os("BATON_UCX_LIBRARY").is_none() {
+        let demanded = std::env::var_os("BATON_REQUIRE_UCX").is_some_and(|value| value != "0");
+        assert!(!demanded, "BATON_REQUIRE_UCX is set, and BATON_UCX_LIBRARY is not");
+        eprintln!("SKIPPED, not run: BATON_UCX_LIBRARY is not set");
+        return;
+    }
+    disturbed("ucx", [1, 1], 1, 300).await;
+}
+
 /// Whatever else is to be tried: the transport (`ucx` wants `BATON_UCX_LIBRARY`), the ranks of prefill and of decode, the
 /// layer groups.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
