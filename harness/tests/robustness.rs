@@ -45,6 +45,22 @@ fn noisy_steps_and_an_optimistic_model_break_no_itl() {
     }
 }
 
+/// Packed decodes have steps as long as they may be, whose noise no prompt beside them evens out.
+#[test]
+fn noisy_steps_break_no_itl_where_decodes_are_packed() {
+    let trace = trace("azure_conv.csv").scaled(6.0, 0);
+    let mut setup = setup(Mode::Adaptive, 4);
+    setup.slo.itl_ms = 25.0;
+    setup.step_noise = 0.2;
+    for seed in 0..3 {
+        let summary = run(&trace, &Setup { seed, ..setup.clone() });
+        let kept = summary.attainment_tbt;
+        println!("seed {seed}: {kept:.3}, {} of {} moved", summary.disaggregated, summary.requests);
+        assert!(2 * summary.disaggregated > summary.requests, "decodes are packed");
+        assert!(kept > 0.97, "ITL is kept by {kept}");
+    }
+}
+
 #[test]
 fn a_prefix_is_copied_where_the_link_makes_it_pay() {
     let trace = trace("mooncake_conversation.jsonl").scaled(2.0, 0);

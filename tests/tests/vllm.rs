@@ -192,12 +192,22 @@ async fn second_turn(cluster: &Cluster) {
     assert_eq!(grown("baton_handoff_blocks_reused_total"), 10.0);
 }
 
-/// As when an answer is part of the next prompt: decode holds what prefill does not, or not any more.
+/// A copy that takes longer than computing would have is given up, which a busy machine brings about.
 async fn copied_from_decode(cluster: &Cluster) {
+    for number in 0..20 {
+        if is_copied_from_decode(cluster, number).await {
+            return;
+        }
+    }
+    panic!("no copy was in time");
+}
+
+/// As when an answer is part of the next prompt: decode holds what prefill does not, or not any more.
+async fn is_copied_from_decode(cluster: &Cluster, number: usize) -> bool {
     const TOKENS: usize = 1000;
     const CACHED_BLOCKS: usize = TOKENS / BLOCK_SIZE_TOKENS;
     const CACHED_TOKENS: usize = CACHED_BLOCKS * BLOCK_SIZE_TOKENS;
-    let tokens = prompt(1717, TOKENS);
+    let tokens = prompt(1717 + number, TOKENS);
     let expected = aggregated(cluster, &tokens, 8).await;
     let split = cluster.post("/v1/completions", &request(&tokens, 8)).await;
     assert_same(&split.json(), &expected, "computed");
@@ -211,12 +221,18 @@ async fn copied_from_decode(cluster: &Cluster) {
 
     let before = (cluster.metrics().await, vllm_metrics(cluster, "prefill-0").await);
     let asking = cluster.http.post(cluster.url("/v1/completions")).json(&request(&tokens, 8));
-    let asking = asking.header("x-request-id", "copied-from-decode");
+    let asking = asking.header("x-request-id", format!("copied-{number}"));
     let answer = Answer::of(asking.send().await.unwrap()).await.unwrap();
     assert_eq!(answer.path(), "disaggregated", "{:?}", answer.headers);
     assert_same(&answer.json(), &expected, "copied");
-    let placed = cluster.admin_get("/debug/placement?request=copied-from-decode").await.json();
+    let placed =
+        cluster.admin_get(&format!("/debug/placement?request=copied-{number}")).await.json();
     let pull = &placed["pull"];
+    assert_eq!(pull["planned_tokens"], CACHED_TOKENS, "{placed}");
+    if pull["outcome"] == "too_slow" {
+        cluster.eventually_idle().await;
+        return false;
+    }
     assert_eq!(
         (&pull["from"], &pull["outcome"], &pull["tokens"]),
         (&json!("decode-0"), &json!("copied"), &json!(CACHED_TOKENS)),
@@ -230,6 +246,7 @@ async fn copied_from_decode(cluster: &Cluster) {
     let found = |metrics: &Metrics| metrics.sum("vllm:prefix_cache_hits_total", &[]);
     assert_eq!(found(&after.1) - found(&before.1), CACHED_TOKENS as f64);
     assert_eq!(grown("baton_handoff_blocks_reused_total", &[]), CACHED_BLOCKS as f64);
+    true
 }
 
 async fn usage(cluster: &Cluster) {
