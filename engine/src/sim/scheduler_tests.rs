@@ -72,7 +72,8 @@ fn a_prompt_at_a_measured_pace_begins_where_all_of_it_fits() {
         decode_ms: [1.0, 0.0, 0.0],
         prefill_interference_factor: 1.0,
     };
-    let pace = PrefillPace { step_ms: 9.0, model, min_chunk_tokens: 1, batch_tokens: 1 };
+    let pace =
+        PrefillPace { step_ms: 9.0, model, min_chunk_tokens: 1, least_tokens: 0, batch_tokens: 1 };
     for (pace, begins) in [(None, true), (Some(pace), false)] {
         // Room for 128 tokens.
         let mut scheduler = Scheduler::new(limits(32, 8, 64));
@@ -83,6 +84,27 @@ fn a_prompt_at_a_measured_pace_begins_where_all_of_it_fits() {
         assert_eq!(step(&mut scheduler).len(), if begins { 2 } else { 1 }, "16 blocks are free");
         scheduler.remove(first);
         assert!(!step(&mut scheduler).is_empty());
+    }
+}
+
+#[test]
+fn a_prompt_gets_on_where_no_time_is_left() {
+    // The second says that it costs nothing, and that nothing fits.
+    for (prefill_ms, prefill_interference_factor) in [([0.0, 1.0, 0.0], 1.0), ([0.0; 3], 0.0)] {
+        let model =
+            StepModel { prefill_ms, decode_ms: [1.0, 0.0, 0.0], prefill_interference_factor };
+        let (least_tokens, batch_tokens) = (8, 100);
+        let pace =
+            PrefillPace { step_ms: 1.0, model, min_chunk_tokens: 8, least_tokens, batch_tokens };
+        let mut scheduler = Scheduler::new(limits(100, 8, 100));
+        scheduler.set_pace(Some(pace));
+        scheduler.add(prompt(1, 5)).unwrap();
+        assert_eq!(step(&mut scheduler), [(0, 5, true)]);
+        scheduler.add(prompt(2, 20)).unwrap();
+        assert_eq!(step(&mut scheduler), [(5, 1, true), (0, 8, false)]);
+        scheduler.add(prompt(3, 4)).unwrap();
+        assert_eq!(step(&mut scheduler), [(6, 1, true), (8, 8, false)]);
+        assert_eq!(step(&mut scheduler), [(7, 1, true), (16, 4, true), (0, 4, true)]);
     }
 }
 

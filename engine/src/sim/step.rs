@@ -111,6 +111,8 @@ pub struct PrefillPace {
     pub model: StepModel,
     /// A shorter chunk waits for a step with more room, unless it is the end of its prompt.
     pub min_chunk_tokens: u32,
+    /// What a step takes in where no time is left for it: a prompt that waits for idle decodes might wait for ever.
+    pub least_tokens: u32,
     /// Without decodes, further prompts join the first while the step has fewer tokens than these.
     pub batch_tokens: u32,
 }
@@ -121,11 +123,12 @@ pub(super) struct Budget {
     pace: Option<PrefillPace>,
     /// Of prefill, in milliseconds.
     work_ms: f64,
+    prefill_tokens_taken: u32,
 }
 
 impl Budget {
     pub(super) fn new(tokens: u32, pace: Option<PrefillPace>) -> Self {
-        Self { tokens, pace, work_ms: f64::INFINITY }
+        Self { tokens, pace, work_ms: f64::INFINITY, prefill_tokens_taken: 0 }
     }
 
     pub(super) fn decodes_planned(&mut self, step: &Step) {
@@ -139,17 +142,21 @@ impl Budget {
 
     /// How many tokens of a prompt the step takes in.
     pub(super) fn chunk(&self, from: u32, remaining: u32, step: &Step) -> u32 {
-        let Some(PrefillPace { model, min_chunk_tokens, batch_tokens, .. }) = self.pace else {
-            return remaining.min(self.tokens);
+        let most = remaining.min(self.tokens);
+        let Some(PrefillPace { model, min_chunk_tokens, least_tokens, batch_tokens, .. }) =
+            self.pace
+        else {
+            return most;
         };
         if self.work_ms.is_infinite() {
             let taken: u32 = step.work.iter().map(|work| work.tokens).sum();
-            let joins = taken == 0 || taken + remaining.min(self.tokens) <= batch_tokens;
-            return if joins { remaining.min(self.tokens) } else { 0 };
+            let joins = taken == 0 || taken + most <= batch_tokens;
+            return if joins { most } else { 0 };
         }
-        let within = model.prefill_tokens_within(self.work_ms, from);
-        let tokens = remaining.min(self.tokens).min(within);
-        if tokens < remaining && tokens < min_chunk_tokens { 0 } else { tokens }
+        let within = most.min(model.prefill_tokens_within(self.work_ms, from));
+        let is_short = within < remaining && within < min_chunk_tokens;
+        let least = most.min(least_tokens.saturating_sub(self.prefill_tokens_taken));
+        if is_short { least } else { within.max(least) }
     }
 
     pub(super) fn take(&mut self, work: &Work) {
@@ -158,6 +165,7 @@ impl Budget {
             && !work.is_decode()
         {
             let end = work.first_token + work.tokens;
+            self.prefill_tokens_taken += work.tokens;
             self.work_ms -= pace.model.prefill_work_ms(work.first_token, end);
         }
     }

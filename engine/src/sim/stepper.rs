@@ -27,7 +27,7 @@ use crate::{
 /// A machine that lags by more than this does not try to catch up.
 const MOST_LAG: Duration = Duration::from_millis(50);
 
-/// Smaller chunks cost more than they bring.
+/// Smaller chunks cost more than they bring. As in the scheduler of the connector.
 const MIN_CHUNK_TOKENS: u32 = 32;
 /// Without decodes, short prompts are computed together up to so many tokens.
 const BATCH_TOKENS: u32 = 1024;
@@ -47,19 +47,12 @@ pub(super) struct Gauges {
     pub(super) export_slots_used: AtomicU32,
 }
 
-/// `decodes` are those of the step before: their sequences, and the tokens before theirs.
-fn prefill_pace(pace: StepPace, decodes: (u32, u64), max_step_tokens: u32) -> PrefillPace {
-    let StepPace { step_ms, model } = pace;
-    let (sequences, context_tokens) = decodes;
-    // A prompt that waits for idle decodes might wait for ever.
-    let least_work_ms =
-        model.prefill_work_ms(max_step_tokens, max_step_tokens + 2 * MIN_CHUNK_TOKENS);
-    let least_ms = model.decode_step_ms(sequences, context_tokens + u64::from(sequences))
-        + model.prefill_interference_factor * least_work_ms;
+fn prefill_pace(StepPace { step_ms, model }: StepPace) -> PrefillPace {
     PrefillPace {
-        step_ms: step_ms.max(least_ms),
+        step_ms,
         model,
         min_chunk_tokens: MIN_CHUNK_TOKENS,
+        least_tokens: MIN_CHUNK_TOKENS,
         batch_tokens: BATCH_TOKENS,
     }
 }
@@ -120,16 +113,12 @@ impl Stepper {
         let mut step_end = Instant::now();
         // Of the step before, where this one follows on it.
         let mut last_end = None;
-        let mut decodes = (0, 0);
         loop {
             while let Ok(command) = self.commands.try_recv() {
                 self.command(command);
             }
             self.take_messages();
-            let max_step_tokens = self.core.scheduler.limits().max_step_tokens;
-            let pace = self.pacing.pace();
-            let pace = pace.map(|pace| prefill_pace(pace, decodes, max_step_tokens));
-            self.core.scheduler.set_pace(pace);
+            self.core.scheduler.set_pace(self.pacing.pace().map(prefill_pace));
             let step = self.core.begin_step();
             self.publish();
             if step.work.is_empty() {
@@ -165,9 +154,7 @@ impl Stepper {
             let end = Instant::now();
             // A step that makes up for lost time is shorter than the engine that it stands for.
             let took = end.duration_since(begun).as_secs_f64().max(seconds);
-            let computed = step.computed();
-            decodes = (computed.decode_sequences, computed.decode_context_tokens);
-            self.pacing.observe(&computed, 1000.0 * took);
+            self.pacing.observe(&step.computed(), 1000.0 * took);
             last_end = Some(end);
             self.publish();
         }

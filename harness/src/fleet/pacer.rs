@@ -24,6 +24,7 @@ impl Pacer {
             step_ms: self.tail.planned_step_ms(self.itl_ms),
             model: self.believed,
             min_chunk_tokens: MIN_CHUNK_TOKENS,
+            least_tokens: 0,
             batch_tokens: BATCH_TOKENS,
         }
     }
