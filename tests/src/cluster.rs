@@ -2,7 +2,6 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     fs,
-    net::{TcpListener, UdpSocket},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -14,6 +13,7 @@ use tempfile::TempDir;
 use crate::{
     answers::{Answer, StreamEvent, read_events},
     metrics::Metrics,
+    ports::free_port,
     process::Process,
     vllm::VllmInstallation,
 };
@@ -240,7 +240,7 @@ impl ClusterBuilder {
 
     pub async fn start(self) -> Result<Cluster> {
         let directory = tempfile::tempdir()?;
-        let (http_port, workers_port, admin_port) = (free_port()?, free_port()?, free_port()?);
+        let (http_port, workers_port, admin_port) = (free_port(), free_port(), free_port());
         fs::write(directory.path().join("admin.token"), format!("{ADMIN_TOKEN}\n"))?;
         let mut workers = BTreeMap::new();
         for (role, count) in [("prefill", self.prefill), ("decode", self.decode)] {
@@ -250,7 +250,7 @@ impl ClusterBuilder {
         }
         let mut ports = BTreeMap::new();
         for name in workers.keys() {
-            ports.insert(name.clone(), [free_port()?, free_port()?]);
+            ports.insert(name.clone(), [free_port(), free_port()]);
         }
         let config = directory.path().join("baton.toml");
         let listeners = [http_port, workers_port, admin_port];
@@ -594,16 +594,5 @@ impl Cluster {
             left.iter().all(|name| metrics.sum(name, &[]) == 0.0)
         })
         .await
-    }
-}
-
-/// A port that was free a moment ago, for TCP and for UDP.
-fn free_port() -> Result<u16> {
-    loop {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let address = listener.local_addr()?;
-        if UdpSocket::bind(address).is_ok() {
-            return Ok(address.port());
-        }
     }
 }

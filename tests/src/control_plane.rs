@@ -1,7 +1,6 @@
 use std::{
     fs::{self, File},
     io::Write as _,
-    net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -11,6 +10,8 @@ use anyhow::{Context, Result, bail, ensure};
 use kube::{Client, Config};
 use rcgen::{CertificateParams, KeyPair};
 use tempfile::TempDir;
+
+use crate::ports::free_port;
 
 /// The folder that `scripts/install-kube-apiserver.sh` filled, or `None` after saying that the test is
 /// skipped. Where `BATON_REQUIRE_KUBE` is set there is no skipping.
@@ -60,7 +61,7 @@ impl ControlPlane {
         fs::write(at("accounts.key"), accounts.serialize_pem())?;
         fs::write(at("accounts.pub"), accounts.public_key_pem())?;
         fs::write(at("tokens.csv"), format!("{ADMIN},admin,admin,system:masters\n"))?;
-        let [port, etcd_port] = [free_port()?, free_port()?];
+        let [port, etcd_port] = [free_port(), free_port()];
         let mut control_plane =
             Self { programs, port, etcd_port, ca: serving.pem(), processes: Vec::new(), directory };
         fs::write(control_plane.kubeconfig(), control_plane.kubeconfig_of(ADMIN))?;
@@ -93,7 +94,7 @@ impl ControlPlane {
 
     fn start_etcd(&mut self) -> Result<()> {
         let client = format!("http://127.0.0.1:{}", self.etcd_port);
-        let peer = format!("http://127.0.0.1:{}", free_port()?);
+        let peer = format!("http://127.0.0.1:{}", free_port());
         let arguments = [
             format!("--data-dir={}", self.at("etcd")),
             format!("--listen-client-urls={client}"),
@@ -247,9 +248,4 @@ fn pem_der(pem: &str) -> Result<Vec<u8>> {
     use base64::Engine as _;
     let body: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
     Ok(base64::engine::general_purpose::STANDARD.decode(body)?)
-}
-
-/// A port that was free a moment ago.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_tests::{Process, baton};
+use baton_tests::{Process, baton, free_port};
 
 fn until(what: &str, holds: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
@@ -34,7 +34,7 @@ fn a_killed_workers_engine_is_gone_with_all_its_children() {
         format!("sleep 600 & echo $$ $! > {0}.part; mv {0}.part {0}; wait", pids.display()),
     )
     .unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let config = directory.path().join("baton.toml");
     let toml = format!(
         "[coordinator]\nlisten = \"127.0.0.1:8000\"\nworkers_listen = \"127.0.0.1:7000\"\n[engine]\n\

@@ -8,7 +8,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{SocketAddr, TcpListener, UdpSocket},
+    net::SocketAddr,
     path::Path,
     sync::Arc,
     thread::JoinHandle,
@@ -17,7 +17,7 @@ use std::{
 
 use baton_config::{ArenaConfig, ClusterConfig, SimConfig};
 use baton_engine::{Engine, EngineRequest, SimEngine};
-use baton_tests::Metrics;
+use baton_tests::{Metrics, free_port};
 use baton_transfer::faults::{DatagramRelay, FaultPlan, Faults};
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
@@ -47,7 +47,7 @@ impl Stack {
         layer_groups: u32,
     ) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let [http, workers] = [free_tcp_port(), free_tcp_port()];
+        let [http, workers] = [free_port(), free_port()];
         let mut toml = format!(
             "[coordinator]\nlisten = \"127.0.0.1:{http}\"\nworkers_listen = \"127.0.0.1:{workers}\"\n\n\
              [placement]\nmode = \"always\"\n\n\
@@ -59,7 +59,7 @@ impl Stack {
         let mut relays = Vec::new();
         for (n, name) in ["prefill-0", "prefill-1", "decode-0", "decode-1"].into_iter().enumerate()
         {
-            let listen = SocketAddr::from(([127, 0, 0, 1], free_udp_port()));
+            let listen = SocketAddr::from(([127, 0, 0, 1], free_port()));
             let relay = DatagramRelay::start(listen, seed + n as u64).await.unwrap();
             let role = name.split('-').next().unwrap();
             toml += &format!(
@@ -131,14 +131,6 @@ fn on_a_thread<F: Future<Output = ()>>(
         });
         runtime.block_on(work(stopped));
     })
-}
-
-fn free_tcp_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-fn free_udp_port() -> u16 {
-    UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// No two are the same, so that each has a fate of its own; many share their first blocks.
