@@ -278,13 +278,13 @@ export function drawRequests(state) {
 
 // Handoffs --------------------------------------------------------------------------------------
 
-const speed = (pair) => (pair.micros > 0 ? pair.bytes / pair.micros / 1000 : 0);
+const speed = (pair) => (pair.micros > 0 ? (1e6 * pair.bytes) / pair.micros : 0);
 const told = (pair) => `${pair.from} → ${pair.to}: ${amount(pair.handoffs)} handoffs, `
-  + `${bytes(pair.bytes)} over ${pair.transport}, ${speed(pair).toFixed(3)} GB/s`
+  + `${bytes(pair.bytes)} over ${pair.transport}, ${bytes(speed(pair))}/s`
   + (pair.failed > 0 ? `; ${amount(pair.failed)} failed` : "");
 
 function cell(pair, fastest) {
-  const td = make("td", "cell-value", pair ? speed(pair).toFixed(2) : "");
+  const td = make("td", "cell-value", pair ? `${bytes(speed(pair))}/s` : "");
   if (pair) {
     td.title = told(pair);
     td.style.setProperty("--heat", (speed(pair) / fastest).toFixed(2));
@@ -312,7 +312,7 @@ export function drawHandoffs(state) {
   const fastest = Math.max(...pairs.map(speed), 1e-9);
   if (pairs.length > 0 && isMatrix) {
     const at = new Map(pairs.map((pair) => [`${pair.from}\n${pair.to}`, pair]));
-    rows.push(header(["GB/s", ...receivers]));
+    rows.push(header(["", ...receivers]));
     for (const from of senders) {
       const row = make("tr");
       row.append(make("th", "", from),
@@ -320,7 +320,7 @@ export function drawHandoffs(state) {
       rows.push(row);
     }
   } else if (pairs.length > 0) {
-    rows.push(header(["from", "to", "transport", "handoffs", "moved", "GB/s"]));
+    rows.push(header(["from", "to", "transport", "handoffs", "moved", "speed"]));
     for (const pair of [...pairs].sort((a, b) => b.bytes - a.bytes).slice(0, most)) {
       const row = make("tr");
       row.append(make("td", "name", pair.from), make("td", "name", pair.to),
