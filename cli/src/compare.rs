@@ -11,13 +11,13 @@ use baton_harness::{
         number::{figures, percent, span},
     },
 };
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
 use crate::{
     bench::{above_zero, any_seed, vocabulary},
     operators::AdminClient,
     simulate::{command_line, told},
-    terminal::{Terminal, faint, strong},
+    terminal::{Terminal, faint, note, strong},
 };
 
 #[derive(clap::Args)]
@@ -96,6 +96,9 @@ pub(crate) fn run(options: &CompareOptions) -> anyhow::Result<ExitCode> {
             bar.set_length(u64::try_from(progress.total).unwrap_or(u64::MAX));
             bar.set_position(u64::try_from(progress.done).unwrap_or(u64::MAX));
             bar.set_message(progress.doing);
+            if let Some(found) = progress.found {
+                say_beside(&bar, &found);
+            }
         })?,
         Some((live, coordinator)) => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -115,6 +118,16 @@ pub(crate) fn run(options: &CompareOptions) -> anyhow::Result<ExitCode> {
         terminal.say(&told(&options.out));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Above the bar, or where there is none in lines that say how far it is.
+fn say_beside(bar: &ProgressBar, found: &str) {
+    if bar.is_hidden() {
+        let (done, all) = (bar.position(), bar.length().unwrap_or_default());
+        note(&format!("{done}/{all} {}  {found}", HumanDuration(bar.elapsed())));
+    } else {
+        bar.println(found);
+    }
 }
 
 /// On a live cluster; Ctrl-C leaves the cluster in the mode that it had.

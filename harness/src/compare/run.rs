@@ -21,7 +21,8 @@ use crate::{
     outcome::Slo,
     report::{
         Contender, GoodputFindings, Input, Load, LoadPoint, Origin, Report, RunFindings, Scenario,
-        Searched, number::percent,
+        Searched,
+        number::{figures, percent},
     },
     trace::Trace,
 };
@@ -40,11 +41,13 @@ pub enum CompareError {
 }
 
 /// How far an experiment is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
     pub done: usize,
     pub total: usize,
     pub doing: &'static str,
+    /// What was just found, in a line: an experiment of hours that is broken off leaves that much.
+    pub found: Option<String>,
 }
 
 /// One trace, fleet and SLO.
@@ -188,8 +191,12 @@ struct Ticker<'p> {
 
 impl Ticker<'_> {
     fn tick(&self, doing: &'static str) {
+        self.found(doing, None);
+    }
+
+    fn found(&self, doing: &'static str, found: Option<String>) {
         let done = 1 + self.done.fetch_add(1, Ordering::Relaxed);
-        (self.progress)(Progress { done, total: self.total, doing });
+        (self.progress)(Progress { done, total: self.total, doing, found });
     }
 }
 
@@ -229,7 +236,9 @@ fn search(
             });
             let (tuned, near) = tune(cell, &entries[*i], near, ticker)?;
             let goodputs = match experiment.what {
-                What::Goodput => goodputs(experiment, cell, &tuned.setup, near, ticker)?,
+                What::Goodput => {
+                    goodputs(experiment, cell, entries[*i].way, &tuned.setup, near, ticker)?
+                }
                 What::Simulate { .. } => Vec::new(),
             };
             found.push((*i, tuned, goodputs));
@@ -270,6 +279,7 @@ fn tune(
 fn goodputs(
     experiment: &Experiment,
     cell: &Cell<'_>,
+    way: &Way,
     setup: &Setup,
     mut near: Option<f64>,
     ticker: &Ticker<'_>,
@@ -280,7 +290,10 @@ fn goodputs(
         let sought = Sought { min_decile: cell.goal().min_decile, p99: experiment.finds_p99, near };
         let found = goodput(&cell.trace.trace, &setup, sought, 1, &|_| {})?;
         near = Some(found.scale).filter(|scale| *scale > 0.0);
-        ticker.tick("searching the highest load");
+        let (cell, with, rps) =
+            (name(experiment, cell), way.describe(&setup), figures(found.goodput_rps));
+        let line = format!("{cell}: {way} {rps} requests/s ({with}, seed {seed})");
+        ticker.found("searching the highest load", Some(line));
         goodputs.push(found);
     }
     Ok(goodputs)
