@@ -8,9 +8,10 @@ PEERS  a folder with run.sh, which installs the routers, the fake engines and th
 DIR    where it installed them
 
 Engines and load run on core 0, the router under test on core 1, one router at a time, rounds interleaved.
-Baton runs twice: with its workers on the engines' core and on the coordinator's. Figures are medians; CPU
-is that of the router's process alone, the workers' stands beside it. Absolute figures drift with the
-machine: quote ratios of one run.
+Baton runs three times: with its workers on the engines' core, on the coordinator's, and in the
+coordinator's process. Figures are medians; CPU is that of the router's process alone, the workers' stands
+beside it where they have processes of their own. Absolute figures drift with the machine: quote ratios of
+one run.
 """
 
 import argparse
@@ -29,6 +30,12 @@ SPLIT = ["vllm-pd", "smg-pd", "sgl-pd"]
 AGGREGATED = ["vllm", "smg", "sgl"]
 ENGINES = {"prefill": [8101, 8102], "decode": [8201, 8202]}
 HTTP_PORT = 9100
+# Where Baton's workers are: on this core, or in the coordinator's process.
+WORKERS = {
+    "baton, workers on the engines' core": 0,
+    "baton, workers on its core": 1,
+    "baton, workers in its process": None,
+}
 
 # Two tokens and not one: with one, Baton runs a single leg, and the others both.
 SCENARIOS = {
@@ -110,10 +117,14 @@ class Baton:
                 command, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, env=env
             )
 
-        self.coordinator = start(1, "coordinator")
-        self.workers = [
-            start(workers_core, f"{role}-worker", "--name", name) for name, role in workers
-        ]
+        if workers_core is None:
+            self.coordinator = start(1, "coordinator", "--with-workers")
+            self.workers = []
+        else:
+            self.coordinator = start(1, "coordinator")
+            self.workers = [
+                start(workers_core, f"{role}-worker", "--name", name) for name, role in workers
+            ]
         if aggregated:
             wait_for(f"http://127.0.0.1:{HTTP_PORT}/health")
             time.sleep(1.5)
@@ -133,9 +144,8 @@ def measure(options, name, scenario):
     seconds = str(scenario.get("seconds", options.seconds))
     arguments = [*scenario["args"], "--secs", seconds]
     baton = None
-    if name.startswith("baton"):
-        core = 0 if name.endswith("engines' core") else 1
-        baton = Baton(str(options.baton), core, scenario.get("aggregated", False))
+    if name in WORKERS:
+        baton = Baton(str(options.baton), WORKERS[name], scenario.get("aggregated", False))
         worker_pids = [process.pid for process in baton.workers]
         before = cpu_seconds(worker_pids)
         command = [
@@ -190,7 +200,7 @@ def main():
             itl = scenario.get("itl_us", 0)
             urllib.request.urlopen(f"http://127.0.0.1:8101/__ctl?port=0&itl_us={itl}").read()
             peers = AGGREGATED if scenario.get("aggregated") else SPLIT
-            names = [*peers, "baton, workers on the engines' core", "baton, workers on its core"]
+            names = [*peers, *WORKERS]
             names = [name for name in names if options.router in name]
             results = {name: [] for name in names}
             for round_number in range(options.rounds):

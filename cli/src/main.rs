@@ -20,7 +20,7 @@ mod up;
 
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
 
-use baton_process::{CoordinatorOptions, WorkerOptions};
+use baton_process::WorkerOptions;
 use baton_types::Role;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
@@ -68,7 +68,7 @@ enum Command {
     /// Shows what this machine has to move KV blocks with, and whether its workers' needs are met.
     TransferCheck(transfer_check::CheckOptions),
     /// Runs the coordinator of a cluster.
-    Coordinator(CoordinatorOptions),
+    Coordinator(processes::CoordinatorCommand),
     /// Runs one prefill worker of a cluster.
     PrefillWorker(WorkerOptions),
     /// Runs one decode worker of a cluster.
@@ -97,7 +97,7 @@ fn main() -> ExitCode {
         Command::Profile(arguments) => profile::run(&arguments),
         Command::BenchTransfer(options) => bench_transfer::run(&options),
         Command::TransferCheck(options) => transfer_check::run(&options),
-        Command::Coordinator(options) => processes::coordinator(&options),
+        Command::Coordinator(command) => processes::coordinator(&command),
         Command::PrefillWorker(worker) => processes::worker(&worker, Role::Prefill),
         Command::DecodeWorker(worker) => processes::worker(&worker, Role::Decode),
         Command::Simulate(options) => simulate::run(&options),

@@ -42,6 +42,7 @@ pub struct ClusterBuilder {
     ready: bool,
     prefix: String,
     starts_workers: bool,
+    one_process: bool,
     environment: Vec<(&'static str, String)>,
     /// By role.
     vllm_ranks: BTreeMap<&'static str, usize>,
@@ -118,6 +119,7 @@ impl ClusterBuilder {
             ready: true,
             prefix: String::new(),
             starts_workers: true,
+            one_process: false,
             environment: Vec::new(),
             vllm_ranks: BTreeMap::new(),
         }
@@ -232,6 +234,12 @@ impl ClusterBuilder {
         self
     }
 
+    /// The coordinator's process has the workers in it.
+    pub fn in_one_process(mut self) -> Self {
+        self.one_process = true;
+        self
+    }
+
     /// A variable in the environment of all processes.
     pub fn environment(mut self, name: &'static str, value: &str) -> Self {
         self.environment.push((name, value.to_owned()));
@@ -265,6 +273,7 @@ impl ClusterBuilder {
             workers_port,
             admin_port,
             log: self.log.clone(),
+            one_process: self.one_process,
             environment: self.environment.clone(),
             ports,
             workers: workers
@@ -274,7 +283,7 @@ impl ClusterBuilder {
             directory,
         };
         cluster.start_process("coordinator")?;
-        if self.starts_workers {
+        if self.starts_workers && !self.one_process {
             for name in workers.keys() {
                 cluster.start_process(name)?;
             }
@@ -390,6 +399,7 @@ pub struct Cluster {
     workers_port: u16,
     admin_port: u16,
     log: Vec<String>,
+    one_process: bool,
     environment: Vec<(&'static str, String)>,
     /// Of each worker: its transfer channel's, and its engine's.
     ports: BTreeMap<String, [u16; 2]>,
@@ -454,6 +464,7 @@ impl Cluster {
         let config = self.config.to_string_lossy().into_owned();
         let role = self.workers.get(name).map(|role| format!("{role}-worker"));
         let mut arguments = match &role {
+            None if self.one_process => vec!["coordinator", "--with-workers", "--config", &config],
             None => vec!["coordinator", "--config", &config],
             Some(role) => vec![role.as_str(), "--config", &config, "--name", name],
         };

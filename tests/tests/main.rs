@@ -29,6 +29,7 @@ mod legs_that_fail;
 mod live_page;
 mod logs;
 mod mutual_tls;
+mod one_process;
 mod operators;
 mod orders_from_a_terminal;
 mod placement;

@@ -4,7 +4,8 @@
 use std::{process::Command, time::Duration};
 
 use baton_tests::{
-    Answer, Cluster, ClusterBuilder, Metrics, read_events, streamed_text, vllm_or_skip,
+    Answer, Cluster, ClusterBuilder, Metrics, Process, baton, free_port, read_events,
+    streamed_text, vllm_or_skip,
 };
 use futures::StreamExt;
 use serde_json::{Value, json};
@@ -55,8 +56,45 @@ async fn vllm_on_both_sides() {
     clients_that_go_away(&cluster).await;
     say("the openai client");
     openai_client(&cluster, &installation.environment);
+    say("a router with its workers in it, before a vLLM that runs already");
+    one_process_before_it(&cluster).await;
     say("a worker whose vLLM dies comes back");
     engine_dies(&mut cluster).await;
+}
+
+async fn one_process_before_it(cluster: &Cluster) {
+    let (clients, workers) = (free_port(), free_port());
+    let config = cluster.directory().join("router.toml");
+    let toml = format!(
+        "[coordinator]\nlisten = \"127.0.0.1:{clients}\"\n\
+         workers_listen = \"127.0.0.1:{workers}\"\n[[worker]]\nname = \"decode-0\"\n\
+         role = \"decode\"\n[worker.engine]\nkind = \"vllm\"\n\
+         url = \"http://127.0.0.1:{}\"\n[worker.transfer]\nlisten = \"127.0.0.1:{}\"\n",
+        cluster.engine_port("decode-0"),
+        free_port(),
+    );
+    std::fs::write(&config, toml).unwrap();
+    let mut command = Command::new(baton().unwrap());
+    command.args(["coordinator", "--with-workers", "--config"]).arg(&config);
+    let router = Process::spawn("router", command, cluster.directory()).unwrap();
+
+    let body = request(&prompt(77, 90), 12);
+    let url = format!("http://127.0.0.1:{clients}/v1/completions");
+    let mut answer = None;
+    for _ in 0..300 {
+        // Until the listener is there, and its worker behind it.
+        if let Ok(response) = cluster.http.post(&url).json(&body).send().await
+            && response.status() == 200
+        {
+            answer = Some(Answer::of(response).await.unwrap());
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let answer = answer.unwrap_or_else(|| panic!("no answer:\n{}", router.log()));
+    assert_eq!(answer.path(), "aggregated");
+    let whole = aggregated(cluster, &prompt(77, 90), 12).await;
+    assert_same(&answer.json(), &whole, "through one process");
 }
 
 fn say(scenario: &str) {
