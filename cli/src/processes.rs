@@ -6,6 +6,7 @@ use std::{process::ExitCode, time::Duration};
 use anyhow::{Context as _, bail};
 use baton_config::{ClusterConfig, WorkerConfig};
 use baton_process::{CoordinatorOptions, Stop, WorkerOptions};
+use baton_proto::{CoordinatorHere, in_process};
 use baton_types::Role;
 use baton_worker::WorkerError;
 use futures::future::try_join_all;
@@ -64,11 +65,12 @@ async fn run_with_workers(
     stop: Stop,
 ) -> anyhow::Result<()> {
     let (leave, told) = watch::channel(());
+    let (here, workers_here) = in_process();
     let workers = try_join_all(workers.into_iter().map(|worker| {
         let span = tracing::info_span!("worker", name = worker.name);
-        run_beside_others(worker, told.clone()).instrument(span)
+        run_beside_others(here.clone(), worker, told.clone()).instrument(span)
     }));
-    let coordinator = baton_coordinator::run(cluster, stop);
+    let coordinator = baton_coordinator::run_with(workers_here, cluster, stop);
     tokio::pin!(workers, coordinator);
     tokio::select! {
         ended = &mut coordinator => ended?,
@@ -81,9 +83,13 @@ async fn run_with_workers(
 
 /// Alone in its process a worker whose engine does not come up ends, and is started again. Here the others
 /// go on.
-async fn run_beside_others(worker: WorkerConfig, told: watch::Receiver<()>) -> anyhow::Result<()> {
+async fn run_beside_others(
+    here: CoordinatorHere,
+    worker: WorkerConfig,
+    told: watch::Receiver<()>,
+) -> anyhow::Result<()> {
     loop {
-        match baton_worker::run(worker.clone(), leaving(told.clone())).await {
+        match baton_worker::run_here(here.clone(), worker.clone(), leaving(told.clone())).await {
             Ok(()) => return Ok(()),
             Err(WorkerError::Engine(error)) => {
                 tracing::error!(%error, "the worker's engine does not serve; trying again in {ENGINE_RETRY:?}");

@@ -29,7 +29,7 @@ mod tls;
 use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use baton_config::{BalancerActuator, ClusterConfig};
-use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, fleet_server::FleetServer};
+use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, WorkersHere, fleet_server::FleetServer};
 use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
 use tonic::transport::{Server, server::TcpIncoming};
@@ -80,12 +80,35 @@ pub async fn run(
     config: ClusterConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), CoordinatorError> {
+    serve(config, None, shutdown).await
+}
+
+/// The same with its workers in this process; listens for no others.
+pub async fn run_with(
+    workers: WorkersHere,
+    config: ClusterConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), CoordinatorError> {
+    serve(config, Some(workers), shutdown).await
+}
+
+async fn serve(
+    config: ClusterConfig,
+    workers_here: Option<WorkersHere>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), CoordinatorError> {
     let policy = settings::placement_policy(&config)?;
     let precise = config.placement.precise;
     let settings = settings::core_settings(&config);
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
-    let workers = listen("coordinator.workers_listen", coordinator.workers_listen).await?;
+    let workers = match workers_here {
+        Some(workers) => Workers::Here(workers),
+        None => {
+            let address = coordinator.workers_listen;
+            Workers::Dial(listen("coordinator.workers_listen", address).await?)
+        }
+    };
     let operators = match &config.admin {
         Some(admin) => {
             Some((listen("admin.listen", admin.listen).await?, AdminToken::find(admin)?))
@@ -107,7 +130,7 @@ pub async fn run(
     let shell =
         Shell::new(settings, policy, balancing, config.slo, limits.max_unread_bytes, precise)
             .traced(tracer);
-    info!(clients = %coordinator.listen, workers = %coordinator.workers_listen, "coordinator serves");
+    info!(clients = %coordinator.listen, workers = %workers.address(), "coordinator serves");
 
     let tls = config.tls.as_ref().map(tls::for_workers).transpose();
     let tls = tls.map_err(|source| CoordinatorError::Tls { table: "tls", source })?.map(Arc::new);
@@ -122,26 +145,7 @@ pub async fn run(
     let access =
         Access { https: https.map(Arc::new), tenants: Arc::new(Tenants::open(&config.tenants)?) };
 
-    let mut server = Server::builder()
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .max_frame_size(MAX_FRAME_BYTES)
-        .http2_keepalive_interval(Some(Duration::from_secs(1)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(2)));
-    // A body of the largest size must fit into one message, with room for its headers.
-    let max_message_bytes =
-        usize::try_from(limits.max_body_bytes).unwrap_or(usize::MAX) + (1 << 20);
-    let service = FleetServer::new(FleetService { shell: shell.clone() })
-        .max_decoding_message_size(max_message_bytes)
-        .max_encoding_message_size(max_message_bytes);
-    let routes = server.add_service(service);
-    let fleet: Pin<Box<dyn Future<Output = _> + Send>> = match &tls {
-        Some(tls) => Box::pin(routes.serve_with_incoming(tls::incoming(workers, tls.clone()))),
-        None => {
-            let incoming = TcpIncoming::from(workers).with_nodelay(Some(true));
-            Box::pin(routes.serve_with_incoming(incoming))
-        }
-    };
+    let fleet = take_in(workers, &shell, limits.max_body_bytes, tls.clone());
 
     let admin_limits =
         ConnectionLimits { connections: ADMIN_CONNECTIONS, header_timeout: limits.header_timeout };
@@ -220,6 +224,62 @@ pub async fn run(
     }
     admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
+}
+
+/// Where workers come from.
+enum Workers {
+    Dial(TcpListener),
+    Here(WorkersHere),
+}
+
+impl Workers {
+    fn address(&self) -> String {
+        match self {
+            Self::Dial(listener) => {
+                listener.local_addr().map_or_else(|_| String::new(), |address| address.to_string())
+            }
+            Self::Here(_) => "in this process".to_owned(),
+        }
+    }
+}
+
+/// Attaches workers as they come, for as long as it is driven.
+fn take_in(
+    workers: Workers,
+    shell: &Shell,
+    max_body_bytes: u64,
+    tls: Option<Arc<tls::TlsFiles>>,
+) -> Pin<Box<dyn Future<Output = Result<(), tonic::transport::Error>> + Send>> {
+    let service = FleetService { shell: shell.clone() };
+    let listener = match workers {
+        Workers::Dial(listener) => listener,
+        Workers::Here(workers) => {
+            return Box::pin(async {
+                service.take_in_all(workers).await;
+                std::future::pending().await
+            });
+        }
+    };
+    // A body of the largest size must fit into one message, with room for its headers.
+    let max_message_bytes =
+        usize::try_from(max_body_bytes).unwrap_or(usize::MAX).saturating_add(1 << 20);
+    let service = FleetServer::new(service)
+        .max_decoding_message_size(max_message_bytes)
+        .max_encoding_message_size(max_message_bytes);
+    let routes = Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(MAX_FRAME_BYTES)
+        .http2_keepalive_interval(Some(Duration::from_secs(1)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(2)))
+        .add_service(service);
+    match tls {
+        Some(tls) => Box::pin(routes.serve_with_incoming(tls::incoming(listener, tls))),
+        None => {
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            Box::pin(routes.serve_with_incoming(incoming))
+        }
+    }
 }
 
 async fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, CoordinatorError> {

@@ -2,6 +2,7 @@
 //! the vocabulary of `baton-types`.
 
 mod convert;
+mod in_process;
 
 #[allow(clippy::all, clippy::pedantic, missing_debug_implementations, unreachable_pub)]
 #[rustfmt::skip]
@@ -11,6 +12,9 @@ mod generated {
 
 pub use convert::{WireError, epoch, fingerprint};
 pub use generated::*;
+pub use in_process::{
+    Attachment, CoordinatorFrames, CoordinatorHere, WorkerFrames, WorkersHere, in_process,
+};
 
 /// Raised with every change that an older peer would misunderstand.
 pub const PROTOCOL_VERSION: u32 = 1;

@@ -2,17 +2,20 @@ use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use baton_config::{Followed, Refreshed, TlsConfig};
 use baton_proto::{
-    Commands, CoordinatorFrame, MAX_FRAME_BYTES, Report, WINDOW_BYTES, Welcome,
-    coordinator_frame::Frame, fleet_client::FleetClient,
+    Commands, CoordinatorFrame, CoordinatorFrames, CoordinatorHere, MAX_FRAME_BYTES, Report,
+    WINDOW_BYTES, Welcome, coordinator_frame::Frame, fleet_client::FleetClient,
 };
+use futures::{StreamExt as _, TryStreamExt as _};
 use tokio::time::{MissedTickBehavior, interval, timeout};
-use tonic::{
-    Streaming,
-    transport::{Certificate, ClientTlsConfig, Endpoint, Identity},
-};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::{
-    counters::Running, jobs::Jobs, kv_telling::KvTelling, life::Life, outbox::Outbox, role::Served,
+    counters::Running,
+    jobs::Jobs,
+    kv_telling::KvTelling,
+    life::Life,
+    outbox::{Frames, Outbox},
+    role::Served,
 };
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
@@ -50,16 +53,53 @@ enum AttachError {
 
 /// Where a coordinator is.
 #[derive(Clone, Debug)]
-pub(crate) struct Coordinator {
-    /// `host:port` to dial.
-    pub(crate) address: String,
-    /// The name that its certificate carries, where that is not the address's host.
-    pub(crate) name: Option<String>,
+pub(crate) enum Coordinator {
+    At {
+        /// `host:port` to dial.
+        address: String,
+        /// The name that its certificate carries, where that is not the address's host.
+        name: Option<String>,
+    },
+    Here(CoordinatorHere),
 }
 
 impl fmt::Display for Coordinator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.address)
+        match self {
+            Self::At { address, .. } => f.write_str(address),
+            Self::Here(_) => f.write_str("this process"),
+        }
+    }
+}
+
+/// A coordinator that can be reached.
+enum Reached<'c> {
+    Far(Channel),
+    Here(&'c CoordinatorHere),
+}
+
+impl Coordinator {
+    async fn reach(&self, tls: Option<&TlsPem>) -> Result<Reached<'_>, AttachError> {
+        let (address, name) = match self {
+            Self::Here(here) => return Ok(Reached::Here(here)),
+            Self::At { address, name } => (address, name.as_deref()),
+        };
+        let unreachable = |error: tonic::transport::Error| AttachError::Unreachable(chain(&error));
+        let endpoint = endpoint(address, name, tls).map_err(unreachable)?;
+        endpoint.connect().await.map(Reached::Far).map_err(unreachable)
+    }
+}
+
+impl Reached<'_> {
+    async fn attach(self, frames: Frames) -> Result<CoordinatorFrames, tonic::Status> {
+        match self {
+            Self::Here(here) => here.attach(Box::pin(frames.map(Ok))).await,
+            Self::Far(channel) => {
+                let client = FleetClient::new(channel);
+                let mut client = client.max_decoding_message_size(MAX_MESSAGE_BYTES);
+                Ok(Box::pin(client.attach(frames).await?.into_inner()))
+            }
+        }
     }
 }
 
@@ -99,19 +139,14 @@ async fn attach(
     backoff: &mut Backoff,
 ) -> Result<std::convert::Infallible, AttachError> {
     let pem = tls.map(TlsFiles::current);
-    let channel = endpoint(coordinator, pem.as_deref())
-        .map_err(|error| AttachError::Unreachable(chain(&error)))?
-        .connect()
-        .await
-        .map_err(|error| AttachError::Unreachable(chain(&error)))?;
-    let served = life.role.serves(&coordinator.address);
+    let reached = coordinator.reach(pem.as_deref()).await?;
+    let served = life.role.serves(&coordinator.to_string());
     let (outbox, frames) = Outbox::open(life.hello());
     // Whichever way this ends, the stream ends with it.
     let _close = CloseOnDrop(outbox.clone());
-    let mut client = FleetClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let (mut stream, welcome) = timeout(WELCOME_TIMEOUT, async {
-        let hung_up = |status| hung_up(&status, tls.is_some());
-        let mut stream = client.attach(frames).await.map_err(hung_up)?.into_inner();
+        let hung_up = |status| hung_up(&status, coordinator, tls.is_some());
+        let mut stream = reached.attach(frames).await.map_err(hung_up)?;
         match next(&mut stream, hung_up).await? {
             Frame::Welcome(welcome) => Ok((stream, welcome)),
             Frame::Refusal(refusal) => Err(AttachError::Refused(refusal.reason)),
@@ -128,7 +163,7 @@ async fn attach(
 
 async fn serve(
     life: &Arc<Life>,
-    stream: &mut Streaming<CoordinatorFrame>,
+    stream: &mut CoordinatorFrames,
     welcome: Welcome,
     outbox: Outbox,
     mut served: Served,
@@ -178,11 +213,11 @@ fn report(life: &Life, served: &Served, own: &Running) -> Report {
 }
 
 async fn next(
-    stream: &mut Streaming<CoordinatorFrame>,
+    stream: &mut CoordinatorFrames,
     broken: impl Fn(tonic::Status) -> AttachError,
 ) -> Result<Frame, AttachError> {
     loop {
-        match stream.message().await.map_err(&broken)? {
+        match stream.try_next().await.map_err(&broken)? {
             Some(CoordinatorFrame { frame: Some(frame) }) => return Ok(frame),
             // Of a newer coordinator, which knows that this worker may not know it.
             Some(CoordinatorFrame { frame: None }) => {}
@@ -193,7 +228,10 @@ async fn next(
 
 /// In TLS 1.3 a client is done with its handshake before the server has looked at its certificate: a
 /// refusal of it comes only here.
-fn hung_up(status: &tonic::Status, with_tls: bool) -> AttachError {
+fn hung_up(status: &tonic::Status, coordinator: &Coordinator, with_tls: bool) -> AttachError {
+    if matches!(coordinator, Coordinator::Here(_)) {
+        return AttachError::BrokeOff(told(status));
+    }
     let hint = if with_tls {
         "its [tls] ca may not be the one that signed this worker's certificate"
     } else {
@@ -252,8 +290,7 @@ impl TlsPem {
             private_key: read(&config.private_key)?,
         };
         // Tried here, where what is wrong with them can still be said of the files.
-        let anybody = Coordinator { address: "localhost:1".to_owned(), name: None };
-        endpoint(&anybody, Some(&pem)).map_err(|error| TlsError::Unusable {
+        endpoint("localhost:1", None, Some(&pem)).map_err(|error| TlsError::Unusable {
             certificate: config.certificate.clone(),
             ca: config.ca.clone(),
             reason: chain(&error),
@@ -281,11 +318,12 @@ pub(crate) async fn follow(tls: Option<&TlsFiles>) {
 }
 
 fn endpoint(
-    coordinator: &Coordinator,
+    address: &str,
+    name: Option<&str>,
     tls: Option<&TlsPem>,
 ) -> Result<Endpoint, tonic::transport::Error> {
     let scheme = if tls.is_some() { "https" } else { "http" };
-    let mut endpoint = Endpoint::from_shared(format!("{scheme}://{}", coordinator.address))?
+    let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .initial_stream_window_size(WINDOW_BYTES)
@@ -298,7 +336,7 @@ fn endpoint(
         let mut config = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(&tls.ca))
             .identity(Identity::from_pem(&tls.certificate, &tls.private_key));
-        if let Some(name) = &coordinator.name {
+        if let Some(name) = name {
             config = config.domain_name(name);
         }
         endpoint = endpoint.tls_config(config)?;

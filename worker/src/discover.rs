@@ -22,7 +22,7 @@ pub(crate) async fn keep_attached_to_all(life: Arc<Life>, authority: &str, tls: 
     let name = authority.rsplit_once(':').map(|(host, _)| host.trim_matches(['[', ']']).to_owned());
     let named: Mutex<HashSet<SocketAddr>> = Mutex::default();
     let keep = |address: SocketAddr| {
-        let coordinator = Coordinator { address: address.to_string(), name: name.clone() };
+        let coordinator = Coordinator::At { address: address.to_string(), name: name.clone() };
         let (life, named) = (life.clone(), &named);
         async move {
             let wanted = || named.lock().contains(&address);

@@ -22,4 +22,4 @@ mod run;
 pub mod transport;
 
 pub use attach::TlsError;
-pub use run::{WorkerError, run, run_through};
+pub use run::{WorkerError, run, run_here, run_through};

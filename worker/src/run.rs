@@ -6,6 +6,7 @@ use std::{
 
 use baton_config::{EngineConfig, WorkerConfig};
 use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, VllmEngine};
+use baton_proto::CoordinatorHere;
 use baton_transfer::{Interpose, RankLedgers};
 use baton_types::{Compatibility, Epoch};
 use futures::{FutureExt, future::join_all};
@@ -68,60 +69,22 @@ pub async fn run(
     run_through(&(), config, shutdown).await
 }
 
+/// The same, attached to the coordinator of this process and to no other.
+pub async fn run_here(
+    coordinator: CoordinatorHere,
+    config: WorkerConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), WorkerError> {
+    Worker::new(config, Some(coordinator), &())?.run(shutdown).await
+}
+
 /// The same, with something between the worker and its channel.
 pub async fn run_through(
     interpose: &dyn Interpose,
     config: WorkerConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), WorkerError> {
-    let worker = Worker::new(config, interpose)?;
-    let _health = Health::serve(&worker.config, &worker.counters, worker.leaving.subscribe())?;
-    let mut shutdown = std::pin::pin!(shutdown.fuse());
-    let mut delay = FIRST_RESTART_DELAY;
-    let mut has_served = false;
-    loop {
-        let engine = match start_engine(&worker.config) {
-            Ok(engine) => engine,
-            Err(error) if !has_served => return Err(error.into()),
-            Err(error) => {
-                tracing::error!(%error, "the engine does not start; trying again in {delay:?}");
-                tokio::select! {
-                    () = &mut shutdown => return Ok(()),
-                    () = tokio::time::sleep(delay) => {}
-                }
-                delay = (2 * delay).min(LAST_RESTART_DELAY);
-                continue;
-            }
-        };
-        let served = tokio::select! {
-            served = worker.serve(&engine) => Some(served),
-            () = async { (&mut shutdown).await; worker.leave().await } => None,
-        };
-        engine.stop().await;
-        // Whoever was told to stop meanwhile starts no other.
-        let Some(Ended { error, was_ready }) = served.filter(|_| !*worker.leaving.borrow()) else {
-            worker.close().await;
-            return Ok(());
-        };
-        if !was_ready && !has_served {
-            worker.close().await;
-            return Err(error.into());
-        }
-        if was_ready {
-            has_served = true;
-            delay = FIRST_RESTART_DELAY;
-        }
-        tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
-        drop(engine);
-        tokio::select! {
-            () = &mut shutdown => {
-                worker.close().await;
-                return Ok(());
-            }
-            () = tokio::time::sleep(delay) => {}
-        }
-        delay = (2 * delay).min(LAST_RESTART_DELAY);
-    }
+    Worker::new(config, None, interpose)?.run(shutdown).await
 }
 
 fn start_engine(config: &WorkerConfig) -> Result<Arc<dyn Engine>, EngineError> {
@@ -138,6 +101,8 @@ fn start_engine(config: &WorkerConfig) -> Result<Arc<dyn Engine>, EngineError> {
 /// What outlives the engine.
 struct Worker {
     config: WorkerConfig,
+    /// In place of those of the configuration.
+    here: Option<CoordinatorHere>,
     tls: Option<TlsFiles>,
     role: RoleKeeper,
     counters: Arc<Counters>,
@@ -173,13 +138,68 @@ struct Ended {
 }
 
 impl Worker {
-    fn new(config: WorkerConfig, interpose: &dyn Interpose) -> Result<Self, WorkerError> {
+    fn new(
+        config: WorkerConfig,
+        here: Option<CoordinatorHere>,
+        interpose: &dyn Interpose,
+    ) -> Result<Self, WorkerError> {
         let tls = config.tls.as_ref().map(TlsPem::open).transpose()?;
         let transfer =
             is_fenced(&config).then(|| WorkerTransfer::bind(&config, interpose)).transpose()?;
         let role = RoleKeeper::new(config.role);
         let leaving = watch::Sender::new(false);
-        Ok(Self { config, tls, role, counters: Arc::default(), leaving, transfer })
+        Ok(Self { config, here, tls, role, counters: Arc::default(), leaving, transfer })
+    }
+
+    async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), WorkerError> {
+        let _health = Health::serve(&self.config, &self.counters, self.leaving.subscribe())?;
+        let mut shutdown = std::pin::pin!(shutdown.fuse());
+        let mut delay = FIRST_RESTART_DELAY;
+        let mut has_served = false;
+        loop {
+            let engine = match start_engine(&self.config) {
+                Ok(engine) => engine,
+                Err(error) if !has_served => return Err(error.into()),
+                Err(error) => {
+                    tracing::error!(%error, "the engine does not start; trying again in {delay:?}");
+                    tokio::select! {
+                        () = &mut shutdown => return Ok(()),
+                        () = tokio::time::sleep(delay) => {}
+                    }
+                    delay = (2 * delay).min(LAST_RESTART_DELAY);
+                    continue;
+                }
+            };
+            let served = tokio::select! {
+                served = self.serve(&engine) => Some(served),
+                () = async { (&mut shutdown).await; self.leave().await } => None,
+            };
+            engine.stop().await;
+            // Whoever was told to stop meanwhile starts no other.
+            let Some(Ended { error, was_ready }) = served.filter(|_| !*self.leaving.borrow())
+            else {
+                self.close().await;
+                return Ok(());
+            };
+            if !was_ready && !has_served {
+                self.close().await;
+                return Err(error.into());
+            }
+            if was_ready {
+                has_served = true;
+                delay = FIRST_RESTART_DELAY;
+            }
+            tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
+            drop(engine);
+            tokio::select! {
+                () = &mut shutdown => {
+                    self.close().await;
+                    return Ok(());
+                }
+                () = tokio::time::sleep(delay) => {}
+            }
+            delay = (2 * delay).min(LAST_RESTART_DELAY);
+        }
     }
 
     /// Serves with one engine until it ends.
@@ -282,15 +302,10 @@ impl Worker {
     /// Attached to every coordinator until the worker takes another role.
     async fn live(&self, life: Arc<Life>) {
         let _lives = self.counters.lives.one();
-        let attached = join_all(
-            self.config
-                .coordinators
-                .iter()
-                .map(|coordinator| self.keep_attached(life.clone(), coordinator)),
-        );
+        let attached = self.keep_attached_to_all(&life);
         tokio::select! {
             // Both for ever.
-            _ = attached => {}
+            () = attached => {}
             () = watch_load(&life) => {}
             () = attach::follow(self.tls.as_ref()) => {}
             () = takes_another_role(&life) => {
@@ -299,12 +314,22 @@ impl Worker {
         }
     }
 
+    async fn keep_attached_to_all(&self, life: &Arc<Life>) {
+        if let Some(here) = &self.here {
+            attach::keep_attached(life.clone(), &Coordinator::Here(here.clone()), None, || true)
+                .await;
+            return;
+        }
+        let coordinators = self.config.coordinators.iter();
+        join_all(coordinators.map(|address| self.keep_attached(life.clone(), address))).await;
+    }
+
     async fn keep_attached(&self, life: Arc<Life>, coordinator: &str) {
         let tls = self.tls.as_ref();
         if self.config.every_address {
             discover::keep_attached_to_all(life, coordinator, tls).await;
         } else {
-            let coordinator = Coordinator { address: coordinator.to_owned(), name: None };
+            let coordinator = Coordinator::At { address: coordinator.to_owned(), name: None };
             attach::keep_attached(life, &coordinator, tls, || true).await;
         }
     }

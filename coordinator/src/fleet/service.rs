@@ -3,6 +3,7 @@ use std::{sync::Arc, time::Duration};
 use baton_core::{HandoffMode, WorkerDescription, WorkerKey};
 use baton_proto::{self as wire, WireError, fleet_server::Fleet};
 use baton_types::{Compatibility, Role};
+use futures::{Stream, TryStreamExt as _};
 use tonic::{
     Request, Response, Status, Streaming,
     transport::server::{TcpConnectInfo, TlsConnectInfo},
@@ -36,7 +37,7 @@ impl PeerInfo {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct FleetService {
     pub(crate) shell: Shell,
 }
@@ -50,20 +51,41 @@ impl Fleet for FleetService {
         request: Request<Streaming<wire::WorkerFrame>>,
     ) -> Result<Response<LinkStream>, Status> {
         let names = names_of_certificate(&request);
-        let mut frames = request.into_inner();
-        let hello = tokio::time::timeout(HELLO_TIMEOUT, frames.message())
+        self.take_in(request.into_inner(), &names).await.map(Response::new)
+    }
+}
+
+impl FleetService {
+    /// Those of this process, until there are no more.
+    pub(crate) async fn take_in_all(self, mut workers: wire::WorkersHere) {
+        while let Some(wire::Attachment { frames, answer }) = workers.recv().await {
+            let service = self.clone();
+            tokio::spawn(async move {
+                let taken = service.take_in(frames, &[]).await;
+                let _ = answer.send(taken.map(|stream| Box::pin(stream) as _));
+            });
+        }
+    }
+
+    /// A worker that may have one of these `names`, or any where there are none.
+    async fn take_in(
+        &self,
+        mut frames: impl Stream<Item = Result<wire::WorkerFrame, Status>> + Send + Unpin + 'static,
+        names: &[String],
+    ) -> Result<LinkStream, Status> {
+        let hello = tokio::time::timeout(HELLO_TIMEOUT, frames.try_next())
             .await
             .map_err(|_| Status::deadline_exceeded("no hello came"))??;
         let Some(wire::worker_frame::Frame::Hello(hello)) = hello.and_then(|frame| frame.frame)
         else {
             return Err(Status::invalid_argument("the first frame must be a hello"));
         };
-        let (description, peer) = match introduce(&hello, &names) {
+        let (description, peer) = match introduce(&hello, names) {
             Ok(introduced) => introduced,
             Err(refusal) => {
                 let reason = refusal.to_string();
                 warn!(worker = hello.worker_name, reason, "worker refused");
-                return Ok(Response::new(LinkStream(Link::refusal(reason))));
+                return Ok(LinkStream(Link::refusal(reason)));
             }
         };
         let link = Link::welcome(wire::Welcome {
@@ -72,7 +94,7 @@ impl Fleet for FleetService {
         });
         let worker = self.shell.attach(description, link.clone(), peer, &hello);
         tokio::spawn(read(self.shell.clone(), worker, frames, link.clone()));
-        Ok(Response::new(LinkStream(link)))
+        Ok(LinkStream(link))
     }
 }
 
@@ -80,11 +102,11 @@ impl Fleet for FleetService {
 async fn read(
     shell: Shell,
     worker: WorkerKey,
-    mut frames: Streaming<wire::WorkerFrame>,
+    mut frames: impl Stream<Item = Result<wire::WorkerFrame, Status>> + Unpin,
     link: Arc<Link>,
 ) {
     loop {
-        match frames.message().await {
+        match frames.try_next().await {
             Ok(Some(wire::WorkerFrame { frame })) => match frame {
                 Some(wire::worker_frame::Frame::Events(batch)) => shell.events(worker, batch),
                 Some(wire::worker_frame::Frame::Report(report)) => shell.report(worker, report),
