@@ -26,23 +26,23 @@ mod spans;
 mod timeline;
 mod tls;
 
-use std::{future::Future, io, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use baton_config::{BalancerActuator, ClusterConfig};
-use baton_proto::{MAX_FRAME_BYTES, WINDOW_BYTES, WorkersHere, fleet_server::FleetServer};
+use baton_proto::WorkersHere;
 use baton_tokens::PromptTokenizer;
 use tokio::net::TcpListener;
-use tonic::transport::{Server, server::TcpIncoming};
 use tracing::info;
 
 use crate::{
     admin::AdminToken,
     balancing::KubernetesPools,
     client::{Access, Tenants},
-    fleet::FleetService,
+    fleet::Workers,
     listener::ConnectionLimits,
     shell::Shell,
     spans::Tracer,
+    tls::Certificates,
 };
 pub use crate::{client::KeyFileError, tls::TlsError};
 
@@ -100,6 +100,7 @@ async fn serve(
     let policy = settings::placement_policy(&config)?;
     let precise = config.placement.precise;
     let settings = settings::core_settings(&config);
+    let certificates = Certificates::open(&config)?;
     let coordinator = config.coordinator;
     let clients = listen("coordinator.listen", coordinator.listen).await?;
     let workers = match workers_here {
@@ -132,20 +133,13 @@ async fn serve(
             .traced(tracer);
     info!(clients = %coordinator.listen, workers = %workers.address(), "coordinator serves");
 
-    let tls = config.tls.as_ref().map(tls::for_workers).transpose();
-    let tls = tls.map_err(|source| CoordinatorError::Tls { table: "tls", source })?.map(Arc::new);
-    let https = coordinator.https.as_ref().map(tls::for_clients).transpose();
-    let https =
-        https.map_err(|source| CoordinatorError::Tls { table: "coordinator.https", source })?;
-    let admin_https = config.admin.as_ref().and_then(|admin| admin.https.as_ref());
-    let admin_https = admin_https.map(tls::for_clients).transpose();
-    let admin_https = admin_https
-        .map_err(|source| CoordinatorError::Tls { table: "admin.https", source })?
-        .map(Arc::new);
-    let access =
-        Access { https: https.map(Arc::new), tenants: Arc::new(Tenants::open(&config.tenants)?) };
+    let access = Access {
+        https: certificates.clients.clone(),
+        tenants: Arc::new(Tenants::open(&config.tenants)?),
+    };
 
-    let fleet = take_in(workers, &shell, limits.max_body_bytes, tls.clone());
+    let fleet =
+        workers.taken_in(shell.clone(), limits.max_body_bytes, certificates.workers.clone());
 
     let admin_limits =
         ConnectionLimits { connections: ADMIN_CONNECTIONS, header_timeout: limits.header_timeout };
@@ -160,23 +154,20 @@ async fn serve(
     let admin_token = operators.as_ref().map(|(_, token)| token.clone());
     let admin = operators.map(|(listener, token)| {
         let router = admin::router(shell.clone(), token);
-        tokio::spawn(listener::serve(router, listener, admin_limits, admin_https.clone()))
+        tokio::spawn(listener::serve(
+            router,
+            listener,
+            admin_limits,
+            certificates.operators.clone(),
+        ))
     });
     let metrics = shell.metrics.clone();
     let follows = tokio::spawn(async move {
         let mut interval = tokio::time::interval(FOLLOW_INTERVAL);
         loop {
             interval.tick().await;
-            if let Some(tls) = &tls {
-                tls::follow("tls", tls, &metrics);
-            }
-            if let Some(https) = &access.https {
-                tls::follow("coordinator.https", https, &metrics);
-            }
+            certificates.follow(&metrics);
             access.tenants.follow();
-            if let Some(https) = &admin_https {
-                tls::follow("admin.https", https, &metrics);
-            }
             if let Some(token) = &admin_token {
                 token.follow();
             }
@@ -224,62 +215,6 @@ async fn serve(
     }
     admin.inspect(tokio::task::JoinHandle::abort);
     Ok(())
-}
-
-/// Where workers come from.
-enum Workers {
-    Dial(TcpListener),
-    Here(WorkersHere),
-}
-
-impl Workers {
-    fn address(&self) -> String {
-        match self {
-            Self::Dial(listener) => {
-                listener.local_addr().map_or_else(|_| String::new(), |address| address.to_string())
-            }
-            Self::Here(_) => "in this process".to_owned(),
-        }
-    }
-}
-
-/// Attaches workers as they come, for as long as it is driven.
-fn take_in(
-    workers: Workers,
-    shell: &Shell,
-    max_body_bytes: u64,
-    tls: Option<Arc<tls::TlsFiles>>,
-) -> Pin<Box<dyn Future<Output = Result<(), tonic::transport::Error>> + Send>> {
-    let service = FleetService { shell: shell.clone() };
-    let listener = match workers {
-        Workers::Dial(listener) => listener,
-        Workers::Here(workers) => {
-            return Box::pin(async {
-                service.take_in_all(workers).await;
-                std::future::pending().await
-            });
-        }
-    };
-    // A body of the largest size must fit into one message, with room for its headers.
-    let max_message_bytes =
-        usize::try_from(max_body_bytes).unwrap_or(usize::MAX).saturating_add(1 << 20);
-    let service = FleetServer::new(service)
-        .max_decoding_message_size(max_message_bytes)
-        .max_encoding_message_size(max_message_bytes);
-    let routes = Server::builder()
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .max_frame_size(MAX_FRAME_BYTES)
-        .http2_keepalive_interval(Some(Duration::from_secs(1)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(2)))
-        .add_service(service);
-    match tls {
-        Some(tls) => Box::pin(routes.serve_with_incoming(tls::incoming(listener, tls))),
-        None => {
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-            Box::pin(routes.serve_with_incoming(incoming))
-        }
-    }
 }
 
 async fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, CoordinatorError> {

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use baton_config::{Followed, HttpsConfig, Refreshed, TlsConfig};
+use baton_config::{ClusterConfig, Followed, HttpsConfig, Refreshed, TlsConfig};
 use parking_lot::Mutex;
 use rustls::{
     RootCertStore, ServerConfig,
@@ -26,7 +26,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tracing::{info, warn};
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
-use crate::{journal::unix_ms, metrics::Metrics};
+use crate::{CoordinatorError, journal::unix_ms, metrics::Metrics};
 
 /// A stranger who connects and says nothing holds no socket for longer.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,9 +73,49 @@ pub enum TlsError {
     Authority { path: PathBuf, source: VerifierBuilderError },
 }
 
+/// Those of all listeners.
+#[derive(Clone)]
+pub(crate) struct Certificates {
+    pub(crate) workers: Option<Arc<TlsFiles>>,
+    pub(crate) clients: Option<Arc<TlsFiles>>,
+    pub(crate) operators: Option<Arc<TlsFiles>>,
+}
+
+/// Tables of the file.
+const WORKERS: &str = "tls";
+const CLIENTS: &str = "coordinator.https";
+const OPERATORS: &str = "admin.https";
+
+impl Certificates {
+    pub(crate) fn open(config: &ClusterConfig) -> Result<Self, CoordinatorError> {
+        let of = |table, opened: Option<Result<TlsFiles, TlsError>>| {
+            let files = opened.transpose();
+            let files = files.map_err(|source| CoordinatorError::Tls { table, source })?;
+            Ok::<_, CoordinatorError>(files.map(Arc::new))
+        };
+        let admin = config.admin.as_ref().and_then(|admin| admin.https.as_ref());
+        Ok(Self {
+            workers: of(WORKERS, config.tls.as_ref().map(for_workers))?,
+            clients: of(CLIENTS, config.coordinator.https.as_ref().map(for_clients))?,
+            operators: of(OPERATORS, admin.map(for_clients))?,
+        })
+    }
+
+    /// Looks at the files, and says what became of them and until when they hold.
+    pub(crate) fn follow(&self, metrics: &Metrics) {
+        let tables =
+            [(WORKERS, &self.workers), (CLIENTS, &self.clients), (OPERATORS, &self.operators)];
+        for (table, files) in tables {
+            if let Some(files) = files {
+                follow(table, files, metrics);
+            }
+        }
+    }
+}
+
 /// Mutual TLS: only who holds a certificate of the CA gets in. Between ourselves nothing older than
 /// TLS 1.3 is spoken.
-pub(crate) fn for_workers(tls: &TlsConfig) -> Result<TlsFiles, TlsError> {
+fn for_workers(tls: &TlsConfig) -> Result<TlsFiles, TlsError> {
     let tls = tls.clone();
     let files = vec![tls.ca.clone(), tls.certificate.clone(), tls.private_key.clone()];
     Followed::open(files, move || {
@@ -103,7 +143,7 @@ pub(crate) fn for_workers(tls: &TlsConfig) -> Result<TlsFiles, TlsError> {
 }
 
 /// HTTPS, for whoever trusts the certificate.
-pub(crate) fn for_clients(https: &HttpsConfig) -> Result<TlsFiles, TlsError> {
+fn for_clients(https: &HttpsConfig) -> Result<TlsFiles, TlsError> {
     let https = https.clone();
     let files = vec![https.certificate.clone(), https.private_key.clone()];
     Followed::open(files, move || {
@@ -143,8 +183,7 @@ fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     fs::read(path).map_err(|source| TlsError::Read { path: path.to_owned(), source })
 }
 
-/// Looks at the files, and says what became of them and until when they hold.
-pub(crate) fn follow(table: &'static str, files: &TlsFiles, metrics: &Metrics) {
+fn follow(table: &'static str, files: &TlsFiles, metrics: &Metrics) {
     match files.refresh() {
         Refreshed::Unchanged => {}
         Refreshed::Renewed => {
