@@ -86,9 +86,12 @@ async fn same_answers(transport: TransportChoice, name: &str) {
             assert_eq!(moved.blocks + moved.blocks_reused, tokens.div_ceil(16), "{who}");
             // Every head crosses once, or once for each rank that holds it where both sides are alike.
             assert_eq!(moved.bytes, u64::from(moved.blocks) * BLOCK_BYTES, "{who}");
-            // Rank from rank where both are alike: by the second handoff the ranks have mapped the other's arena.
-            let are_there = name == "shm" && of_prefill == of_decode && *tokens > 2;
-            assert_eq!(moved.blocks_mapped > 0, are_there, "{who}: {moved:?}");
+            // Rank from rank where both are alike, once the other's arena is mapped: in the course of the first
+            // handoff, at the latest for the second.
+            let can_map = name == "shm" && of_prefill == of_decode;
+            assert!(can_map || moved.blocks_mapped == 0, "{who}: {moved:?}");
+            let is_mapped = can_map && *tokens > 2;
+            assert!(!is_mapped || moved.blocks_mapped > 0, "{who}: {moved:?}");
         }
         let idle = |report: &baton_proto::Report| {
             report.jobs_running == 0 && report.handoffs_open == 0 && report.arena_slots_used == 0
