@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::sim::Profile;
 
-/// Without a cold start the model is a guess until so many steps of each kind that there is were seen: of prompts
-/// alone, of which there are few, and of decodes.
+/// Without a cold start the model is a guess until so many steps of one kind were seen: of prompts alone, of which
+/// there are few, or of decodes. Of the other kind there may never be many: all that a prefill worker sees of decodes
+/// are prompts' last tokens in chunks of their own.
 const LEAST_SAMPLES: StepSamples = StepSamples { prompts: 4, decodes: 16 };
 
 /// How long an engine's steps take, learnt from those that it tells of, and the pace that they shall
@@ -85,11 +86,9 @@ impl Pacing {
 impl State {
     fn fitted(&self) -> Option<(StepModel, u64)> {
         let StepSamples { prompts, decodes } = self.fit.samples();
-        let is_guess = |seen, least| (1..least).contains(&seen);
-        let is_known = prompts + decodes > 0
-            && !is_guess(prompts, LEAST_SAMPLES.prompts)
-            && !is_guess(decodes, LEAST_SAMPLES.decodes);
-        let is_known = is_known || self.cold_start.is_some();
+        let is_known = self.cold_start.is_some()
+            || prompts >= LEAST_SAMPLES.prompts
+            || decodes >= LEAST_SAMPLES.decodes;
         is_known.then(|| (self.fit.model(), prompts + decodes))
     }
 }
@@ -144,6 +143,20 @@ mod tests {
         let begun = Pacing::new(None);
         begun.observe(&prompt, 4000.0);
         assert_eq!(begun.fitted(), None);
+    }
+
+    #[test]
+    fn a_few_steps_of_the_other_kind_do_not_take_back_what_is_known() {
+        let pacing = Pacing::new(None);
+        let (mut prompt, mut last_token) = (StepWork::default(), StepWork::default());
+        prompt.add_chunk(0, 512, true);
+        last_token.add_decode(512);
+        for _ in 0..LEAST_SAMPLES.prompts {
+            pacing.observe(&prompt, 500.0);
+        }
+        pacing.observe(&last_token, 60.0);
+        let (model, _) = pacing.fitted().unwrap();
+        assert!((model.prefill_alone_ms(0, 512) / 500.0 - 1.0).abs() < 0.1, "{model:?}");
     }
 
     /// Steps of one decode, of 10 ms give or take `spread` of it.
