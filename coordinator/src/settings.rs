@@ -16,16 +16,17 @@ const PULL_STEPS: f64 = 2.0;
 pub(crate) fn core_settings(config: &ClusterConfig) -> Settings {
     let (placement, admission, slo) = (&config.placement, &config.admission, &config.slo);
     let ttft = std::time::Duration::from_secs_f64(slo.ttft_ms / 1000.0);
+    let order = match placement.late {
+        LateRequests::Last => Order::LateLast,
+        LateRequests::Fifo => Order::Arrival,
+    };
     Settings {
         split: match placement.mode {
             PlacementMode::Adaptive => Split::PerRequest,
             PlacementMode::Always => Split::Always,
             PlacementMode::Never => Split::Never,
         },
-        order: match placement.late {
-            LateRequests::Last => Order::LateLast,
-            LateRequests::Fifo => Order::Arrival,
-        },
+        order,
         ttft,
         targets: Targets {
             step_ms: STEP_HEADROOM * slo.itl_ms,
@@ -40,7 +41,7 @@ pub(crate) fn core_settings(config: &ClusterConfig) -> Settings {
         admission: Some(AdmissionSettings {
             max_waiting: admission.max_waiting_requests as usize,
             max_wait: admission.max_wait,
-            backlog: AdmissionSettings::backlog_within(ttft),
+            backlog: AdmissionSettings::backlog_within(ttft, order),
             early_rejection: admission.early_rejection_priority,
         }),
         wait_for_worker: admission.wait_for_worker,

@@ -18,15 +18,19 @@ use std::{
     time::Duration,
 };
 
-use crate::request::RequestKey;
+use crate::{queue::Order, request::RequestKey};
 
 /// See above: one token in so many is of the longest waiting. Those are late mostly, and long, and a token of a long
 /// prompt costs more than others: what others lose is rather more than that part.
 pub const OLDEST_EVERY: u64 = 64;
 /// An output token costs a tenant as much as so many of its prompt's, as in the paper above.
 pub const OUTPUT_TOKEN_WEIGHT: f64 = 2.0;
-/// Of the TTFT's target. With less of it who is placed is placed knowing more; with much less, long prompts lose.
+/// Of the TTFT's target, where turns go by deadline. With less of it who is placed is placed knowing more; with much
+/// less, long prompts lose.
 const BACKLOG_PART: f64 = 0.2;
+/// Where all are served as they come. Nothing is gained by waiting here, and something lost: in one queue nobody
+/// overtakes, so that in a burst all are late alike. With this before every worker nobody can be in time any more.
+const BACKLOG_PART_AS_THEY_COME: f64 = 2.0;
 /// Counters of tenants that have nothing waiting are forgotten beyond so many.
 const MAX_ACCOUNTS: usize = 10_000;
 
@@ -59,8 +63,11 @@ impl Default for AdmissionSettings {
 impl AdmissionSettings {
     /// The backlog of workers that shall give first tokens within `ttft`: enough that none is idle, and little enough
     /// that the rest is in time.
-    pub fn backlog_within(ttft: Duration) -> Duration {
-        ttft.mul_f64(BACKLOG_PART)
+    pub fn backlog_within(ttft: Duration, order: Order) -> Duration {
+        ttft.mul_f64(match order {
+            Order::Arrival => BACKLOG_PART_AS_THEY_COME,
+            Order::LateLast => BACKLOG_PART,
+        })
     }
 }
 

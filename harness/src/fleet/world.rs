@@ -560,16 +560,17 @@ fn is_overdue(setup: &Setup, flight: &Flight, now: Nanos) -> bool {
 
 fn core(setup: &Setup) -> Core {
     let ttft = Duration::from_nanos(super::nanos(setup.slo.ttft_ms));
+    let order = match setup.late {
+        Late::Fifo => Order::Arrival,
+        Late::Last => Order::LateLast,
+    };
     let settings = Settings {
         split: match setup.mode {
             Mode::Aggregated => Split::Never,
             Mode::Static { .. } | Mode::Flip { .. } => Split::Always,
             Mode::Adaptive => Split::PerRequest,
         },
-        order: match setup.late {
-            Late::Fifo => Order::Arrival,
-            Late::Last => Order::LateLast,
-        },
+        order,
         ttft,
         ttft_prefill_factor: setup.slo.ttft_prefill_factor,
         targets: Targets {
@@ -584,7 +585,7 @@ fn core(setup: &Setup) -> Core {
         admission: Some(AdmissionSettings {
             max_waiting: usize::MAX,
             max_wait: Duration::MAX / 4,
-            backlog: AdmissionSettings::backlog_within(ttft),
+            backlog: AdmissionSettings::backlog_within(ttft, order),
             early_rejection: None,
         }),
         ..Settings::default()
