@@ -28,7 +28,7 @@ case ${1:?TARGET SECONDS, build, or keep TARGET} in
         ;;
     keep)
         mkdir -p "corpus/$2" "libfuzzer/found/$2"
-        BATON_FUZZ_TARGET=$2 "$program" -merge=1 "corpus/$2" "libfuzzer/found/$2" "${@:3}"
+        BATON_FUZZ_TARGET=$2 "$program" -set_cover_merge=1 -use_counters=0 "corpus/$2" "libfuzzer/found/$2" "${@:3}"
         ;;
     *)
         mkdir -p "corpus/$1" "libfuzzer/found/$1"
