@@ -131,6 +131,24 @@ fn when_all_have_enough_to_do_the_others_wait_here_for_their_turn() {
     );
 }
 
+/// In one queue nobody overtakes: whom another worker might still serve in time is not kept in it.
+#[test]
+fn as_they_come_nobody_waits_here_who_could_be_in_time() {
+    let ttft = Duration::from_secs(2);
+    let placed = |order| {
+        let backlog = AdmissionSettings::backlog_within(ttft, order);
+        let admission = Some(AdmissionSettings { backlog, ..AdmissionSettings::default() });
+        let settings = Settings { order, ttft, admission, ..adaptive() };
+        let (mut f, _) = fixture(settings, [predictable("a", Role::Decode)]);
+        // Of 100 ms each.
+        (0..200).for_each(|_| drop(f.arrive(prompt(1000))));
+        200 - f.core.rooms.values().map(|room| room.len()).sum::<usize>()
+    };
+    let (as_they_come, by_deadline) = (placed(Order::Arrival), placed(Order::LateLast));
+    assert!((20..200).contains(&as_they_come), "{as_they_come}");
+    assert!((1..20).contains(&by_deadline), "{by_deadline}");
+}
+
 /// Lets the jobs of these actions end, one by one and a second each, and says which requests were begun in which order.
 fn run(f: &mut Fixture, actions: &[Action], mut now: Duration) -> Vec<RequestKey> {
     let mut jobs: std::collections::VecDeque<_> = started(actions).into();
