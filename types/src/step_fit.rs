@@ -7,9 +7,9 @@
 //! - **What is not exercised is not forgotten without bound.** Each step moves the covariance a little
 //!   towards that of a cold start, instead of dividing it by a constant (R. Kulhavý and M. B. Zarrop, *On
 //!   a general concept of forgetting*, Int. J. Control 58(4), 1993).
-//! - **Outliers are refused** by the size of their innovation. Many in a row are no outliers: then the
-//!   engine has changed, and the filter opens up. Nor are the first of a kind: what nobody measured is no ground
-//!   to refuse them on.
+//! - **Outliers are refused** by the size of their innovation. Many of a kind in a row are no outliers: then the
+//!   engine has changed, and the filter opens up for what such steps teach. Nor are the first of a kind: what
+//!   nobody measured is no ground to refuse them on.
 //! - **No coefficient is below zero**: an estimate that is, is projected (D. Simon, *Kalman filtering
 //!   with state constraints*, IET Control Theory & Applications 4(8), 2010). Nor is one above what can be.
 
@@ -32,8 +32,10 @@ const GATE: f64 = 3.0;
 /// changed: all of its steps, or those of one kind.
 const CHANGE_STEPS: u32 = 8;
 const USUAL_STEPS: u32 = 5;
-/// Until so many steps were taken in, none is refused.
+/// Until so many steps of a kind were taken in, none of them is refused.
 const GUESSED_STEPS: u64 = 4;
+/// So many mixed steps after the last one of decodes alone, nothing vouches for the decodes' coefficients.
+const VOUCHED_STEPS: u32 = 32;
 /// How far each step moves the covariance towards that of a cold start. With [`NOISE`], a coefficient
 /// that each step exercises is remembered for some 40 steps.
 const FORGETTING: f64 = 1e-5;
@@ -99,8 +101,12 @@ pub struct StepFit {
     /// Of steps with decodes: [`StepModel::decode_ms`], then the interference factor, over the
     /// prefill's cost by the filter above.
     decode: Filter<4>,
-    /// Steps that it learned from with decodes and prompts in them.
-    mixed: u64,
+    prompts: Gate,
+    decodes: Gate,
+    /// Of steps with decodes and prompts in them.
+    mixed: Gate,
+    /// Mixed steps since one of decodes alone was taken in.
+    unvouched: u32,
 }
 
 /// Steps that a fit learned from.
@@ -129,7 +135,10 @@ impl StepFit {
                 [1.0, TYPICAL_SEQUENCES, TYPICAL_CONTEXT_TOKENS, chunk_ms(&cold_start.prefill_ms)],
                 [LONGEST_STEP_MS, LONGEST_STEP_MS, LONGEST_STEP_MS, DEAREST_MIXTURE],
             ),
-            mixed: 0,
+            prompts: Gate::new(),
+            decodes: Gate::new(),
+            mixed: Gate::new(),
+            unvouched: VOUCHED_STEPS,
         }
     }
 
@@ -146,8 +155,8 @@ impl StepFit {
                 let begins = if work.prompts_begun > 0 { 1.0 } else { 0.0 };
                 let features = [begins, work.prefill_tokens as f64, work.prefill_squares];
                 let before_ms = self.chunk_ms();
-                let taken = self.prefill.observe(&features, ms);
-                if self.mixed > 0 {
+                let taken = self.prefill.observe(&mut self.prompts, &[true; 3], &features, ms);
+                if self.mixed.samples > 0 {
                     // What a prefill costs beside decodes is known from such steps, and stays as it was.
                     self.decode.rescale(3, before_ms / self.chunk_ms());
                 } else {
@@ -159,9 +168,17 @@ impl StepFit {
                 let context_tokens = work.decode_context_tokens as f64;
                 let prefill_ms = work.load(&self.model()).prefill_work_ms;
                 let features = [1.0, f64::from(sequences), context_tokens, prefill_ms];
-                let taken = self.decode.observe(&features, ms);
-                self.mixed += u64::from(taken && prompts > 0);
-                taken
+                if prompts > 0 {
+                    let is_unvouched = self.unvouched >= VOUCHED_STEPS;
+                    let open = [is_unvouched, is_unvouched, is_unvouched, true];
+                    self.unvouched = self.unvouched.saturating_add(1);
+                    self.decode.observe(&mut self.mixed, &open, &features, ms)
+                } else {
+                    let open = [true, true, true, false];
+                    let taken = self.decode.observe(&mut self.decodes, &open, &features, ms);
+                    self.unvouched = if taken { 0 } else { self.unvouched };
+                    taken
+                }
             }
         }
     }
@@ -182,7 +199,10 @@ impl StepFit {
     }
 
     pub fn samples(&self) -> StepSamples {
-        StepSamples { prompts: self.prefill.samples, decodes: self.decode.samples }
+        StepSamples {
+            prompts: self.prompts.samples,
+            decodes: self.decodes.samples + self.mixed.samples,
+        }
     }
 }
 
@@ -202,26 +222,54 @@ struct Filter<const N: usize> {
     typical: [f64; N],
     /// No coefficient is above these.
     most: [f64; N],
+}
+
+/// Which steps of one kind are taken in. Each kind has its own: that others are as foreseen says nothing of it.
+#[derive(Clone, Debug, PartialEq)]
+struct Gate {
     /// [`USUAL_STEPS`] for each step refused lately, one less for each one taken.
     refused: u32,
     /// How many times as doubtful as at the start one must be to take in the nearest of them.
     surprise: f64,
-    /// Steps that it learned from.
+    /// Steps that were taken in.
     samples: u64,
+}
+
+impl Gate {
+    fn new() -> Self {
+        Self { refused: 0, surprise: f64::INFINITY, samples: 0 }
+    }
+
+    fn is_guess(&self) -> bool {
+        self.samples < GUESSED_STEPS
+    }
+
+    /// How much more doubtful than at the start to become, where refusing on would be wrong.
+    fn refuse(&mut self, surprise: f64) -> Option<f64> {
+        self.surprise = if self.is_guess() { surprise } else { self.surprise.min(surprise) };
+        self.refused = self.refused.saturating_add(USUAL_STEPS);
+        let has_changed = self.refused >= CHANGE_STEPS * USUAL_STEPS;
+        if !(self.is_guess() || has_changed) || !self.surprise.is_finite() {
+            return None;
+        }
+        let nearest = std::mem::replace(&mut self.surprise, f64::INFINITY);
+        self.refused = 0;
+        Some(nearest.max(1.0))
+    }
+
+    fn take(&mut self) {
+        self.refused = self.refused.saturating_sub(1);
+        if self.refused == 0 {
+            self.surprise = f64::INFINITY;
+        }
+        self.samples += 1;
+    }
 }
 
 impl<const N: usize> Filter<N> {
     fn new(coefficients: [f64; N], typical: [f64; N], most: [f64; N]) -> Self {
         let coefficients = coefficients.map(|c| if c.is_finite() { c.max(0.0) } else { 0.0 });
-        let mut filter = Self {
-            coefficients,
-            covariance: [[0.0; N]; N],
-            typical,
-            most,
-            refused: 0,
-            surprise: f64::INFINITY,
-            samples: 0,
-        };
+        let mut filter = Self { coefficients, covariance: [[0.0; N]; N], typical, most };
         filter.bound();
         filter.covariance = diagonal(&filter.doubt());
         filter
@@ -235,7 +283,9 @@ impl<const N: usize> Filter<N> {
         })
     }
 
-    fn observe(&mut self, features: &[f64; N], ms: f64) -> bool {
+    /// Takes in a step of the gate's kind, or refuses it. Such steps are why the coefficients in `open` are what
+    /// they are: it is those that are doubted when the steps turn out to be others than was foreseen.
+    fn observe(&mut self, gate: &mut Gate, open: &[bool; N], features: &[f64; N], ms: f64) -> bool {
         let doubt = self.doubt();
         for (i, row) in self.covariance.iter_mut().enumerate() {
             for (j, entry) in row.iter_mut().enumerate() {
@@ -245,33 +295,35 @@ impl<const N: usize> Filter<N> {
         }
         let foreseen_ms = dot(&self.coefficients, features);
         let innovation_ms = ms - foreseen_ms;
-        let is_guess = self.samples < GUESSED_STEPS;
         // By a guess that is too short a step would pass for one that is measured exactly.
-        let noise = noise(if is_guess { foreseen_ms.max(ms) } else { foreseen_ms });
+        let noise = noise(if gate.is_guess() { foreseen_ms.max(ms) } else { foreseen_ms });
         if self.is_outlier(features, innovation_ms, noise) {
+            let doubt = std::array::from_fn(|i| if open[i] { doubt[i] } else { 0.0 });
             let cold_variance = dot(&product(&diagonal(&doubt), features), features);
-            let surprise = innovation_ms.powi(2) / cold_variance;
-            self.surprise = if is_guess { surprise } else { self.surprise.min(surprise) };
-            self.refused += USUAL_STEPS;
-            let has_changed = self.refused >= CHANGE_STEPS * USUAL_STEPS;
-            if !(is_guess || has_changed) || !self.surprise.is_finite() {
+            let Some(surprise) = gate.refuse(innovation_ms.powi(2) / cold_variance) else {
                 return false;
-            }
-            self.covariance = diagonal(&doubt.map(|variance| variance * self.surprise.max(1.0)));
-            self.refused = 0;
+            };
+            self.open(open, &doubt.map(|variance| variance * surprise));
             // It may be an outlier even so.
             if self.is_outlier(features, innovation_ms, noise) {
                 return false;
             }
         }
-        self.refused = self.refused.saturating_sub(1);
-        if self.refused == 0 {
-            self.surprise = f64::INFINITY;
-        }
+        gate.take();
         self.update(features, innovation_ms, noise);
         self.project();
-        self.samples += 1;
         true
+    }
+
+    /// Forgets how these coefficients were found.
+    fn open(&mut self, open: &[bool; N], variances: &[f64; N]) {
+        for i in (0..N).filter(|i| open[*i]) {
+            for j in 0..N {
+                self.covariance[i][j] = 0.0;
+                self.covariance[j][i] = 0.0;
+            }
+            self.covariance[i][i] = variances[i];
+        }
     }
 
     fn is_outlier(&self, features: &[f64; N], innovation_ms: f64, noise: f64) -> bool {

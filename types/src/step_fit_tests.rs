@@ -78,35 +78,66 @@ fn truths() -> impl Strategy<Value = StepModel> {
     proptest::array::uniform7(0.3..3.0f64).prop_map(scaled)
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+/// Of a thousand engines and what each is seen to do, at most one is told further off than that: outliers may come
+/// in such a bunch that they pass for a change. Always the same thousand.
+fn nearly_all_within(most: f64, error_of: impl Fn(StepModel, Traffic) -> f64) {
+    let mut rng = fastrand::Rng::with_seed(2026);
+    let errors = (0..1000).map(|_| {
+        let truth = scaled(std::array::from_fn(|_| 0.3 + 2.7 * rng.f64()));
+        error_of(truth, Traffic::new(rng.u64(..)))
+    });
+    let off: Vec<f64> = errors.filter(|error| *error >= most).collect();
+    assert!(off.len() <= 1, "{off:?}");
+}
 
-    #[test]
-    fn a_model_is_recovered_through_noise_and_outliers(truth in truths(), seed: u64) {
-        let (mut traffic, mut fit) = (Traffic::new(seed), StepFit::new(&COLD));
+#[test]
+fn a_model_is_recovered_through_noise_and_outliers() {
+    nearly_all_within(0.1, |truth, mut traffic| {
+        let mut fit = StepFit::new(&COLD);
         traffic.teach(&mut fit, &truth, 1500);
-        let error = traffic.error(&fit.model(), &truth);
-        prop_assert!(error < 0.1, "{error}: {:?} for {truth:?}", fit.model());
-    }
+        traffic.error(&fit.model(), &truth)
+    });
+}
 
-    #[test]
-    fn a_throttled_card_is_followed_there_and_back(truth in truths(), seed: u64) {
-        let (mut traffic, mut fit) = (Traffic::new(seed), StepFit::new(&truth));
-        for factor in [1.0, 1.5, 1.0, 3.0] {
+#[test]
+fn a_throttled_card_is_followed_there_and_back() {
+    nearly_all_within(0.2, |truth, mut traffic| {
+        let mut fit = StepFit::new(&truth);
+        let errors = [1.0, 1.5, 1.0, 3.0].map(|factor| {
             let now = slower(&truth, factor);
             traffic.teach(&mut fit, &now, 600);
-            let error = traffic.error(&fit.model(), &now);
-            prop_assert!(error < 0.2, "{error} at {factor}: {:?} for {now:?}", fit.model());
-        }
-    }
+            traffic.error(&fit.model(), &now)
+        });
+        errors.into_iter().fold(0.0, f64::max)
+    });
+}
 
-    #[test]
-    fn a_cold_start_that_is_far_off_is_unlearnt(far in prop_oneof![0.05..1.0f64, 1.0..20.0f64], seed: u64) {
-        let (mut traffic, mut fit) = (Traffic::new(seed), StepFit::new(&slower(&COLD, far)));
+#[test]
+fn a_cold_start_that_is_far_off_is_unlearnt() {
+    nearly_all_within(0.2, |_, mut traffic| {
+        let far = 20f64.powf(2.0 * traffic.0.f64() - 1.0);
+        let mut fit = StepFit::new(&slower(&COLD, far));
         traffic.teach(&mut fit, &COLD, 600);
-        let error = traffic.error(&fit.model(), &COLD);
-        prop_assert!(error < 0.2, "{error}: {:?}", fit.model());
-    }
+        traffic.error(&fit.model(), &COLD)
+    });
+}
+
+/// Of one kind of steps alone, while all others stay as they were.
+#[test]
+fn what_a_prefill_costs_beside_decodes_is_followed_there_and_back() {
+    nearly_all_within(0.2, |truth, mut traffic| {
+        let mut fit = StepFit::new(&truth);
+        let errors = [0.02, 1.0, 0.02, 3.0].map(|prefill_interference_factor| {
+            let now = StepModel { prefill_interference_factor, ..truth };
+            traffic.teach(&mut fit, &now, 600);
+            traffic.error(&fit.model(), &now)
+        });
+        errors.into_iter().fold(0.0, f64::max)
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     /// However far off a guess of prompts is, and however many steps of decodes came before: the first prompts tell.
     #[test]
@@ -190,7 +221,7 @@ fn what_is_not_seen_is_not_forgotten() {
     }
     let model = fit.model();
     assert_eq!(model.prefill_ms, COLD.prefill_ms);
-    assert!(fit.decode.refused < CHANGE_STEPS * USUAL_STEPS);
+    assert!(fit.decodes.refused < CHANGE_STEPS * USUAL_STEPS);
     let (said, true_ms) = (model.decode_step_ms(32, 32_000), COLD.decode_step_ms(32, 32_000));
     assert!((said / true_ms - 1.0).abs() < 0.1, "{said} {true_ms}");
     let other = model.decode_step_ms(64, 64_000) / COLD.decode_step_ms(64, 64_000);
