@@ -12,7 +12,7 @@ pub mod mapped;
 pub mod refusals;
 mod world;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, pin::Pin, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
@@ -51,7 +51,8 @@ impl fmt::Debug for Node {
 
 pub struct Detour {
     pub address: PeerAddress,
-    pub cut: Box<dyn FnOnce() + Send>,
+    /// Once it has been awaited, nothing gets through.
+    pub cut: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 impl fmt::Debug for Detour {

@@ -44,16 +44,20 @@ impl Transport for Shm {
         let listener = UnixListener::bind(&path).unwrap();
         let address = PeerAddress { address: path.to_str().unwrap().to_owned(), ..to.clone() };
         let far = to.address.clone();
-        let (cut, cut_off) = tokio::sync::watch::channel(false);
+        let (cut, mut cut_off) = tokio::sync::watch::channel(false);
         tokio::spawn(async move {
             let _directory = directory;
-            while let Ok((mut near, _)) = listener.accept().await {
+            loop {
+                let mut near = tokio::select! {
+                    near = listener.accept() => near.unwrap().0,
+                    _ = cut_off.wait_for(|cut| *cut) => break,
+                };
                 let (far, mut cut_off) = (far.clone(), cut_off.clone());
                 tokio::spawn(async move {
                     let mut far = UnixStream::connect(far).await.unwrap();
                     let was_cut = tokio::select! {
                         _ = copy_bidirectional(&mut near, &mut far) => false,
-                        _ = cut_off.wait_for(|cut| *cut) => true,
+                        cut = cut_off.wait_for(|cut| *cut) => cut.is_ok(),
                     };
                     if was_cut {
                         // Still there, but deaf.
@@ -62,13 +66,11 @@ impl Transport for Shm {
                 });
             }
         });
-        Detour {
-            address,
-            cut: Box::new(move || {
-                cut.send_replace(true);
-                std::mem::forget(cut);
-            }),
-        }
+        let cut = async move {
+            cut.send_replace(true);
+            cut.closed().await;
+        };
+        Detour { address, cut: Box::pin(cut) }
     }
 
     /// Nothing is under way but what lies in the producer's arena.

@@ -227,7 +227,7 @@ async fn cut_in_the_middle(
     let kill = async {
         producer.push(id, 0, 4096).await;
         pace.reached(1).await;
-        cut();
+        cut.await;
         producer.push(id, 1, 4096).await;
     };
     let (pulled, ()) = tokio::join!(soon("the consumer notices", pull), kill);

@@ -105,7 +105,7 @@ pub async fn a_producer_that_dies_under_its_reader_is_noticed(transport: &dyn Tr
     let (producer, consumer) = pair(transport).await;
     let Detour { address, cut } = transport.detour(&producer.node.address).await;
     let BeingRead { reading, pull, ending, .. } = being_read(&producer, &consumer, &address).await;
-    cut();
+    cut.await;
     let pulled = soon("the consumer notices", pull).await.unwrap();
     assert!(matches!(pulled, Err(TransferError::BrokeOff(_))), "{pulled:?}");
     let ended = soon("the producer notices", ending).await.unwrap();
@@ -120,7 +120,7 @@ pub async fn what_was_not_kept_was_not_handed_over(transport: &dyn Transport) {
     let Detour { address, cut } = transport.detour(&producer.node.address).await;
     let BeingRead { reading, pull, .. } = being_read(&producer, &consumer, &address).await;
     // The consumer's words reach nobody any more, and it cannot know that yet.
-    cut();
+    cut.await;
     reading.lock().clear();
     let pulled = soon("the consumer notices", pull).await.unwrap();
     assert!(matches!(pulled, Err(TransferError::BrokeOff(_))), "{pulled:?}");

@@ -15,12 +15,13 @@ pub(crate) async fn detour(to: &PeerAddress) -> Detour {
     far.connect(&to.address).await.unwrap();
     let address = PeerAddress { address: near.local_addr().unwrap().to_string(), ..to.clone() };
     let relay = tokio::spawn(relay(Arc::clone(&near), Arc::clone(&far)));
-    let cut = move || {
+    let cut = async move {
         relay.abort();
+        let _ = relay.await;
         // Still there, but deaf.
         std::mem::forget((near, far));
     };
-    Detour { address, cut: Box::new(cut) }
+    Detour { address, cut: Box::pin(cut) }
 }
 
 async fn relay(near: Arc<UdpSocket>, far: Arc<UdpSocket>) {
