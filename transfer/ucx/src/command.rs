@@ -42,6 +42,9 @@ pub(crate) enum Command {
         endpoint: EndpointId,
         answer: Answer<Vec<Lane>>,
     },
+    /// Once what is under way has ended.
+    Leave(EndpointId),
+    /// At once.
     Close(EndpointId),
     Import {
         endpoint: EndpointId,

@@ -173,7 +173,8 @@ impl Drop for Region {
     }
 }
 
-/// The way to one peer's worker. The last clone closes it: what is under way then fails.
+/// The way to one peer's worker. The last clone closes it when what is under way has ended, after a second at the
+/// latest.
 #[derive(Clone)]
 pub struct Endpoint(Arc<Connected>);
 
@@ -184,7 +185,7 @@ struct Connected {
 
 impl Drop for Connected {
     fn drop(&mut self) {
-        self.commands.send(Command::Close(self.id));
+        self.commands.send(Command::Leave(self.id));
     }
 }
 
@@ -208,7 +209,8 @@ impl Endpoint {
         Ok(RemoteRegion(Arc::new(Imported { id, base, len_bytes, endpoint: self.clone() })))
     }
 
-    /// Closes it for all its clones: what is under way fails, and nothing more is written.
+    /// Closes it for all its clones: what is under way fails, and nothing more is written. Over tcp a peer that lives
+    /// and only now comes to what was written may be aborted by its UCX.
     pub fn close(&self) {
         self.0.commands.send(Command::Close(self.0.id));
     }

@@ -27,6 +27,9 @@ const SETTINGS: [(&str, &str); 2] = [("TCP_TX_SEG_SIZE", "136k"), ("TCP_RX_SEG_S
 /// How long an endpoint may take to close. Its requests are cancelled at once.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long what is under way may take before an endpoint that nobody holds any more is closed.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Wakes the thread from its sleep.
 pub(crate) struct Waker(OwnedFd);
 
@@ -354,6 +357,34 @@ impl Peer {
     }
 }
 
+impl Peer {
+    /// Nothing more is to be written. What is under way may end first: over tcp the peer answers each write, and
+    /// UCX there aborts its process where it finds nobody to answer any more.
+    pub(crate) fn leave(self) -> Leaving {
+        let ucp = self.worker.ucp;
+        // SAFETY: the endpoint is alive.
+        let flushed = unsafe {
+            Ending::of(ucp, |params| (ucp.ucp_ep_flush_nbx)(self.endpoint, &raw const *params))
+        };
+        Leaving { peer: self, flushed, since: Instant::now() }
+    }
+}
+
+/// An endpoint that is closed once what is under way has ended.
+pub(crate) struct Leaving {
+    peer: Peer,
+    flushed: Rc<Ending>,
+    since: Instant,
+}
+
+impl Leaving {
+    pub(crate) fn may_close(&self) -> bool {
+        self.flushed.is_over.get()
+            || self.peer.is_whole().is_err()
+            || self.since.elapsed() >= LEAVE_TIMEOUT
+    }
+}
+
 /// One write: the bytes, the address in the peer's process, and the bytes' own registration if they have
 /// one.
 pub(crate) struct Source {
@@ -365,39 +396,54 @@ pub(crate) struct Source {
 impl Drop for Peer {
     fn drop(&mut self) {
         let ucp = self.worker.ucp;
-        let closing = Box::into_raw(Box::new(Closing { is_over: Cell::new(false), ucp }));
-        let mut params: sys::ucp_request_param_t = zeroed();
-        params.op_attr_mask = sys::UCP_OP_ATTR_FIELD_CALLBACK | sys::UCP_OP_ATTR_FIELD_USER_DATA;
-        params.cb.send = Some(on_closed);
-        params.user_data = closing.cast();
-        if self.is_forcible {
-            params.op_attr_mask |= sys::UCP_OP_ATTR_FIELD_FLAGS;
-            params.flags = sys::UCP_EP_CLOSE_FLAG_FORCE;
+        // SAFETY: the endpoint is alive and not used after this.
+        let closed = unsafe {
+            Ending::of(ucp, |params| {
+                if self.is_forcible {
+                    params.op_attr_mask |= sys::UCP_OP_ATTR_FIELD_FLAGS;
+                    params.flags = sys::UCP_EP_CLOSE_FLAG_FORCE;
+                }
+                (ucp.ucp_ep_close_nbx)(self.endpoint, &raw const *params)
+            })
+        };
+        let since = Instant::now();
+        while !closed.is_over.get() && since.elapsed() < CLOSE_TIMEOUT {
+            self.worker.progress();
         }
-        // SAFETY: the endpoint is alive and not used after this. What the callback is given is freed only
-        // where the callback was called or never will be.
-        unsafe {
-            let request = (ucp.ucp_ep_close_nbx)(self.endpoint, &raw const params);
-            let is_open = || is_request(request) && !(*closing).is_over.get();
-            let since = Instant::now();
-            while is_open() && since.elapsed() < CLOSE_TIMEOUT {
-                self.worker.progress();
-            }
-            if is_open() {
-                tracing::warn!("UCX did not close an endpoint in {CLOSE_TIMEOUT:?}");
-                // UCX may still tell of a failure: the cell stays.
-                mem::forget(mem::take(&mut self.broken));
-            } else {
-                drop(Box::from_raw(closing));
-            }
+        if !closed.is_over.get() {
+            tracing::warn!("UCX did not close an endpoint in {CLOSE_TIMEOUT:?}");
+            // UCX may still tell of a failure: the cell stays.
+            mem::forget(mem::take(&mut self.broken));
         }
     }
 }
 
-/// An endpoint on its way out.
-struct Closing {
+/// A request of which nothing is asked but that it ends.
+struct Ending {
     is_over: Cell<bool>,
     ucp: &'static Ucp,
+}
+
+impl Ending {
+    /// # Safety
+    /// `ask` passes the parameters on to UCX once, in a call that is sound with them.
+    unsafe fn of(
+        ucp: &'static Ucp,
+        ask: impl FnOnce(&mut sys::ucp_request_param_t) -> sys::ucs_status_ptr_t,
+    ) -> Rc<Self> {
+        let ending = Rc::new(Self { is_over: Cell::new(false), ucp });
+        let with_ucx = Rc::into_raw(Rc::clone(&ending));
+        let mut params: sys::ucp_request_param_t = zeroed();
+        params.op_attr_mask = sys::UCP_OP_ATTR_FIELD_CALLBACK | sys::UCP_OP_ATTR_FIELD_USER_DATA;
+        params.cb.send = Some(on_ended);
+        params.user_data = with_ucx.cast_mut().cast();
+        if !is_request(ask(&mut params)) {
+            ending.is_over.set(true);
+            // SAFETY: UCX calls back for requests only, so that it is given back here and nowhere else.
+            drop(unsafe { Rc::from_raw(with_ucx) });
+        }
+        ending
+    }
 }
 
 /// A peer's key.
@@ -478,12 +524,12 @@ unsafe extern "C" fn on_done(request: *mut c_void, status: ucs_status_t, user_da
     }
 }
 
-unsafe extern "C" fn on_closed(request: *mut c_void, _: ucs_status_t, closing: *mut c_void) {
-    // SAFETY: it lives until this was called, see `Drop for Peer`; the request is over.
+unsafe extern "C" fn on_ended(request: *mut c_void, _: ucs_status_t, ending: *mut c_void) {
+    // SAFETY: UCX calls this once for a request that is over, with what `Ending::of` gave it.
     unsafe {
-        let closing = &*closing.cast::<Closing>();
-        (closing.ucp.ucp_request_free)(request);
-        closing.is_over.set(true);
+        let ending = Rc::from_raw(ending.cast::<Ending>().cast_const());
+        (ending.ucp.ucp_request_free)(request);
+        ending.is_over.set(true);
     }
 }
 

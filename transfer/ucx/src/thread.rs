@@ -14,7 +14,7 @@ use bytes::Bytes;
 use crate::{
     Resource, StartError, UcxError,
     command::{Answer, Command, Commands, EndpointId, Queue, RegionId, RkeyId},
-    native::{Memory, Peer, RemoteKey, Source, Waker, Worker},
+    native::{Leaving, Memory, Peer, RemoteKey, Source, Waker, Worker},
 };
 
 /// Rounds of progress between two looks at the commands.
@@ -64,6 +64,7 @@ struct Progress {
     // Fields go in this order: what hangs on the worker before the worker.
     keys: HashMap<RkeyId, Rc<RemoteKey>>,
     peers: HashMap<EndpointId, Peer>,
+    leaving: Vec<Leaving>,
     regions: HashMap<RegionId, Rc<Memory>>,
     worker: Rc<Worker>,
     queue: Arc<Queue>,
@@ -76,6 +77,7 @@ impl Progress {
         Self {
             keys: HashMap::new(),
             peers: HashMap::new(),
+            leaving: Vec::new(),
             regions: HashMap::new(),
             worker,
             queue,
@@ -99,10 +101,14 @@ impl Progress {
                 }
                 worked = true;
             }
+            self.leaving.retain(|leaving| !leaving.may_close());
             if worked {
                 idle_since = Instant::now();
-            } else if self.queue.is_closed() {
+            } else if self.queue.is_closed() && self.peers.is_empty() && self.leaving.is_empty() {
                 return;
+            } else if self.queue.is_closed() {
+                self.leaving.extend(self.peers.drain().map(|(_, peer)| peer.leave()));
+                thread::yield_now();
             } else if idle_since.elapsed() < self.spin {
                 // Where there are more threads than cores, whoever makes the work must get to run.
                 thread::yield_now();
@@ -150,6 +156,9 @@ impl Progress {
             Command::Describe { endpoint, answer } => {
                 let described = self.peers.get(&endpoint).ok_or(UcxError::Stopped);
                 tell(answer, described.and_then(Peer::lanes));
+            }
+            Command::Leave(id) => {
+                self.leaving.extend(self.peers.remove(&id).map(Peer::leave));
             }
             Command::Close(id) => {
                 self.peers.remove(&id);
