@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The coordinator beside other routers: the same load and the same fake engines, in one run.
 
-    bench_routers.py PEERS DIR [--rounds 3] [--seconds 3] [--baton target/release/baton]
+    bench_routers.py PEERS DIR [--rounds 3] [--seconds 3] [--baton target/release/baton] [--parts]
 
 PEERS  a folder with run.sh, which installs the routers, the fake engines and the load generator, and
        starts, loads and stops one of them at a time (`run.sh install DIR` comes first)
@@ -12,12 +12,18 @@ Baton runs three times: with its workers on the engines' core, on the coordinato
 coordinator's process. Figures are medians; CPU is that of the router's process alone, the workers' stands
 beside it where they have processes of their own. Absolute figures drift with the machine: quote ratios of
 one run.
+
+--parts samples Baton with its workers in its process (perf, two samples a millisecond) and says which part of
+the process's CPU is the coordinator's, which the workers', and which neither's: the runtime's looking for events. That
+needs a build whose stacks can be walked and whose symbols name their types:
+    RUSTFLAGS="-C force-frame-pointers=yes -C symbol-mangling-version=v0" cargo build --release
 """
 
 import argparse
 import json
 import os
 import pathlib
+import re
 import signal
 import statistics
 import subprocess
@@ -42,19 +48,23 @@ SCENARIOS = {
     "two-token requests, c16": {
         "args": ["-c", "16", "--max-tokens", "2", "--uniq"],
         "show": ["rps", "cpu_us_req", "workers_us_req", "lat_p50"],
+        "cost": "cpu_us_req",
     },
     "128-token streams, c16": {
         "args": ["-c", "16", "--stream", "--max-tokens", "128", "--uniq"],
         "show": ["tok_s", "cpu_s_Mtok", "workers_s_Mtok", "ttft_p50", "ttft_p99"],
+        "cost": "cpu_s_Mtok",
     },
     "32-token streams at 5 ms ITL, c16": {
         "args": ["-c", "16", "--stream", "--max-tokens", "32", "--uniq"],
         "itl_us": 5000,
         "show": ["rps", "ttft_p50", "ttft_p99", "cpu_us_req", "workers_us_req"],
+        "cost": "cpu_us_req",
     },
     "256 KiB prompt, c1": {
         "args": ["-c", "1", "--max-tokens", "2", "--prompt-bytes", "262144", "--uniq"],
         "show": ["lat_p50", "lat_p99", "cpu_us_req"],
+        "cost": "cpu_us_req",
     },
     "1,000 streams at 100 ms ITL, aggregated": {
         "args": ["-c", "1000", "--stream", "--max-tokens", "200", "--uniq", "--ramp-ms", "4000"],
@@ -62,6 +72,7 @@ SCENARIOS = {
         "aggregated": True,
         "itl_us": 100_000,
         "show": ["tok_s", "cpu_s_Mtok", "kb_stream", "workers_s_Mtok"],
+        "cost": "cpu_s_Mtok",
     },
 }
 
@@ -72,6 +83,36 @@ def cpu_seconds(pids):
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
+
+
+# Whose a sample is: the crates whose names stand in its stack, nearest to where it was taken first.
+OWNERS = {
+    "baton_worker": "workers",
+    "baton_engine": "workers",
+    "baton_coordinator": "coordinator",
+    "baton_core": "coordinator",
+}
+PARTS = ["coordinator", "workers", "runtime"]
+
+
+def sample(pid, seconds, into):
+    """Starts to sample a process, from core 0."""
+    command = ["taskset", "-c", "0", "perf", "record", "-q", "-F", "1999", "-g", "-p", str(pid), "-o", into]
+    return subprocess.Popen([*command, "--", "sleep", str(seconds)], stderr=subprocess.DEVNULL)
+
+
+def parts(samples):
+    """The part of the samples that is the coordinator's, the workers', and the runtime's own."""
+    command = ["perf", "script", "-i", samples, "-F", "ip,sym", "--no-inline"]
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    owners = [
+        next((OWNERS[crate] for crate in re.findall("|".join(OWNERS), stack)), "runtime")
+        for stack in text.split("\n\n")
+        if stack.strip()
+    ]
+    if not owners or set(owners) == {"runtime"}:
+        sys.exit("no sample names a crate of ours: see --help for how to build for --parts")
+    return {owner: owners.count(owner) / len(owners) for owner in PARTS}
 
 
 def wait_for(url, seconds=30):
@@ -157,7 +198,16 @@ def measure(options, name, scenario):
         subprocess.run([*run, "start", str(options.dir), name], check=True)
         time.sleep(4)
         command = [*run, "load", str(options.dir), name, *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    samples = None
+    if options.parts and baton and not baton.workers:
+        # Of the middle of it.
+        time.sleep(float(seconds) * 0.5)
+        samples = str(pathlib.Path(baton.directory.name) / "perf.data")
+        sample(baton.coordinator.pid, float(seconds) * 0.4, samples).wait()
+    output = load.communicate()[0]
+    if load.returncode != 0:
+        sys.exit(f"{command} ended with {load.returncode}")
     result = json.loads(output.strip().splitlines()[-1].replace(":-0.0", ":0"))
     if baton:
         spent = cpu_seconds(worker_pids) - before
@@ -166,6 +216,9 @@ def measure(options, name, scenario):
         tokens = result["tok_s"] * float(seconds)
         result["workers_us_req"] = spent * 1e6 / max(requests, 1)
         result["workers_s_Mtok"] = spent * 1e6 / tokens if tokens else None
+        if samples:
+            for owner, part in parts(samples).items():
+                result[f"{owner}_part"] = part * result[scenario["cost"]]
         baton.stop()
     else:
         subprocess.run([*run, "stop", str(options.dir), name], check=True)
@@ -186,6 +239,7 @@ def main():
     parser.add_argument("--baton", type=pathlib.Path, default=pathlib.Path("target/release/baton"))
     parser.add_argument("--only", help="scenarios whose name contains this")
     parser.add_argument("--router", default="", help="routers whose name contains this")
+    parser.add_argument("--parts", action="store_true", help="whose the CPU of Baton in one process is")
     parser.add_argument("--json", type=pathlib.Path, help="write every measurement there")
     options = parser.parse_args()
     options.baton = options.baton.resolve()
@@ -209,11 +263,12 @@ def main():
                     results[name].append(measure(options, name, scenario))
             everything[title] = results
             print(f"\n### {title}\n")
-            print("| router | " + " | ".join(scenario["show"]) + " |")
-            print("|---|" + "---|" * len(scenario["show"]))
+            shown = scenario["show"] + ([f"{owner}_part" for owner in PARTS] if options.parts else [])
+            print("| router | " + " | ".join(shown) + " |")
+            print("|---|" + "---|" * len(shown))
             for name, runs in results.items():
                 cells = []
-                for column in scenario["show"]:
+                for column in shown:
                     values = [run[column] for run in runs if run.get(column) is not None]
                     cells.append(f"{statistics.median(values):.1f}" if values else "")
                 print(f"| {name} | " + " | ".join(cells) + " |")
