@@ -71,7 +71,7 @@ SCENARIOS = {
         "seconds": 10,
         "aggregated": True,
         "itl_us": 100_000,
-        "show": ["tok_s", "cpu_s_Mtok", "kb_stream", "workers_s_Mtok"],
+        "show": ["tok_s", "cpu_s_Mtok", "kb_stream", "workers_s_Mtok", "workers_kb_stream"],
         "cost": "cpu_s_Mtok",
     },
 }
@@ -83,6 +83,12 @@ def cpu_seconds(pids):
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
+
+
+def memory_kb(pids, line):
+    """What /proc says under VmRSS (now) or VmHWM (at most so far)."""
+    statuses = (pathlib.Path(f"/proc/{pid}/status").read_text() for pid in pids)
+    return sum(int(re.search(rf"^{line}:\s+(\d+) kB", status, re.MULTILINE)[1]) for status in statuses)
 
 
 # Whose a sample is: the crates whose names stand in its stack, nearest to where it was taken first.
@@ -188,7 +194,7 @@ def measure(options, name, scenario):
     if name in WORKERS:
         baton = Baton(str(options.baton), WORKERS[name], scenario.get("aggregated", False))
         worker_pids = [process.pid for process in baton.workers]
-        before = cpu_seconds(worker_pids)
+        before, before_kb = cpu_seconds(worker_pids), memory_kb(worker_pids, "VmRSS")
         command = [
             "taskset", "-c", "0", str(options.dir / "target/release/loadgen"),
             "--addr", f"127.0.0.1:{HTTP_PORT}", "--name", name, "--pid", str(baton.coordinator.pid),
@@ -198,6 +204,7 @@ def measure(options, name, scenario):
         subprocess.run([*run, "start", str(options.dir), name], check=True)
         time.sleep(4)
         command = [*run, "load", str(options.dir), name, *arguments]
+    streams = int(scenario["args"][scenario["args"].index("-c") + 1])
     load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     samples = None
     if options.parts and baton and not baton.workers:
@@ -216,6 +223,7 @@ def measure(options, name, scenario):
         tokens = result["tok_s"] * float(seconds)
         result["workers_us_req"] = spent * 1e6 / max(requests, 1)
         result["workers_s_Mtok"] = spent * 1e6 / tokens if tokens else None
+        result["workers_kb_stream"] = (memory_kb(worker_pids, "VmHWM") - before_kb) / streams
         if samples:
             for owner, part in parts(samples).items():
                 result[f"{owner}_part"] = part * result[scenario["cost"]]
@@ -223,7 +231,6 @@ def measure(options, name, scenario):
     else:
         subprocess.run([*run, "stop", str(options.dir), name], check=True)
         time.sleep(1)
-    streams = int(scenario["args"][scenario["args"].index("-c") + 1])
     result["kb_stream"] = (result["rss"] - result["rss0"]) * 1024 / streams
     if result["errs"]:
         print(f"  {name}: {result['errs']} errors: {result['err']}", file=sys.stderr)

@@ -36,12 +36,12 @@ const VIEW_INTERVAL: Duration = Duration::from_secs(1);
 /// Returns when the cluster was stopped and all its processes are gone.
 pub(crate) fn run(options: &UpOptions) -> anyhow::Result<ExitCode> {
     options.check()?;
-    let clients = ports::for_clients(options.port)?;
     let directory = tempfile::Builder::new()
         .prefix("baton-")
         .tempdir()
         .context("cannot make a directory for the cluster's files")?;
-    let plan = plan::plan(options, clients, directory.path())?;
+    let plan = plan::plan(options, directory.path())?;
+    let clients = plan.cluster.coordinator.listen;
     let file = directory.path().join("baton.toml");
     fs::write(&file, plan.cluster.to_toml())
         .with_context(|| format!("cannot write {}", file.display()))?;

@@ -4,7 +4,6 @@ use std::{
     fmt::Write as _,
     fs, io,
     io::Write as _,
-    net::SocketAddr,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     time::Duration,
@@ -21,7 +20,7 @@ use tempfile::TempDir;
 
 use super::{
     options::{EngineName, UpOptions},
-    ports,
+    ports::Ports,
     vllm::VllmPlan,
 };
 use crate::operators::AdminClient;
@@ -47,21 +46,17 @@ const SIM_START_TIMEOUT: Duration = Duration::from_secs(60);
 const SIM_ARENA_BYTES: u64 = 64 << 20;
 
 /// `directory` is for the cluster's files: sockets and the connector.
-pub(super) fn plan(
-    options: &UpOptions,
-    clients: SocketAddr,
-    directory: &Path,
-) -> anyhow::Result<Plan> {
+pub(super) fn plan(options: &UpOptions, directory: &Path) -> anyhow::Result<Plan> {
     let names = worker_names(options);
-    let mut ports = ports::free(1 + names.len())?.into_iter();
-    let mut next_port = || ports.next().context("ran out of ports");
+    let mut ports = Ports::default();
+    let clients = ports.for_clients(options.port)?;
     let token_file = directory.join("admin.token");
-    let listen = ports::for_operators(options.port)?;
+    let listen = ports.for_operators(options.port)?;
     let admin = AdminConfig { listen, token_file: Some(token_file.clone()), https: None };
     let token = random_token()?;
     write_token(&token_file, &token)
         .with_context(|| format!("cannot write {}", token_file.display()))?;
-    let workers_listen = SocketAddr::from(([127, 0, 0, 1], next_port()?));
+    let workers_listen = ports.any()?;
 
     let vllm = match options.engine {
         EngineName::Sim => None,
@@ -82,7 +77,7 @@ pub(super) fn plan(
     let mut workers = Vec::with_capacity(names.len());
     for (index, (name, role)) in names.into_iter().enumerate() {
         let engine = match &vllm {
-            Some(vllm) => EngineConfig::Vllm(vllm.engine(index, &name, next_port()?)),
+            Some(vllm) => EngineConfig::Vllm(vllm.engine(index, &name, ports.any()?.port())),
             None => EngineConfig::Sim(sim(options)),
         };
         workers.push(WorkerConfig {
@@ -191,10 +186,10 @@ mod tests {
     #[test]
     fn the_written_file_is_right_and_has_both_pools() {
         let directory = tempfile::tempdir().unwrap();
-        let options = options(&["--prefill", "2", "--decode", "3", "--time-scale", "0.5"]);
+        let options =
+            options(&["--prefill", "2", "--decode", "3", "--time-scale", "0.5", "--port", "0"]);
         options.check().unwrap();
-        let clients = "127.0.0.1:8000".parse().unwrap();
-        let plan = plan(&options, clients, directory.path()).unwrap();
+        let plan = plan(&options, directory.path()).unwrap();
         let text = plan.cluster.to_toml();
         let read = ClusterConfig::parse(&text, directory.path()).unwrap();
         assert_eq!(read, plan.cluster);
