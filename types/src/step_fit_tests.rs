@@ -99,16 +99,21 @@ fn a_model_is_recovered_through_noise_and_outliers() {
     });
 }
 
+/// The furthest off that it is after six hundred steps of any of these, one after the other.
+fn worst_error(truth: &StepModel, mut traffic: Traffic, then: [StepModel; 4]) -> f64 {
+    let mut fit = StepFit::new(truth);
+    let errors = then.map(|now| {
+        traffic.teach(&mut fit, &now, 600);
+        traffic.error(&fit.model(), &now)
+    });
+    errors.into_iter().fold(0.0, f64::max)
+}
+
 #[test]
 fn a_throttled_card_is_followed_there_and_back() {
-    nearly_all_within(0.2, |truth, mut traffic| {
-        let mut fit = StepFit::new(&truth);
-        let errors = [1.0, 1.5, 1.0, 3.0].map(|factor| {
-            let now = slower(&truth, factor);
-            traffic.teach(&mut fit, &now, 600);
-            traffic.error(&fit.model(), &now)
-        });
-        errors.into_iter().fold(0.0, f64::max)
+    nearly_all_within(0.2, |truth, traffic| {
+        let then = [1.0, 1.5, 1.0, 3.0].map(|by| slower(&truth, by));
+        worst_error(&truth, traffic, then)
     });
 }
 
@@ -125,14 +130,10 @@ fn a_cold_start_that_is_far_off_is_unlearnt() {
 /// Of one kind of steps alone, while all others stay as they were.
 #[test]
 fn what_a_prefill_costs_beside_decodes_is_followed_there_and_back() {
-    nearly_all_within(0.2, |truth, mut traffic| {
-        let mut fit = StepFit::new(&truth);
-        let errors = [0.02, 1.0, 0.02, 3.0].map(|prefill_interference_factor| {
-            let now = StepModel { prefill_interference_factor, ..truth };
-            traffic.teach(&mut fit, &now, 600);
-            traffic.error(&fit.model(), &now)
-        });
-        errors.into_iter().fold(0.0, f64::max)
+    nearly_all_within(0.2, |truth, traffic| {
+        let then = [0.02, 1.0, 0.02, 3.0]
+            .map(|prefill_interference_factor| StepModel { prefill_interference_factor, ..truth });
+        worst_error(&truth, traffic, then)
     });
 }
 

@@ -355,9 +355,7 @@ impl Peer {
             Batch::closed(batch, sys::UCS_OK);
         }
     }
-}
 
-impl Peer {
     /// Nothing more is to be written. What is under way may end first: over tcp the peer answers each write, and
     /// UCX there aborts its process where it finds nobody to answer any more.
     pub(crate) fn leave(self) -> Leaving {

@@ -104,9 +104,10 @@ impl Progress {
             self.leaving.retain(|leaving| !leaving.may_close());
             if worked {
                 idle_since = Instant::now();
-            } else if self.queue.is_closed() && self.peers.is_empty() && self.leaving.is_empty() {
-                return;
             } else if self.queue.is_closed() {
+                if self.peers.is_empty() && self.leaving.is_empty() {
+                    return;
+                }
                 self.leaving.extend(self.peers.drain().map(|(_, peer)| peer.leave()));
                 thread::yield_now();
             } else if idle_since.elapsed() < self.spin {
