@@ -76,5 +76,6 @@ mod tests {
         found.sort_unstable();
         found.dedup();
         assert_eq!(found.len(), 202);
+        assert!(found.iter().all(|address| address.port() != 0));
     }
 }
