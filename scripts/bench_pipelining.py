@@ -24,6 +24,7 @@ import time
 HTTP_PORT, WORKERS_PORT, TRANSFER_PORT, ENGINE_PORT = 18800, 18801, 18802, 18803
 BLOCK_TOKENS = 16
 MODEL = "baton-sim"
+PREFILL_CORE, DECODE_CORE = "0", "1"
 
 CONFIG = """
 insecure_plaintext = true
@@ -129,6 +130,12 @@ def inside(namespace):
     return ("ip", "netns", "exec", namespace)
 
 
+def core_of(process):
+    """Each of the two machines has a core of its own: an engine that waits for KV turns without rest (vLLM's
+    processes look for each other's messages), and would take the other's time."""
+    return ("taskset", "--cpu-list", PREFILL_CORE if process.startswith("prefill") else DECODE_CORE)
+
+
 class Cluster:
     def __init__(self, baton, network, directory):
         self.baton, self.network, self.directory = baton, network, directory
@@ -137,7 +144,7 @@ class Cluster:
     def start(self, *names):
         for name in names:
             role = f"{name.split('-')[0]}-worker" if "-" in name else name
-            command = [*inside(self.network.of(name)), self.baton, role]
+            command = [*inside(self.network.of(name)), *core_of(name), self.baton, role]
             command += ["--config", os.path.join(self.directory, "baton.toml")]
             command += ["--name", name] if "-" in name else []
             log = open(os.path.join(self.directory, f"{name}.log"), "ab")
@@ -181,7 +188,7 @@ def ask(network, prompt):
     body = {"model": MODEL, "prompt": prompt, "max_tokens": 2, "stream": True, "ignore_eos": True}
     body = json.dumps(body)
     done = subprocess.run(
-        (*inside(network.decode), sys.executable, "-c", CLIENT, str(HTTP_PORT)),
+        (*inside(network.decode), *core_of("client"), sys.executable, "-c", CLIENT, str(HTTP_PORT)),
         input=body, capture_output=True, text=True, check=False,
     )
     return json.loads(done.stdout) if done.returncode == 0 else {"status": 0, "path": None}
@@ -260,7 +267,7 @@ def write_config(directory, time_scale, arguments, prompt_bytes):
     toml = CONFIG.format(
         http=HTTP_PORT, workers=WORKERS_PORT, transfer=TRANSFER_PORT,
         engine=VLLM if arguments.vllm else sim(time_scale, arguments),
-        prefill_engine=own("prefill-0", 0), decode_engine=own("decode-0", 1),
+        prefill_engine=own("prefill-0", PREFILL_CORE), decode_engine=own("decode-0", DECODE_CORE),
         layer_groups=arguments.layer_groups, arena=max(2 * prompt_bytes >> 20, 16),
     )
     with open(os.path.join(directory, "baton.toml"), "w", encoding="utf-8") as file:

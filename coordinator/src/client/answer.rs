@@ -23,7 +23,10 @@ pub(crate) struct Answer {
 
 #[derive(Debug, Default)]
 struct State {
-    head: Option<Head>,
+    /// Apart, for what each token touches to lie close together.
+    head: Option<Box<Head>>,
+    /// Made for what comes and given away whole. A buffer that each stream kept for its next token would be out of
+    /// the caches by then; one that another stream has just done with is not.
     unread: BytesMut,
     end: Option<End>,
     waiting: Option<Waker>,
@@ -56,8 +59,13 @@ impl Answer {
         Arc::new(Self { state: Mutex::default(), max_unread_bytes })
     }
 
+    pub(crate) fn max_unread_bytes(&self) -> usize {
+        self.max_unread_bytes
+    }
+
     pub(crate) fn begin(&self, head: Head) {
-        self.change(|state| state.head = Some(head));
+        let head = Some(Box::new(head));
+        self.change(|state| state.head = head);
     }
 
     pub(crate) fn push(&self, payload: &[u8]) -> Result<(), TooSlow> {
@@ -69,6 +77,9 @@ impl Answer {
             too_slow = state.unread.len() + payload.len() > self.max_unread_bytes;
             if too_slow {
                 state.end = Some(End::Broken);
+            } else if state.unread.is_empty() {
+                // Of just the size that it needs: see `State::unread`.
+                state.unread = BytesMut::from(payload);
             } else {
                 state.unread.extend_from_slice(payload);
             }
@@ -99,7 +110,7 @@ impl Answer {
     pub(crate) fn poll_head(&self, context: &Context<'_>) -> Poll<Option<Head>> {
         let mut state = self.state.lock();
         match (state.head.take(), state.end) {
-            (Some(head), _) => Poll::Ready(Some(head)),
+            (Some(head), _) => Poll::Ready(Some(*head)),
             (None, Some(_)) => Poll::Ready(None),
             (None, None) => {
                 state.waiting = Some(context.waker().clone());
@@ -129,8 +140,12 @@ impl<G: Unpin> Body for AnswerBody<G> {
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
         let mut state = self.answer.state.lock();
         if !state.unread.is_empty() && state.end != Some(End::Broken) {
-            let len = state.unread.len().min(FRAME_BYTES);
-            return Poll::Ready(Some(Ok(Frame::data(state.unread.split_to(len).freeze()))));
+            let frame = if state.unread.len() <= FRAME_BYTES {
+                std::mem::take(&mut state.unread)
+            } else {
+                state.unread.split_to(FRAME_BYTES)
+            };
+            return Poll::Ready(Some(Ok(Frame::data(frame.freeze()))));
         }
         match state.end {
             Some(End::Complete) => Poll::Ready(None),

@@ -59,6 +59,12 @@ impl Client {
         tracing::info_span!("request", %request_id)
     }
 
+    /// Something of all that the next tokens touch.
+    pub(super) fn at_hand(&self) -> (Option<JobId>, u64, usize) {
+        let job = self.relaying.as_ref().map(|relaying| relaying.job);
+        (job, self.placed.output_tokens, self.answer.max_unread_bytes())
+    }
+
     pub(super) fn path(&self) -> Path {
         self.relaying.as_ref().map_or(Path::None, |relaying| relaying.path)
     }

@@ -1,6 +1,9 @@
 //! A leg's way: what its worker is given, what the worker says of it, and how that becomes an answer.
 
-use std::time::{Duration, Instant};
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
 
 use baton_core::{Event, HandoffPlan, JobId, RequestKey, Route, WorkerKey};
 use baton_proto as wire;
@@ -9,7 +12,11 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tracing::{debug, warn};
 
-use super::{Shell, State, client::Relaying, operators::name_of};
+use super::{
+    Shell, State,
+    client::{Client, Relaying},
+    operators::name_of,
+};
 use crate::{
     client::Head,
     metrics::{Outcome, Path},
@@ -28,6 +35,7 @@ impl Shell {
     /// What a worker says of its jobs, all under one lock.
     pub(crate) fn events(&self, worker: WorkerKey, batch: wire::EventBatch) {
         let mut state = self.state.lock();
+        state.look_at(&batch.events);
         let now = Instant::now();
         for event in batch.events {
             self.job_event(&mut state, worker, event, now);
@@ -200,6 +208,15 @@ impl Shell {
 }
 
 impl State {
+    /// Looks at what each event is about, and does nothing with it. Streams that leave time between their tokens are in
+    /// no cache by the next one. Taken up one by one, each would have its own wait for memory; here all wait at once.
+    fn look_at(&self, events: &[wire::Event]) {
+        let jobs = events.iter().map(|event| self.core.job(JobId(event.job)));
+        for (request, ..) in jobs.flatten() {
+            black_box(self.clients.get(&request).map(Client::at_hand));
+        }
+    }
+
     fn handed_over(&mut self, request: RequestKey, to: WorkerKey, moved: &wire::HandoffResult) {
         let Some(client) = self.clients.get_mut(&request) else { return };
         let blocks = moved.blocks.saturating_add(moved.blocks_reused);
