@@ -66,7 +66,8 @@ pub(crate) struct State {
     prefixes: Prefixes,
     tidy_at: Duration,
     placed: PlacedRequests,
-    clients: HashMap<RequestKey, Client>,
+    /// Each apart: a table in which half of the places are free has small places.
+    clients: HashMap<RequestKey, Box<Client>>,
     links: HashMap<WorkerKey, Attached>,
     /// `kv_transfer_params` that prefill jobs answered, until their decode leg takes them.
     engine_handoffs: HashMap<JobId, Bytes>,
@@ -190,25 +191,23 @@ impl Shell {
         let choosing = Instant::now();
         let request = state.core.arrive(incoming.shape, HandoffId::random(), now, &mut actions);
         timeline.placing = Some((choosing, Instant::now()));
-        state.clients.insert(
-            request,
-            Client {
-                answer: answer.clone(),
-                request: Some(incoming.forward),
-                prompt,
-                prompt_ids,
-                pulling: None,
-                request_id: incoming.request_id,
-                streams: incoming.streams,
-                timeline,
-                trace: incoming.trace,
-                model,
-                relaying: None,
-                tenant,
-                budget: incoming.budget,
-                placed,
-            },
-        );
+        let client = Client {
+            answer: answer.clone(),
+            request: Some(incoming.forward),
+            prompt,
+            prompt_ids,
+            pulling: None,
+            request_id: incoming.request_id,
+            streams: incoming.streams,
+            timeline,
+            trace: incoming.trace,
+            model,
+            relaying: None,
+            tenant,
+            budget: incoming.budget,
+            placed,
+        };
+        state.clients.insert(request, Box::new(client));
         self.carry_out(&mut state, actions, None);
         (answer, InFlight { shell: self.clone(), request })
     }
@@ -224,8 +223,8 @@ impl Shell {
     /// Why a request, one of those that are open or one of the last that ended, went where it went.
     pub(crate) fn explain(&self, request_id: &str) -> Option<Explanation> {
         let state = self.state.lock();
-        let of_id = |client: &&Client| client.request_id.as_bytes() == request_id.as_bytes();
-        match state.clients.values().find(of_id) {
+        let mut open = state.clients.values();
+        match open.find(|client| client.request_id.as_bytes() == request_id.as_bytes()) {
             Some(client) => Some(state.placed.explain_open(request_id, &client.placed)),
             None => state.placed.explain(request_id),
         }
@@ -372,6 +371,8 @@ impl Shell {
                 .placement
                 .waited(client.placed.priority, client.timeline.arrived.elapsed());
         }
+        // Most requests have one.
+        client.placed.decisions.reserve_exact(1);
         client.placed.decisions.push(decision);
     }
 

@@ -27,6 +27,7 @@ pub const TARGETS: &[Target] = &[
     // A worker, of its engine.
     Target { name: "worker_socket", run: baton_engine::fuzzing::worker_socket },
     Target { name: "kv_events", run: baton_engine::fuzzing::kv_events },
+    Target { name: "engine_exchange", run: baton_engine::fuzzing::engine_exchange },
     Target { name: "answer_body", run: baton_engine::fuzzing::answer_body },
     Target { name: "engine_description", run: baton_engine::fuzzing::engine_description },
     Target { name: "engine_answer", run: baton_worker::fuzzing::engine_answer },

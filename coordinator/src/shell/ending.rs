@@ -9,7 +9,7 @@ use crate::{admin::EndedRequest, journal::Ended, metrics::Outcome, spans::Ending
 
 impl Shell {
     /// What is kept are figures: words are made of them when somebody looks.
-    pub(super) fn request_ended(&self, state: &mut State, client: Client, outcome: Outcome) {
+    pub(super) fn request_ended(&self, state: &mut State, client: Box<Client>, outcome: Outcome) {
         let ended = Ended {
             request_id: client.request_id.clone(),
             path: client.path(),
@@ -42,7 +42,7 @@ impl Shell {
             tracer.end(trace, &ended.timeline, &ending);
         }
         state.journal.ended(ended);
-        self.placement_ended(state, client, outcome);
+        self.placement_ended(state, *client, outcome);
     }
 
     /// What was predicted of it is held against what happened, and its tenant is charged for its

@@ -1,12 +1,13 @@
 //! Every decoder of what vLLM, our connector and our scheduler inside it send, held against what must be
 //! true whatever comes.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::{FutureExt, StreamExt, stream};
 
 use super::{
     connector,
     frames::{self, Hello},
+    http::framing::{Head, Malformed},
     kv_events, probe, scheduler,
     sse::Chunked,
 };
@@ -69,6 +70,43 @@ pub fn answer_body(bytes: &[u8]) {
     if is_events && let Some((_, whole)) = chunks.split_last() {
         assert!(whole.iter().all(|chunk| chunk.ends_with(b"\n\n") || chunk.ends_with(b"\n\r\n")));
     }
+}
+
+/// An engine's side of a connection, however it is cut into pieces: the first byte says how. The same head and the same
+/// body come of it as if it had come at once.
+pub fn engine_exchange(bytes: &[u8]) {
+    let Some((&how, wire)) = bytes.split_first() else { return };
+    let in_pieces = exchanged(wire.chunks(1 + usize::from(how >> 1)), how & 1 == 0);
+    let at_once = exchanged(std::iter::once(wire), how & 1 == 0);
+    // A long head is only refused before it is whole.
+    if in_pieces != Err(Malformed::LongHead) {
+        assert_eq!(in_pieces, at_once);
+    }
+}
+
+/// The head as far as it says something, the body, and whether it is complete.
+fn exchanged<'a>(
+    pieces: impl Iterator<Item = &'a [u8]>,
+    has_body: bool,
+) -> Result<Option<(String, Vec<u8>, bool)>, Malformed> {
+    let mut head: Option<Head> = None;
+    let (mut arrived, mut body) = (BytesMut::new(), Vec::new());
+    for piece in pieces {
+        arrived.extend_from_slice(piece);
+        if head.is_none() {
+            head = Head::take(&mut arrived, has_body)?;
+        }
+        let Some(head) = &mut head else { continue };
+        let cut = head.framing.cut(&mut arrived)?;
+        assert!(cut.body <= cut.used && cut.used <= arrived.len());
+        assert!(cut.used == arrived.len() || head.framing.is_complete());
+        body.extend_from_slice(&arrived[..cut.body]);
+        arrived.clear();
+    }
+    Ok(head.map(|head| {
+        let is_complete = head.framing.is_complete();
+        (format!("{} {:?}", head.status, head.headers), body, is_complete)
+    }))
 }
 
 /// What vLLM says of itself: its models, its version, its metrics.

@@ -1,23 +1,18 @@
-use std::{
-    fmt,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use bytes::{Bytes, BytesMut};
-use futures::{Stream, StreamExt};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, header};
-use http_body_util::Full;
-use hyper::{
-    body::{Body, Incoming},
-    client::conn::http1,
-};
-use hyper_util::rt::TokioIo;
+use bytes::{Buf, BufMut, Bytes, BytesMut, buf::Chain};
+use futures::StreamExt;
+use http::{HeaderMap, HeaderName, Method, StatusCode, header, uri::PathAndQuery};
 use parking_lot::Mutex;
-use tokio::{net::TcpStream, time::Instant};
+use tokio::time::Instant;
 
+pub(super) mod framing;
+mod link;
+
+use self::{
+    framing::Head,
+    link::{Exchange, Link},
+};
 use super::sse::Chunked;
 use crate::{Answer, EngineError, EngineRequest};
 
@@ -26,6 +21,11 @@ const IDLE_LIMIT: Duration = Duration::from_secs(3);
 /// Time for one of our own small questions.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 const ASK_LIMIT_BYTES: usize = 8 << 20;
+
+/// A body up to this size is sent from one buffer with its head.
+const JOINED_BODY_BYTES: usize = 16 << 10;
+/// Of most requests' heads.
+const HEAD_ROOM_BYTES: usize = 512;
 
 /// Of one connection only (RFC 9110, 7.6.1), or about it.
 const NOT_FORWARDED: [HeaderName; 11] = [
@@ -58,6 +58,10 @@ pub(super) fn authority(url: &str) -> Result<String, EngineError> {
 ///
 /// Each exchange drives its own connection, so that there is one task a request, and dropping an answer
 /// closes its connection: that is how vLLM learns that nobody listens any more.
+///
+/// It speaks HTTP/1.1 itself, with httparse for the heads. A worker holds thousands of these connections, most of which
+/// wait for a token most of the time, and hyper's hold 25 KB each meanwhile: buffers to read and write, and a queue of
+/// requests (docs/performance.md).
 #[derive(Clone, Debug)]
 pub(super) struct EngineHttp {
     pool: Arc<Pool>,
@@ -66,15 +70,13 @@ pub(super) struct EngineHttp {
 #[derive(Debug)]
 struct Pool {
     address: String,
-    host: Option<HeaderValue>,
     idle: Mutex<Vec<(Instant, Link)>>,
 }
 
 impl EngineHttp {
     /// `address` is `host:port`.
     pub(super) fn new(address: String) -> Self {
-        let host = HeaderValue::from_str(&address).ok();
-        Self { pool: Arc::new(Pool { address, host, idle: Mutex::default() }) }
+        Self { pool: Arc::new(Pool { address, idle: Mutex::default() }) }
     }
 
     pub(super) fn address(&self) -> &str {
@@ -82,16 +84,13 @@ impl EngineHttp {
     }
 
     pub(super) async fn run(&self, request: EngineRequest) -> Result<Answer, EngineError> {
-        let (head, body) = self.exchange(&request).await?.into_parts();
-        let mut headers = head.headers;
-        let events = headers
+        let (head, body) = self.exchange(&request).await?;
+        let events = head
+            .headers
             .get(header::CONTENT_TYPE)
             .is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"));
-        for name in &NOT_FORWARDED {
-            headers.remove(name);
-        }
         let body = Chunked::new(body, events).boxed();
-        Ok(Answer { status: head.status, headers, body })
+        Ok(Answer { status: head.status, headers: head.headers, body })
     }
 
     /// Asks something small of the engine itself.
@@ -103,7 +102,7 @@ impl EngineHttp {
                 headers: HeaderMap::new(),
                 body: Bytes::new(),
             };
-            let (head, mut body) = self.exchange(&request).await?.into_parts();
+            let (head, mut body) = self.exchange(&request).await?;
             let mut answer = BytesMut::new();
             while let Some(chunk) = body.next().await {
                 answer.extend_from_slice(&chunk?);
@@ -120,69 +119,58 @@ impl EngineHttp {
         })
     }
 
-    async fn exchange(
-        &self,
-        request: &EngineRequest,
-    ) -> Result<http::Response<Exchange>, EngineError> {
+    async fn exchange(&self, request: &EngineRequest) -> Result<(Head, Exchange), EngineError> {
         if let Some(link) = self.pool.take() {
             // The engine may be closing it at this moment: then a fresh connection says the truth.
             if let Ok(answer) = self.exchange_over(link, request).await {
                 return Ok(answer);
             }
         }
-        let link = self.connect().await?;
-        self.exchange_over(link, request).await.map_err(|e| EngineError::BrokeOff(e.to_string()))
-    }
-
-    async fn connect(&self) -> Result<Link, EngineError> {
-        let unreachable = |reason: String| EngineError::Unreachable {
+        let link = Link::connect(self.address()).await.map_err(|e| EngineError::Unreachable {
             address: self.address().to_owned(),
-            reason,
-        };
-        let stream =
-            TcpStream::connect(self.address()).await.map_err(|e| unreachable(e.to_string()))?;
-        stream.set_nodelay(true).map_err(|e| unreachable(e.to_string()))?;
-        let (sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(e.to_string()))?;
-        Ok(Link { sender, connection: Box::pin(connection), closed: false })
+            reason: e.to_string(),
+        })?;
+        self.exchange_over(link, request).await.map_err(|e| EngineError::BrokeOff(e.to_string()))
     }
 
     async fn exchange_over(
         &self,
         mut link: Link,
         request: &EngineRequest,
-    ) -> Result<http::Response<Exchange>, hyper::Error> {
-        std::future::poll_fn(|cx| {
-            link.drive(cx);
-            link.sender.poll_ready(cx)
-        })
-        .await?;
-        let mut answer = Box::pin(link.sender.send_request(self.http_request(request)));
-        let response = std::future::poll_fn(|cx| {
-            link.drive(cx);
-            answer.as_mut().poll(cx)
-        })
-        .await?;
-        drop(answer);
-        Ok(response.map(|body| Exchange { body, link: Some(link), pool: self.pool.clone() }))
+    ) -> std::io::Result<(Head, Exchange)> {
+        let wants_body = request.method != Method::HEAD;
+        let head = link.ask(self.message(request), wants_body).await?;
+        let body = Exchange::new(link, head.framing, self.pool.clone());
+        Ok((head, body))
     }
 
-    fn http_request(&self, request: &EngineRequest) -> Request<Full<Bytes>> {
-        let mut headers = request.headers.clone();
-        for name in &NOT_FORWARDED {
-            headers.remove(name);
-        }
-        // Answers are read for their token counts: they must come as they are.
-        headers.remove(header::ACCEPT_ENCODING);
-        if let Some(host) = &self.pool.host {
-            headers.insert(header::HOST, host.clone());
-        }
-        let mut http = Request::new(Full::new(request.body.clone()));
-        *http.method_mut() = request.method.clone();
+    /// A request as it goes over the wire.
+    fn message(&self, request: &EngineRequest) -> Chain<Bytes, Bytes> {
+        let (joined, apart) = match request.body.len() {
+            ..=JOINED_BODY_BYTES => (request.body.clone(), Bytes::new()),
+            _ => (Bytes::new(), request.body.clone()),
+        };
+        let mut message = BytesMut::with_capacity(HEAD_ROOM_BYTES + joined.len());
+        let mut line = |parts: &[&[u8]]| {
+            parts.iter().for_each(|part| message.put_slice(part));
+            message.put_slice(b"\r\n");
+        };
         // A path that is no URI would have been refused at the front; the root answers it with 404.
-        *http.uri_mut() = request.path.parse().unwrap_or_default();
-        *http.headers_mut() = headers;
-        http
+        let path = request.path.parse().unwrap_or(PathAndQuery::from_static("/")).to_string();
+        line(&[request.method.as_str().as_bytes(), b" ", path.as_bytes(), b" HTTP/1.1"]);
+        line(&[b"host: ", self.address().as_bytes()]);
+        for (name, value) in &request.headers {
+            // Answers are read for their token counts: they must come as they are.
+            if !NOT_FORWARDED.contains(name) && *name != header::ACCEPT_ENCODING {
+                line(&[name.as_str().as_bytes(), b": ", value.as_bytes()]);
+            }
+        }
+        if request.method == Method::POST || !request.body.is_empty() {
+            line(&[b"content-length: ", request.body.len().to_string().as_bytes()]);
+        }
+        line(&[]);
+        message.put_slice(&joined);
+        message.freeze().chain(apart)
     }
 }
 
@@ -191,82 +179,17 @@ impl Pool {
     fn take(&self) -> Option<Link> {
         let mut idle = self.idle.lock();
         idle.retain(|(since, _)| since.elapsed() < IDLE_LIMIT);
-        idle.pop().map(|(_, link)| link)
+        while let Some((_, link)) = idle.pop() {
+            if link.is_quiet() {
+                return Some(link);
+            }
+        }
+        None
     }
 
     fn give_back(&self, link: Link) {
-        self.idle.lock().push((Instant::now(), link));
-    }
-}
-
-type Connection = http1::Connection<TokioIo<TcpStream>, Full<Bytes>>;
-
-/// One connection, driven by whoever uses it.
-struct Link {
-    sender: http1::SendRequest<Full<Bytes>>,
-    connection: Pin<Box<Connection>>,
-    closed: bool,
-}
-
-impl fmt::Debug for Link {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Link").field("closed", &self.closed).finish_non_exhaustive()
-    }
-}
-
-impl Link {
-    fn drive(&mut self, cx: &mut Context<'_>) {
-        // How it ended is told by the answer's own error.
-        if !self.closed && self.connection.as_mut().poll(cx).is_ready() {
-            self.closed = true;
-        }
-    }
-}
-
-/// The body of one answer, and the connection it comes over.
-#[derive(Debug)]
-pub(super) struct Exchange {
-    body: Incoming,
-    /// Gone back to the pool once the answer is whole.
-    link: Option<Link>,
-    pool: Arc<Pool>,
-}
-
-impl Stream for Exchange {
-    type Item = Result<Bytes, EngineError>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = &mut *self;
-        loop {
-            if let Some(link) = &mut this.link {
-                link.drive(cx);
-            }
-            let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
-                return Poll::Pending;
-            };
-            match frame {
-                Some(Ok(frame)) => {
-                    // Trailers say nothing that a client needs.
-                    if let Ok(data) = frame.into_data()
-                        && !data.is_empty()
-                    {
-                        return Poll::Ready(Some(Ok(data)));
-                    }
-                }
-                Some(Err(error)) => {
-                    this.link = None;
-                    return Poll::Ready(Some(Err(EngineError::BrokeOff(error.to_string()))));
-                }
-                None => {
-                    if let Some(mut link) = this.link.take() {
-                        link.drive(cx);
-                        if !link.closed && link.sender.is_ready() {
-                            this.pool.give_back(link);
-                        }
-                    }
-                    return Poll::Ready(None);
-                }
-            }
+        if link.is_reusable() {
+            self.idle.lock().push((Instant::now(), link));
         }
     }
 }

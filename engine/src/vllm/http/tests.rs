@@ -1,8 +1,9 @@
 //! Against a server that says exactly what a test tells it to.
 
+use http::HeaderValue;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
 };
 
 use super::*;
@@ -172,4 +173,131 @@ fn only_a_plain_url_is_an_engines() {
     for wrong in ["https://h:1", "127.0.0.1:8101", "", "http://"] {
         assert!(authority(wrong).is_err(), "{wrong}");
     }
+}
+
+/// What a server answers to requests over one connection, and what a client then has of them.
+async fn answered(answers: &[&str]) -> Vec<Result<String, EngineError>> {
+    let (listener, engine) = server().await;
+    let server = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        for answer in answers {
+            read_request(&mut stream).await;
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    };
+    let client = async {
+        let mut bodies = Vec::new();
+        for _ in answers {
+            let answer = match engine.run(completion()).await {
+                Ok(answer) => answer,
+                Err(error) => {
+                    bodies.push(Err(error));
+                    continue;
+                }
+            };
+            let chunks: Result<Vec<_>, _> =
+                answer.body.collect::<Vec<_>>().await.into_iter().collect();
+            bodies.push(chunks.map(|chunks| String::from_utf8(chunks.concat()).unwrap()));
+        }
+        bodies
+    };
+    timeout(async { tokio::join!(server, client) }).await.1
+}
+
+#[tokio::test]
+async fn every_framing_is_understood_and_all_but_the_last_keep_the_connection() {
+    let bodies = answered(&[
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n",
+        "HTTP/1.1 204 No Content\r\n\r\n",
+        "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+        "HTTP/1.1 400 Bad Request\r\ncontent-length: 3\r\n\r\nno.",
+        "HTTP/1.1 200 OK\r\n\r\nuntil the end",
+    ]);
+    let bodies: Vec<_> = bodies.await.into_iter().map(Result::unwrap).collect();
+    assert_eq!(bodies, ["abcde", "", "", "no.", "until the end"]);
+}
+
+#[tokio::test]
+async fn what_is_no_answer_is_an_error_that_says_so() {
+    for (answer, reason) in [
+        ("SSH-2.0-OpenSSH_9.2\r\n", "the answer's head is malformed: invalid HTTP version"),
+        ("HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n", "content-length is no number"),
+        ("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nx\r\n", "chunks are malformed"),
+        ("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nshort", "before its answer was whole"),
+        ("HTTP/1.1 200 OK\r\ncontent-le", "before its answer was whole"),
+        ("", "before its answer was whole"),
+    ] {
+        match answered(&[answer]).await.remove(0) {
+            Err(EngineError::BrokeOff(told)) => assert!(told.contains(reason), "{told}"),
+            other => panic!("{answer:?}: {other:?}"),
+        }
+    }
+}
+
+/// Who answers before he has read all may never read it, and says what is wrong.
+#[tokio::test]
+async fn an_answer_that_comes_before_the_request_was_taken_is_heard() {
+    let (listener, engine) = server().await;
+    let server = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let answer = "HTTP/1.1 413 Content Too Large\r\ncontent-length: 2\r\n\r\n{}";
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        // The next one has a connection of its own.
+        let (mut fresh, _) = listener.accept().await.unwrap();
+        read_request(&mut fresh).await;
+        fresh.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]").await.unwrap();
+    };
+    let client = async {
+        let large = EngineRequest { body: Bytes::from(vec![b'x'; 64 << 20]), ..completion() };
+        let answer = engine.run(large).await.unwrap();
+        assert_eq!(answer.status, StatusCode::PAYLOAD_TOO_LARGE);
+        assert_eq!(whole(answer).await, "{}");
+        assert_eq!(whole(engine.run(completion()).await.unwrap()).await, "[]");
+    };
+    timeout(async { tokio::join!(server, client) }).await;
+}
+
+#[tokio::test]
+async fn what_comes_behind_an_answer_is_no_part_of_the_next_one() {
+    let (listener, engine) = server().await;
+    let server = async {
+        for unasked in ["HTTP/1.1 500 Unasked\r\n\r\n", ""] {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            read_request(&mut stream).await;
+            let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{{}}{unasked}");
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    };
+    let client = async {
+        for _ in 0..2 {
+            let answer = engine.run(completion()).await.unwrap();
+            assert_eq!((answer.status, whole(answer).await.as_str()), (StatusCode::OK, "{}"));
+        }
+    };
+    timeout(async { tokio::join!(server, client) }).await;
+}
+
+#[tokio::test]
+async fn megabytes_pass_both_ways() {
+    let (listener, engine) = server().await;
+    let body: String = ('a'..='z').cycle().take(3_000_001).collect();
+    let server = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        for _ in 0..2 {
+            let request = read_request(&mut stream).await;
+            let (head, sent) = request.split_once("\r\n\r\n").unwrap();
+            assert!(head.contains("content-length: 3000002"), "{head}");
+            assert!(sent.strip_suffix('}') == Some(&body));
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
+            stream.write_all(head.as_bytes()).await.unwrap();
+            stream.write_all(body.as_bytes()).await.unwrap();
+        }
+    };
+    let client = async {
+        for _ in 0..2 {
+            let request = EngineRequest { body: format!("{body}}}").into(), ..completion() };
+            assert!(whole(engine.run(request).await.unwrap()).await == body);
+        }
+    };
+    timeout(async { tokio::join!(server, client) }).await;
 }
