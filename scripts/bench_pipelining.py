@@ -24,7 +24,10 @@ import time
 HTTP_PORT, WORKERS_PORT, TRANSFER_PORT, ENGINE_PORT = 18800, 18801, 18802, 18803
 BLOCK_TOKENS = 16
 MODEL = "baton-sim"
-PREFILL_CORE, DECODE_CORE = "0", "1"
+# A vLLM that waits for KV turns without rest (its processes look for each other's messages), and would take the time of
+# one that computes. So the engine whose prefill counts has a core of its own, as on any machine with more than two, and
+# all else has the other. An embedded engine is in its worker's process, and each worker has a core.
+PREFILL_CORE, OTHER_CORE = "0", "1"
 
 CONFIG = """
 insecure_plaintext = true
@@ -130,21 +133,22 @@ def inside(namespace):
     return ("ip", "netns", "exec", namespace)
 
 
-def core_of(process):
-    """Each of the two machines has a core of its own: an engine that waits for KV turns without rest (vLLM's
-    processes look for each other's messages), and would take the other's time."""
-    return ("taskset", "--cpu-list", PREFILL_CORE if process.startswith("prefill") else DECODE_CORE)
+def on_core(core):
+    return ["taskset", "--cpu-list", core]
 
 
 class Cluster:
-    def __init__(self, baton, network, directory):
+    def __init__(self, baton, network, directory, engines_apart):
         self.baton, self.network, self.directory = baton, network, directory
+        self.engines_apart = engines_apart
         self.processes = {}
 
     def start(self, *names):
         for name in names:
             role = f"{name.split('-')[0]}-worker" if "-" in name else name
-            command = [*inside(self.network.of(name)), *core_of(name), self.baton, role]
+            embeds = name.startswith("prefill") and not self.engines_apart
+            core = on_core(PREFILL_CORE if embeds else OTHER_CORE)
+            command = [*inside(self.network.of(name)), *core, self.baton, role]
             command += ["--config", os.path.join(self.directory, "baton.toml")]
             command += ["--name", name] if "-" in name else []
             log = open(os.path.join(self.directory, f"{name}.log"), "ab")
@@ -184,44 +188,44 @@ def some_prompt(tokens):
     return [random.randrange(256, 4000) for _ in range(tokens)]
 
 
-def ask(network, prompt):
+def ask(namespace, prompt, port=HTTP_PORT):
     body = {"model": MODEL, "prompt": prompt, "max_tokens": 2, "stream": True, "ignore_eos": True}
     body = json.dumps(body)
     done = subprocess.run(
-        (*inside(network.decode), *core_of("client"), sys.executable, "-c", CLIENT, str(HTTP_PORT)),
+        (*inside(namespace), *on_core(OTHER_CORE), sys.executable, "-c", CLIENT, str(port)),
         input=body, capture_output=True, text=True, check=False,
     )
     return json.loads(done.stdout) if done.returncode == 0 else {"status": 0, "path": None}
 
 
-def ask_until(network, path, prompt, patience_s=60):
+def ask_until(path, prompt, asking, patience_s=60):
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        answer = ask(network, prompt)
+        answer = asking(prompt)
         if answer["status"] == 200 and answer["path"] == path:
             return answer
         time.sleep(0.5)
     raise SystemExit(f"no answer was {path} within {patience_s} s: {answer}")
 
 
-def median_ttft(network, path, arguments):
-    ask_until(network, path, some_prompt(64), patience_s=400)
+def median_ttft(path, asking, arguments):
+    ask_until(path, some_prompt(64), asking, patience_s=400)
     # A fresh prompt each time.
     answers = [
-        ask_until(network, path, some_prompt(arguments.tokens)) for _ in range(arguments.rounds)
+        ask_until(path, some_prompt(arguments.tokens), asking) for _ in range(arguments.rounds)
     ]
     return statistics.median(answer["ttft_s"] for answer in answers)
 
 
-def median_transfer_of_cached(network, arguments):
+def median_transfer_of_cached(network, asking, arguments):
     """Of prompts that the prefill worker has cached, and the decode worker has not any more."""
     times = []
     for _ in range(arguments.rounds):
         prompt = some_prompt(arguments.tokens)
-        ask_until(network, "disaggregated", prompt)
+        ask_until("disaggregated", prompt, asking)
         url = f"http://127.0.0.1:{ENGINE_PORT}/reset_prefix_cache"
         run(*inside(network.decode), sys.executable, "-c", RESET, url)
-        times.append(ask_until(network, "disaggregated", prompt)["ttft_s"])
+        times.append(ask_until("disaggregated", prompt, asking)["ttft_s"])
     return statistics.median(times)
 
 
@@ -242,6 +246,7 @@ def sim(time_scale, arguments):
 
 def vllm(name, core, arguments):
     command = [
+        *on_core(core),
         os.path.join(os.path.abspath(arguments.vllm), "bin/vllm"), "serve",
         os.path.abspath(arguments.model), "--served-model-name", MODEL, "--enforce-eager", "--dtype", "float32",
         "--max-model-len", "2048", "--max-num-seqs", "8", "--block-size", "32",
@@ -267,7 +272,7 @@ def write_config(directory, time_scale, arguments, prompt_bytes):
     toml = CONFIG.format(
         http=HTTP_PORT, workers=WORKERS_PORT, transfer=TRANSFER_PORT,
         engine=VLLM if arguments.vllm else sim(time_scale, arguments),
-        prefill_engine=own("prefill-0", PREFILL_CORE), decode_engine=own("decode-0", DECODE_CORE),
+        prefill_engine=own("prefill-0", PREFILL_CORE), decode_engine=own("decode-0", OTHER_CORE),
         layer_groups=arguments.layer_groups, arena=max(2 * prompt_bytes >> 20, 16),
     )
     with open(os.path.join(directory, "baton.toml"), "w", encoding="utf-8") as file:
@@ -300,23 +305,30 @@ def main():
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         write = lambda time_scale: write_config(directory, time_scale, arguments, prompt_bytes)
         write(1.0)
-        cluster = Cluster(os.path.abspath(arguments.baton), network, directory)
+        apart = arguments.vllm is not None
+        cluster = Cluster(os.path.abspath(arguments.baton), network, directory, apart)
+        of_cluster = lambda prompt: ask(network.decode, prompt)
+        # The engine itself, on its own port.
+        of_prefill = lambda prompt: ask(network.prefill, prompt, ENGINE_PORT)
         try:
             cluster.start("coordinator", "decode-0")
-            prefill_s = median_ttft(network, "aggregated", arguments)
+            if not apart:
+                prefill_s = median_ttft("aggregated", of_cluster, arguments)
             cluster.start("prefill-0")
-            unlimited_s = median_ttft(network, "disaggregated", arguments)
+            unlimited_s = median_ttft("disaggregated", of_cluster, arguments)
+            if apart:
+                prefill_s = median_ttft(None, of_prefill, arguments)
             rate = arguments.rate_factor * prompt_bytes / prefill_s
             network.limit(rate)
-            limited_s = median_ttft(network, "disaggregated", arguments)
+            limited_s = median_ttft("disaggregated", of_cluster, arguments)
             # An engine that takes no time leaves what the link takes; or one that has the prompt cached.
             if arguments.vllm:
-                transfer_s = median_transfer_of_cached(network, arguments)
+                transfer_s = median_transfer_of_cached(network, of_cluster, arguments)
             else:
                 cluster.stop("prefill-0", "decode-0")
                 write(0.0)
                 cluster.start("prefill-0", "decode-0")
-                transfer_s = median_ttft(network, "disaggregated", arguments)
+                transfer_s = median_ttft("disaggregated", of_cluster, arguments)
         finally:
             cluster.stop()
             network.remove()
