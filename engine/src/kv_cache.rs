@@ -1,11 +1,9 @@
 //! What an engine's prefix cache holds, from the engine to whoever follows it.
 
-use std::{
-    collections::{HashMap, HashSet, VecDeque},
-    sync::Arc,
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use baton_types::BlockHash;
+use indexmap::{IndexMap, IndexSet};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -27,7 +25,8 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    held: HashSet<BlockHash>,
+    /// By and large in the order in which they were stored.
+    held: IndexSet<BlockHash>,
     changes: VecDeque<Change>,
     /// The number of the first of `changes`: those before it can no longer be had.
     first: u64,
@@ -45,7 +44,8 @@ pub struct KvCacheChanges {
     /// What was told before counts no more.
     pub restart: bool,
     pub removed: Vec<BlockHash>,
-    /// None of them is among the removed.
+    /// None of them is among the removed. In the order in which they were stored, which is that of a prompt: whoever
+    /// keeps them so finds them faster.
     pub stored: Vec<BlockHash>,
 }
 
@@ -99,7 +99,7 @@ impl KvCacheLog {
         let is_new = if change.stored {
             state.held.insert(change.block)
         } else {
-            state.held.remove(&change.block)
+            state.held.swap_remove(&change.block)
         };
         if !is_new {
             return;
@@ -170,7 +170,7 @@ impl KvCacheFollower {
         }
         let from = usize::try_from(at - state.first).unwrap_or(usize::MAX);
         // Of several changes of one block the last counts.
-        let last: HashMap<BlockHash, bool> = state
+        let last: IndexMap<BlockHash, bool> = state
             .changes
             .range(from.min(state.changes.len())..)
             .take(most)
@@ -189,6 +189,8 @@ impl KvCacheFollower {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -262,6 +264,20 @@ mod tests {
             }
             prop_assert_eq!(believed, truth);
         }
+    }
+
+    #[test]
+    fn blocks_are_told_in_the_order_in_which_they_were_stored() {
+        let log = KvCacheLog::default();
+        let mut late = log.follow();
+        let mut follower = log.follow();
+        assert!(follower.take(10).unwrap().restart);
+        let prompt: Vec<_> = (0..100).map(|number| block(number * 7 % 100)).collect();
+        for block in &prompt {
+            log.stored(*block);
+        }
+        assert_eq!(follower.take(1000).unwrap().stored, prompt);
+        assert_eq!(late.take(1000).unwrap().stored, prompt, "and so is all that is held");
     }
 
     #[tokio::test]

@@ -10,8 +10,10 @@
 //! each block of the prompt is looked at: nothing about a block follows from one behind it.
 
 mod holders;
+mod places;
 mod reach;
 mod routed;
+mod rows;
 mod table;
 mod worker_slots;
 
@@ -32,6 +34,9 @@ use self::{
 /// Changes to the blocks of workers `W` between two looks at one part of the table for blocks of
 /// workers that are gone.
 const CHANGES_PER_SWEEP: usize = 256;
+
+/// Blocks that lie one behind the other, fewer than which make it likely that the next ones do not.
+const SHORT_RUN: usize = 8;
 
 /// Which workers `W` hold which blocks.
 #[derive(Debug)]
@@ -103,7 +108,7 @@ impl<W: Copy + Eq + Hash> PrefixIndex<W> {
     /// Forgets a worker, in a time that does not depend on what it held.
     pub fn worker_gone(&mut self, worker: W) {
         if let Some(known) = self.workers.remove(&worker) {
-            self.slots.retire(known.slot, self.table.sweeps());
+            self.retire(known.slot);
         }
     }
 
@@ -133,8 +138,9 @@ impl<W: Copy + Eq + Hash> PrefixIndex<W> {
     /// The worker holds these blocks.
     pub fn stored(&mut self, worker: W, blocks: &[BlockHash]) {
         let Some(known) = self.workers.get(&worker) else { return };
+        let mut sought = Vec::new();
         for batch in blocks.chunks(table::BATCH) {
-            self.table.touch(batch);
+            self.table.seek(batch, &mut sought);
             for block in batch {
                 let is_new = self.table.insert(*block, known.slot, &self.slots);
                 self.slots.count(known.slot, isize::from(is_new));
@@ -146,8 +152,9 @@ impl<W: Copy + Eq + Hash> PrefixIndex<W> {
     /// The worker no longer holds these blocks.
     pub fn removed(&mut self, worker: W, blocks: &[BlockHash]) {
         let Some(known) = self.workers.get(&worker) else { return };
+        let mut sought = Vec::new();
         for batch in blocks.chunks(table::BATCH) {
-            self.table.touch(batch);
+            self.table.seek(batch, &mut sought);
             for block in batch {
                 let was_held = self.table.remove(*block, known.slot);
                 self.slots.count(known.slot, -isize::from(was_held));
@@ -159,10 +166,11 @@ impl<W: Copy + Eq + Hash> PrefixIndex<W> {
     /// The worker holds nothing. Takes a time that does not depend on what it held.
     pub fn cleared(&mut self, worker: W) {
         let Some(known) = self.workers.get(&worker) else { return };
-        if self.slots.blocks(known.slot) == 0 {
+        let slot = known.slot;
+        if self.slots.blocks(slot) == 0 {
             return;
         }
-        self.slots.retire(known.slot, self.table.sweeps());
+        self.retire(slot);
         let slot = self.new_slot(worker);
         if let Some(known) = self.workers.get_mut(&worker) {
             known.slot = slot;
@@ -173,21 +181,32 @@ impl<W: Copy + Eq + Hash> PrefixIndex<W> {
     /// from the first on. In no order.
     pub fn matched(&self, prompt: &[BlockHash], held: &mut Vec<(W, u32)>) {
         let mut reach = Reach::new(self.slots.len());
-        let found = |slot: Slot, blocks: u32, held: &mut Vec<(W, u32)>| {
+        let mut found = |slot: Slot, blocks: u32| {
             if let Some(worker) = self.slots.worker(slot) {
                 held.push((worker, blocks));
             }
         };
-        'prompt: for batch in prompt.chunks(table::BATCH) {
-            self.table.touch(batch);
-            for block in batch {
-                let holders = self.table.holders(*block);
-                if !reach.advance(holders, |slot, blocks| found(slot, blocks, held)) {
+        let mut rest = prompt;
+        // Where blocks may lie, sought ahead; the rest begins at this one of them.
+        let (mut sought, mut at) = (Vec::new(), 0);
+        'prompt: loop {
+            let run = self.table.run(rest, sought.get(at).copied().flatten());
+            for row in run {
+                if !reach.advance(row.holders, || self.table.holders(row), &mut found) {
                     break 'prompt;
                 }
             }
+            if run.is_empty() {
+                break;
+            }
+            rest = &rest[run.len()..];
+            at += run.len();
+            if run.len() < SHORT_RUN && at >= sought.len() {
+                self.table.seek(&rest[..rest.len().min(table::BATCH)], &mut sought);
+                at = 0;
+            }
         }
-        reach.finish(|slot, blocks| found(slot, blocks, held));
+        reach.finish(found);
     }
 
     /// How many blocks a worker holds.
@@ -212,7 +231,7 @@ impl<W: Copy + Eq + Hash> PrefixIndex<W> {
     /// Gives back some of what workers left behind that are gone: a little work, for when time passes
     /// and nothing changes.
     pub fn tidy(&mut self) {
-        if self.slots.any_retired() {
+        if self.slots.any_retired() || self.table.is_sparse() {
             self.table.sweep(&mut self.slots);
         }
     }
@@ -228,6 +247,11 @@ impl<W: Copy + Eq + Hash> PrefixIndex<W> {
             self.changes_since_sweep -= CHANGES_PER_SWEEP;
             self.tidy();
         }
+    }
+
+    fn retire(&mut self, slot: Slot) {
+        self.slots.retire(slot, self.table.sweeps());
+        self.table.retired(slot);
     }
 
     fn new_slot(&mut self, worker: W) -> Slot {

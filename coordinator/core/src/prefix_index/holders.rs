@@ -106,6 +106,11 @@ impl Holders {
         self == Self::NONE
     }
 
+    /// Whether they stand among [`Crowds`]: then who is equal need not be the same.
+    pub(super) fn are_many(self) -> bool {
+        self.crowd().is_some()
+    }
+
     /// A crowd of four or fewer is none.
     fn settle(&mut self, crowd: u32, crowds: &mut Crowds) {
         if let Some(few) = crowds.crowds[crowd as usize].few() {

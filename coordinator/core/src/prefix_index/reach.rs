@@ -1,5 +1,5 @@
 use super::{
-    holders::{HoldersView, for_each_bit, place},
+    holders::{Holders, HoldersView, for_each_bit, place},
     worker_slots::Slot,
 };
 
@@ -10,7 +10,7 @@ pub(super) struct Reach<'a> {
     words: Vec<u64>,
     count: usize,
     blocks: u32,
-    last: Option<HoldersView<'a>>,
+    last: Option<(Holders, HoldersView<'a>)>,
 }
 
 impl<'a> Reach<'a> {
@@ -22,15 +22,18 @@ impl<'a> Reach<'a> {
     /// which nobody passes.
     pub(super) fn advance(
         &mut self,
-        holders: Option<HoldersView<'a>>,
+        holders: Holders,
+        view: impl FnOnce() -> HoldersView<'a>,
         ended: impl FnMut(Slot, u32),
     ) -> bool {
-        let Some(holders) = holders else { return false };
-        match self.last.replace(holders) {
-            None => self.start(holders),
-            // Blocks that came together are mostly held by the same workers.
-            Some(last) if last == holders => {}
-            Some(_) => self.keep(holders, ended),
+        // Blocks that came together are mostly held by the same workers.
+        if holders.are_many() || self.last.is_none_or(|(last, _)| last != holders) {
+            let view = view();
+            match self.last.replace((holders, view)) {
+                None => self.start(view),
+                Some((_, last)) if last == view => {}
+                Some(_) => self.keep(view, ended),
+            }
         }
         if self.count == 0 {
             return false;

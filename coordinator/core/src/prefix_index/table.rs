@@ -1,78 +1,72 @@
-//! Block names and their holders in open addressing: one cache line a look-up, for the most part.
+//! Block names and their holders.
 
 use std::hint::black_box;
 
 use baton_types::BlockHash;
 
 use super::{
-    holders::{Crowds, Holders, HoldersView},
+    holders::{Crowds, HoldersView},
+    places::Places,
+    rows::{Place, Row, Rows},
     worker_slots::{Slot, WorkerSlots},
 };
 
-/// Parts of the table that grow on their own: no growth stalls the coordinator for more than a
-/// thousandth of the whole.
+/// Parts of the table that grow on their own, and are swept one at a time: neither stalls the coordinator
+/// for more than a thousandth of the whole.
 pub(super) const SHARDS: usize = 1 << SHARD_BITS;
-const SHARD_BITS: u32 = 10;
+/// Few in tests, so that each is swept often.
+const SHARD_BITS: u32 = if cfg!(test) { 2 } else { 10 };
 
 /// Look-ups whose cache misses are waited for together.
 pub(super) const BATCH: usize = 64;
 
-const FIRST_BUCKETS: usize = 8;
-
 #[derive(Debug)]
 pub(super) struct BlockTable {
+    /// By the name of a block.
     shards: Box<[Shard]>,
-    /// Shards swept since the beginning.
+    rows: Rows,
+    /// Parts swept since the beginning.
     sweeps: u64,
 }
 
 #[derive(Debug, Default)]
 struct Shard {
-    /// A power of two of them, or none.
-    buckets: Vec<Bucket>,
-    used: usize,
+    places: Places,
     crowds: Crowds,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Bucket {
-    /// Zero where there is none.
-    block: u64,
-    holders: Holders,
-}
-
-const EMPTY: Bucket = Bucket { block: 0, holders: Holders::NONE };
-
 impl Default for BlockTable {
     fn default() -> Self {
-        Self { shards: (0..SHARDS).map(|_| Shard::default()).collect(), sweeps: 0 }
+        let shards = (0..SHARDS).map(|_| Shard::default()).collect();
+        Self { shards, rows: Rows::default(), sweeps: 0 }
     }
 }
 
 impl BlockTable {
-    /// Brings the blocks' first buckets into the cache. The loads do not depend on each other, so that
-    /// the processor waits for many at once; followed by look-ups one by one, it would wait for each.
-    pub(super) fn touch(&self, blocks: &[BlockHash]) {
-        const NOTHING: &u64 = &0;
-        let mut first = [NOTHING; BATCH];
-        let mut last = [NOTHING; BATCH];
-        for ((block, first), last) in blocks.iter().zip(&mut first).zip(&mut last) {
-            let shard = &self.shards[shard_of(*block)];
-            let home = shard.home(block.get());
-            let place =
-                |place: usize| shard.buckets.get(place).map_or(NOTHING, |bucket| &bucket.block);
-            // Where a block is not at home it may stand across the line's end.
-            (*first, *last) = (place(home), place(home + 3));
-        }
-        // Apart from the finding, so that as many loads as may be are under way at once.
-        let sum = first.iter().chain(&last).fold(0_u64, |sum, block| sum.wrapping_add(**block));
-        black_box(sum);
+    /// Where these blocks may lie, which brings them into the cache. The loads do not depend on each other, so
+    /// that the processor waits for many at once; of look-ups one by one, it would wait for each.
+    pub(super) fn seek(&self, blocks: &[BlockHash], places: &mut Vec<Option<Place>>) {
+        let homes = blocks.iter().map(|block| self.shard(*block).places.touch(block.get()));
+        black_box(homes.fold(0, u32::wrapping_add));
+        places.clear();
+        places.extend(blocks.iter().map(|block| self.shard(*block).places.likely(block.get())));
+        let rows = places.iter().flatten().map(|place| self.rows.get(*place).block);
+        black_box(rows.fold(0, u64::wrapping_add));
     }
 
-    pub(super) fn holders(&self, block: BlockHash) -> Option<HoldersView<'_>> {
-        let shard = &self.shards[shard_of(block)];
-        let place = shard.find(block.get()).ok()?;
-        Some(shard.buckets[place].holders.view(&shard.crowds))
+    /// The rows of as many of these blocks, from the first on, as lie one behind the other; where the first
+    /// one may lie if that is known.
+    pub(super) fn run(&self, blocks: &[BlockHash], likely: Option<Place>) -> &[Row] {
+        let Some(first) = blocks.first() else { return &[] };
+        let likely = likely.filter(|place| self.rows.get(*place).block == first.get());
+        let Some(place) = likely.or_else(|| self.find(*first)) else { return &[] };
+        let rows = self.rows.following(place);
+        let same = rows.iter().zip(blocks).take_while(|(row, block)| row.block == block.get());
+        &rows[..same.count()]
+    }
+
+    pub(super) fn holders(&self, row: &Row) -> HoldersView<'_> {
+        row.holders.view(&self.shards[shard_of(row.block)].crowds)
     }
 
     /// False where the worker held it.
@@ -82,13 +76,13 @@ impl BlockTable {
         slot: Slot,
         slots: &WorkerSlots<W>,
     ) -> bool {
-        let shard = &mut self.shards[shard_of(block)];
-        let place = match shard.find(block.get()) {
-            Ok(place) => place,
-            Err(_) => shard.add(block.get()),
-        };
-        let Shard { buckets, crowds, .. } = shard;
-        let holders = &mut buckets[place].holders;
+        let place = self.find(block).unwrap_or_else(|| {
+            let place = self.rows.add(slot, block.get());
+            self.shards[shard_of(block.get())].places.add(block.get(), place);
+            place
+        });
+        let crowds = &mut self.shards[shard_of(block.get())].crowds;
+        let holders = &mut self.rows.get_mut(place).holders;
         if slots.any_retired() {
             holders.retain(|slot| slots.is_live(slot), crowds);
         }
@@ -97,123 +91,86 @@ impl BlockTable {
 
     /// False where the worker did not hold it.
     pub(super) fn remove(&mut self, block: BlockHash, slot: Slot) -> bool {
-        let shard = &mut self.shards[shard_of(block)];
-        let Ok(place) = shard.find(block.get()) else { return false };
-        let Shard { buckets, crowds, .. } = shard;
-        let was_held = buckets[place].holders.remove(slot, crowds);
-        if buckets[place].holders.is_empty() {
-            shard.take_out(place);
+        let Some(place) = self.find(block) else { return false };
+        let crowds = &mut self.shards[shard_of(block.get())].crowds;
+        let holders = &mut self.rows.get_mut(place).holders;
+        let was_held = holders.remove(slot, crowds);
+        if holders.is_empty() {
+            self.take_out(place);
         }
         was_held
+    }
+
+    /// The worker that had this number tells no more under it.
+    pub(super) fn retired(&mut self, slot: Slot) {
+        self.rows.ended(slot);
     }
 
     pub(super) fn sweeps(&self) -> u64 {
         self.sweeps
     }
 
-    /// Frees the next shard of what workers left behind that are gone.
+    /// Whether sweeping gives memory back though no worker is gone.
+    pub(super) fn is_sparse(&self) -> bool {
+        self.rows.are_sparse()
+    }
+
+    /// Frees the next part of what workers left behind that are gone, and of what lies too far apart.
     pub(super) fn sweep<W: Copy>(&mut self, slots: &mut WorkerSlots<W>) {
         let next = usize::try_from(self.sweeps % SHARDS as u64).unwrap_or_default();
         self.sweeps += 1;
-        self.shards[next].retain(|slot| slots.is_live(slot));
+        for page in (next..self.rows.pages()).step_by(SHARDS) {
+            if slots.any_retired() {
+                self.retain(page, |slot| slots.is_live(slot));
+            }
+            if self.rows.is_sparse(page) {
+                self.relocate(page);
+            }
+        }
         slots.swept(self.sweeps);
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        let shards = self.shards.iter().map(|shard| {
-            shard.buckets.capacity() * size_of::<Bucket>() + shard.crowds.memory_bytes()
-        });
-        shards.sum::<usize>() + SHARDS * size_of::<Shard>()
+        let shards = self
+            .shards
+            .iter()
+            .map(|shard| shard.places.memory_bytes() + shard.crowds.memory_bytes());
+        shards.sum::<usize>() + SHARDS * size_of::<Shard>() + self.rows.memory_bytes()
+    }
+
+    fn retain(&mut self, page: usize, wanted: impl Fn(Slot) -> bool) {
+        for place in self.rows.of_page(page) {
+            let row = self.rows.get_mut(place);
+            row.holders.retain(&wanted, &mut self.shards[shard_of(row.block)].crowds);
+            if row.holders.is_empty() {
+                self.take_out(place);
+            }
+        }
+    }
+
+    fn relocate(&mut self, page: usize) {
+        for place in self.rows.of_page(page) {
+            let block = self.rows.get(place).block;
+            let new = self.rows.relocate(place);
+            self.shards[shard_of(block)].places.moved(block, place, new);
+        }
+    }
+
+    fn take_out(&mut self, place: Place) {
+        let block = self.rows.get(place).block;
+        self.shards[shard_of(block)].places.take_out(block, place);
+        self.rows.take_out(place);
+    }
+
+    fn find(&self, block: BlockHash) -> Option<Place> {
+        self.shard(block).places.find(block.get(), &self.rows)
+    }
+
+    fn shard(&self, block: BlockHash) -> &Shard {
+        &self.shards[shard_of(block.get())]
     }
 }
 
-impl Shard {
-    /// Where a block stands if none is in its way.
-    fn home(&self, block: u64) -> usize {
-        // Its uppermost bits chose the shard.
-        usize::try_from(block & u64::from(u32::MAX)).unwrap_or_default()
-            & self.buckets.len().wrapping_sub(1)
-    }
-
-    /// Where the block stands; else the empty place where it would.
-    fn find(&self, block: u64) -> Result<usize, usize> {
-        if self.buckets.is_empty() {
-            return Err(0);
-        }
-        let mask = self.buckets.len() - 1;
-        let mut place = self.home(block);
-        loop {
-            match self.buckets[place].block {
-                found if found == block => return Ok(place),
-                0 => return Err(place),
-                _ => place = (place + 1) & mask,
-            }
-        }
-    }
-
-    /// Makes a place for a block that has none.
-    fn add(&mut self, block: u64) -> usize {
-        if (self.used + 1) * 8 > self.buckets.len() * 7 {
-            self.resize((self.buckets.len() * 2).max(FIRST_BUCKETS));
-        }
-        self.used += 1;
-        self.put(Bucket { block, holders: Holders::NONE })
-    }
-
-    fn put(&mut self, bucket: Bucket) -> usize {
-        let (Ok(place) | Err(place)) = self.find(bucket.block);
-        self.buckets[place] = bucket;
-        place
-    }
-
-    fn resize(&mut self, buckets: usize) {
-        let old = std::mem::replace(&mut self.buckets, vec![EMPTY; buckets]);
-        for bucket in old.into_iter().filter(|bucket| bucket.block != 0) {
-            self.put(bucket);
-        }
-    }
-
-    /// Empties a place; those behind it that stood there for want of a better one move up.
-    fn take_out(&mut self, mut hole: usize) {
-        let mask = self.buckets.len() - 1;
-        self.used -= 1;
-        let mut place = hole;
-        loop {
-            place = (place + 1) & mask;
-            let bucket = self.buckets[place];
-            if bucket.block == 0 {
-                break;
-            }
-            let way = place.wrapping_sub(self.home(bucket.block)) & mask;
-            if way >= place.wrapping_sub(hole) & mask {
-                self.buckets[hole] = bucket;
-                hole = place;
-            }
-        }
-        self.buckets[hole] = EMPTY;
-    }
-
-    fn retain(&mut self, wanted: impl Fn(Slot) -> bool) {
-        let mut place = 0;
-        while place < self.buckets.len() {
-            let Self { buckets, crowds, .. } = self;
-            let bucket = &mut buckets[place];
-            if bucket.block != 0 {
-                bucket.holders.retain(&wanted, crowds);
-                if bucket.holders.is_empty() {
-                    // Another may have moved here.
-                    self.take_out(place);
-                    continue;
-                }
-            }
-            place += 1;
-        }
-        if self.buckets.len() > FIRST_BUCKETS && self.used * 8 < self.buckets.len() {
-            self.resize((self.used * 2).next_power_of_two().max(FIRST_BUCKETS));
-        }
-    }
-}
-
-fn shard_of(block: BlockHash) -> usize {
-    usize::try_from(block.get() >> (u64::BITS - SHARD_BITS)).unwrap_or_default()
+fn shard_of(block: u64) -> usize {
+    usize::try_from(block >> (u64::BITS - SHARD_BITS)).unwrap_or_default()
 }

@@ -126,7 +126,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => worker().prop_map(|worker| Step::Lose { worker }),
         1 => worker().prop_map(|worker| Step::Restart { worker }),
         1 => worker().prop_map(|worker| Step::Leave { worker }),
-        1 => Just(Step::Tidy),
+        4 => Just(Step::Tidy),
     ];
     prop::collection::vec(step, 0..200)
 }
@@ -308,9 +308,7 @@ fn what_a_worker_left_behind_is_given_back() {
     let mut index = PrefixIndex::default();
     index.worker_joined(0);
     let empty = index.memory_bytes();
-    let many: Vec<_> = (1..200_000_u64)
-        .map(|number| BlockHash::new(number.wrapping_mul(0x9e37_79b9_7f4a_7c15)).unwrap())
-        .collect();
+    let many = scattered(0..200_000);
     index.stored(0, &many);
     let full = index.memory_bytes();
     assert!(full > empty + 16 * many.len());
@@ -319,8 +317,8 @@ fn what_a_worker_left_behind_is_given_back() {
     for _ in 0..SHARDS {
         index.tidy();
     }
-    // The shards keep their smallest size.
-    assert!(index.memory_bytes() < empty + SHARDS * 8 * 16 + 1024, "{}", index.memory_bytes());
+    // The parts keep their smallest size, and of each page its number.
+    assert!(index.memory_bytes() < empty + full / 4, "{} of {full}", index.memory_bytes());
 }
 
 #[test]
@@ -335,6 +333,52 @@ fn numbers_of_workers_are_used_again_without_what_they_stood_for() {
         assert_eq!(matched(&index, &[new]), [(0, 1)].into());
         index.cleared(0);
     }
+}
+
+#[test]
+fn crowds_of_two_blocks_are_told_apart() {
+    let mut index = PrefixIndex::default();
+    for worker in 0..20 {
+        index.worker_joined(worker);
+    }
+    // In two parts of the table, each of which numbers its own.
+    let prompt = blocks([1, 2]);
+    for worker in 0..10 {
+        index.stored(worker, &prompt[..1]);
+        index.stored(worker + 5, &prompt[1..]);
+    }
+    let reach = |worker| (worker, if worker < 5 { 1 } else { 2 });
+    assert_eq!(matched(&index, &prompt), (0..10).map(reach).collect());
+}
+
+/// Blocks that are named as those of a real prompt are: without any order.
+fn scattered(numbers: impl IntoIterator<Item = u64>) -> Vec<BlockHash> {
+    let name = |number: u64| BlockHash::new((number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    numbers.into_iter().map(|number| name(number).unwrap()).collect()
+}
+
+#[test]
+fn what_is_left_of_many_pages_moves_together() {
+    let mut index = PrefixIndex::default();
+    for worker in 0..2 {
+        index.worker_joined(worker);
+    }
+    let all = scattered(0..100_000);
+    index.stored(0, &all);
+    let kept: Vec<_> = all.iter().copied().step_by(10).collect();
+    index.stored(1, &kept);
+    let full = index.memory_bytes();
+    index.removed(0, &all);
+    for _ in 0..SHARDS {
+        index.tidy();
+    }
+    assert!(index.memory_bytes() < full / 2, "{} of {full}", index.memory_bytes());
+    assert_eq!(matched(&index, &kept), [(1, 10_000)].into());
+    assert_eq!(matched(&index, &all), [(1, 1)].into());
+    // What is left can still be told of.
+    index.removed(1, &kept[5_000..]);
+    assert_eq!(matched(&index, &kept), [(1, 5_000)].into());
+    assert_eq!(index.len(), 5_000);
 }
 
 fn routed_to(index: &mut RoutedIndex<u32>, prompt: &[BlockHash], now: u64) -> Vec<(u32, u32)> {
