@@ -35,13 +35,22 @@ pub(crate) struct Found {
 impl Found {
     /// What lies there now.
     pub(crate) fn held_by(&self, worker: WorkerKey) -> u32 {
-        of_worker(&self.held, worker)
+        Walk { of: &self.held, at: 0 }.to(worker)
     }
 
     /// What need not be computed there once it is this prompt's turn. Its last token always is.
     pub(crate) fn hit_tokens(&self, worker: WorkerKey) -> u32 {
-        let tokens = self.held_by(worker).max(of_worker(&self.expected, worker));
-        tokens.min(self.prompt_tokens.saturating_sub(1))
+        self.hits().tokens(worker)
+    }
+
+    /// The same of one worker after the other: fast where they come in their order.
+    pub(crate) fn hits(&self) -> Hits<'_> {
+        let most = self.prompt_tokens.saturating_sub(1);
+        Hits {
+            most,
+            held: Walk { of: &self.held, at: 0 },
+            expected: Walk { of: &self.expected, at: 0 },
+        }
     }
 
     /// Whoever holds something, and what of it is of use.
@@ -51,9 +60,39 @@ impl Found {
     }
 }
 
-fn of_worker(tokens: &[(WorkerKey, u32)], worker: WorkerKey) -> u32 {
-    let place = tokens.binary_search_by_key(&worker, |(worker, _)| *worker);
-    place.map_or(0, |place| tokens[place].1)
+/// See [`Found::hits`].
+#[derive(Debug)]
+pub(crate) struct Hits<'a> {
+    most: u32,
+    held: Walk<'a>,
+    expected: Walk<'a>,
+}
+
+impl Hits<'_> {
+    pub(crate) fn tokens(&mut self, worker: WorkerKey) -> u32 {
+        self.held.to(worker).max(self.expected.to(worker)).min(self.most)
+    }
+}
+
+/// A way through workers in their order.
+#[derive(Debug)]
+struct Walk<'a> {
+    of: &'a [(WorkerKey, u32)],
+    at: usize,
+}
+
+impl Walk<'_> {
+    fn to(&mut self, worker: WorkerKey) -> u32 {
+        let Self { of, at } = self;
+        let is_ahead = *at > 0 && of[*at - 1].0 < worker;
+        if !is_ahead {
+            *at = of.partition_point(|(other, _)| *other < worker);
+        }
+        while of.get(*at).is_some_and(|(other, _)| *other < worker) {
+            *at += 1;
+        }
+        of.get(*at).filter(|(other, _)| *other == worker).map_or(0, |(_, tokens)| *tokens)
+    }
 }
 
 impl Caches {

@@ -97,15 +97,12 @@ impl Considered {
         let cached_tokens = candidate.hit_tokens.max(pulled_tokens);
         let copied_tokens = cached_tokens - candidate.hit_tokens;
         let considered = Self::new(candidate, prompt_tokens, |load, fixed_ms| {
-            let rate = candidate.prefill_rate;
-            let work_ms = load.prefill_ms(cached_tokens, prompt_tokens);
-            let queue_ms = candidate.work_ahead_ms / rate;
+            let queue_ms = queue_ms(candidate);
             // The copy is made while others are computed.
             let copy_ms = if copied_tokens > 0 { targets.pull_ms(copied_tokens) } else { 0.0 };
             Prediction {
                 queue_ms,
-                // Beside decodes it is their steps' fixed part that is paid, and the rate tells of it.
-                prefill_ms: if load.decodes == 0 { fixed_ms + work_ms } else { work_ms / rate },
+                prefill_ms: prefill_ms(candidate, cached_tokens, prompt_tokens, fixed_ms),
                 handoff_ms: (copy_ms - queue_ms).max(0.0),
                 step_ms: load.decode_step_ms(1, prompt_tokens),
             }
@@ -118,16 +115,31 @@ impl Considered {
         prompt_tokens: u32,
         targets: &Targets,
     ) -> Self {
-        Self::new(candidate, prompt_tokens, |load, _| {
-            let missing = f64::from(prompt_tokens.saturating_sub(candidate.hit_tokens));
-            let handoff_ms =
-                targets.handoff_ms + targets.handoff_ms_per_thousand_tokens * missing / 1000.0;
-            Prediction {
-                handoff_ms: if candidate.is_here { 0.0 } else { handoff_ms },
-                step_ms: load.decode_step_ms(1, prompt_tokens),
-                ..Prediction::default()
-            }
+        Self::new(candidate, prompt_tokens, |load, _| Prediction {
+            handoff_ms: handoff_ms(candidate, prompt_tokens, targets),
+            step_ms: load.decode_step_ms(1, prompt_tokens),
+            ..Prediction::default()
         })
+    }
+
+    /// Until the prompt would be computed there: less than all that [`Self::to_prefill`] finds, for who is only
+    /// compared.
+    pub(crate) fn prefill_delay_ms(candidate: &Candidate<'_>, prompt_tokens: u32) -> f64 {
+        candidate.load.model.as_ref().map_or(f64::INFINITY, |model| {
+            let fixed_ms = model.prefill_ms[0];
+            let cached_tokens = candidate.hit_tokens;
+            queue_ms(candidate) + prefill_ms(candidate, cached_tokens, prompt_tokens, fixed_ms)
+        })
+    }
+
+    /// Until its KV would be there.
+    pub(crate) fn decode_delay_ms(
+        candidate: &Candidate<'_>,
+        prompt_tokens: u32,
+        targets: &Targets,
+    ) -> f64 {
+        let has_model = candidate.load.model.is_some();
+        if has_model { handoff_ms(candidate, prompt_tokens, targets) } else { f64::INFINITY }
     }
 
     fn new(
@@ -144,37 +156,53 @@ impl Considered {
             predicted: load.model.map(|model| predict(load, model.prefill_ms[0])),
         }
     }
+}
 
-    fn delay_ms(&self) -> f64 {
-        self.predicted.map_or(f64::INFINITY, |predicted| {
-            predicted.queue_ms + predicted.prefill_ms + predicted.handoff_ms
-        })
+fn queue_ms(candidate: &Candidate<'_>) -> f64 {
+    candidate.work_ahead_ms / candidate.prefill_rate
+}
+
+fn prefill_ms(
+    candidate: &Candidate<'_>,
+    cached_tokens: u32,
+    prompt_tokens: u32,
+    fixed_ms: f64,
+) -> f64 {
+    let work_ms = candidate.load.prefill_ms(cached_tokens, prompt_tokens);
+    // Beside decodes it is their steps' fixed part that is paid, and the rate tells of it.
+    if candidate.load.decodes == 0 { fixed_ms + work_ms } else { work_ms / candidate.prefill_rate }
+}
+
+fn handoff_ms(candidate: &Candidate<'_>, prompt_tokens: u32, targets: &Targets) -> f64 {
+    if candidate.is_here {
+        return 0.0;
     }
+    let missing = f64::from(prompt_tokens.saturating_sub(candidate.hit_tokens));
+    targets.handoff_ms + targets.handoff_ms_per_thousand_tokens * missing / 1000.0
 }
 
 impl Chosen {
-    /// `place` is that of the chosen one.
-    pub(crate) fn new(all: impl Iterator<Item = Considered>, place: usize) -> Option<Self> {
-        let (mut candidates, mut chosen) = (0, None);
-        let mut others: Vec<(f64, Considered)> = Vec::with_capacity(2 + REMEMBERED);
-        for considered in all {
-            candidates += 1;
-            if candidates - 1 == place {
-                chosen = Some(considered);
-                continue;
-            }
-            let delay_ms = considered.delay_ms();
-            let comes_before = |(other_ms, _): &(f64, Considered)| *other_ms <= delay_ms;
+    /// Of all candidates, of whom the one at `place` is chosen: it, and those with the least delay.
+    pub(crate) fn new<'a>(
+        candidates: &[Candidate<'a>],
+        place: usize,
+        delay_ms: impl Fn(&Candidate<'a>) -> f64,
+        mut consider: impl FnMut(&Candidate<'a>, bool) -> Considered,
+    ) -> Option<Self> {
+        let chosen = consider(candidates.get(place)?, true);
+        let mut others: Vec<(f64, usize)> = Vec::with_capacity(1 + REMEMBERED);
+        for (at, candidate) in candidates.iter().enumerate().filter(|(at, _)| *at != place) {
+            let delay_ms = delay_ms(candidate);
+            let comes_before = |(other_ms, _): &(f64, usize)| *other_ms <= delay_ms;
             if others.len() == REMEMBERED && others.last().is_some_and(comes_before) {
                 continue;
             }
-            others.insert(others.partition_point(comes_before), (delay_ms, considered));
+            others.insert(others.partition_point(comes_before), (delay_ms, at));
             others.truncate(REMEMBERED);
         }
-        let chosen = chosen?;
-        let others = others.into_iter().map(|(_, considered)| considered);
+        let others = others.into_iter().map(|(_, at)| consider(&candidates[at], false));
         let considered = std::iter::once(chosen).chain(others).collect();
-        Some(Self { worker: chosen.worker, candidates, considered })
+        Some(Self { worker: chosen.worker, candidates: candidates.len(), considered })
     }
 
     pub fn predicted(&self) -> Option<Prediction> {

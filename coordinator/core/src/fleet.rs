@@ -146,7 +146,7 @@ impl Load {
         let Some(model) = self.model.filter(|_| self.decodes > 0) else { return 0.95 };
         let slack_ms = targets.step_ms - self.decode_step_ms(0, 0);
         let factor = model.prefill_interference_factor.max(1e-3);
-        (slack_ms / (targets.step_ms * factor)).min(1.0 / factor).max(0.02)
+        (slack_ms / (targets.step_ms * factor)).max(0.02)
     }
 
     pub fn has_kv_room(&self, tokens: u32, up_to: f64) -> bool {
@@ -171,6 +171,9 @@ impl Load {
     ///
     /// `rate` is its [`Self::prefill_rate`].
     pub(crate) fn dispatched_left_ms(&self, now: Duration, rate: f64) -> f64 {
+        if self.dispatched_work_ms <= 0.0 {
+            return self.work_elsewhere_ms();
+        }
         let elapsed_ms = now.saturating_sub(self.working_since).as_secs_f64() * 1000.0;
         let done_ms = elapsed_ms * rate;
         (self.dispatched_work_ms - done_ms).max(0.05 * self.dispatched_work_ms)

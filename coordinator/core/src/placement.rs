@@ -7,7 +7,7 @@ use baton_types::Role;
 
 use crate::{
     caches::Found,
-    fleet::{Fleet, HandoffMode, Worker, WorkerKey},
+    fleet::{Fleet, HandoffMode, Worker, WorkerDescription, WorkerKey},
     request::RequestShape,
 };
 
@@ -184,9 +184,9 @@ pub(crate) fn partners(
 }
 
 fn is_partner(prefill: &Worker, decode: &Worker, shape: &RequestShape, split: Split) -> bool {
-    let handoff = prefill.description.handoff;
-    handoff != HandoffMode::None
-        && decode.description.handoff == handoff
+    let handoff = &prefill.description.handoff;
+    *handoff != HandoffMode::None
+        && decode.description.handoff == *handoff
         && (split == Split::PerRequest || decode.description.role == Role::Decode)
         && decode.takes(shape.model.as_deref())
 }
@@ -264,13 +264,13 @@ impl Holders {
         worker: &Worker,
         hit_tokens: u32,
     ) -> Option<PrefixPull> {
-        let handoff = worker.description.handoff;
-        if !worker.description.pulls_prefixes || handoff == HandoffMode::None {
+        let WorkerDescription { handoff, pulls_prefixes, .. } = &worker.description;
+        if !pulls_prefixes || *handoff == HandoffMode::None {
             return None;
         }
-        let others = self.most.iter().flatten();
-        let mut others = others.filter(|holder| holder.worker != key && holder.handoff == handoff);
-        let holder = others.next().filter(|holder| holder.tokens > hit_tokens)?;
+        // The longest first, so that who holds as much itself is not compared any further.
+        let mut longer = self.most.iter().flatten().take_while(|holder| holder.tokens > hit_tokens);
+        let holder = longer.find(|holder| holder.worker != key && holder.handoff == *handoff)?;
         Some(PrefixPull { from: holder.worker, tokens: holder.tokens })
     }
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use baton_types::Leg;
 
-use super::{Core, OnNoPrefill, attempt::candidate, milliseconds};
+use super::{Core, OnNoPrefill, attempt::View, milliseconds};
 use crate::{
     admission::{OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant, Turn, Waits},
     decision::{Considered, DecisionReason, PlacementDecision},
@@ -122,15 +122,13 @@ impl Core {
         let targets = &self.settings.targets;
         let mut candidates = Vec::new();
         placement::plan(&self.fleet, shape, avoid, self.split_now(), &mut candidates).ok()?;
+        let mut view = View::of(request, Holders::default(), None, targets, now);
         let (mut least_ms, mut rates) = (f64::INFINITY, 0.0);
         for key in candidates {
             let worker = self.fleet.get(key)?;
-            let considered = Considered::to_prefill(
-                &candidate(request, key, worker, None, &Holders::default(), targets, now),
-                shape.prompt_tokens,
-                targets,
-                false,
-            );
+            let candidate = view.candidate(key, worker);
+            let considered =
+                Considered::to_prefill(&candidate, shape.prompt_tokens, targets, false);
             let predicted = considered.predicted?;
             least_ms = least_ms.min(predicted.queue_ms + predicted.prefill_ms);
             rates += worker.load.prefill_rate(targets);

@@ -8,6 +8,7 @@ use baton_types::Leg;
 use super::{Core, Settings, milliseconds};
 use crate::{
     admission::Turn,
+    caches::Hits,
     decision::{Chosen, Considered},
     event::{Action, HandoffPlan, Rejection},
     fleet::{HandoffMode, Worker, WorkerKey},
@@ -91,12 +92,14 @@ impl Core {
         }
         let Some(request) = self.requests.get(key.0) else { return candidates[0] };
         let targets = &self.settings.targets;
-        let holders = Holders::of(&self.fleet, &request.shape, &request.found);
-        let shown: Vec<Candidate<'_>> = candidates
-            .iter()
-            .filter_map(|worker| Some((*worker, self.fleet.get(*worker)?)))
-            .map(|(worker, on)| candidate(request, worker, on, here, &holders, targets, now))
-            .collect();
+        let holders = match leg {
+            Leg::Decode => Holders::default(),
+            _ => Holders::of(&self.fleet, &request.shape, &request.found),
+        };
+        let mut view = View::of(request, holders, here, targets, now);
+        let mut shown = Vec::with_capacity(candidates.len());
+        let workers = candidates.iter().filter_map(|key| Some((*key, self.fleet.get(*key)?)));
+        shown.extend(workers.map(|(key, worker)| view.candidate(key, worker)));
         let by_prediction = request.split == self.settings.split;
         let policy = if by_prediction { &mut self.policy } else { &mut self.fallback };
         let choice = Choice {
@@ -111,15 +114,18 @@ impl Core {
         debug_assert!(place < shown.len(), "a policy chooses one of the candidates");
         if keeps {
             let (tokens, prefills) = (request.shape.prompt_tokens, leg == Leg::Prefill);
-            let considered = shown.iter().enumerate().map(|(at, one)| {
+            let delay_ms = |one: &Candidate<'_>| match leg {
+                Leg::Prefill => Considered::prefill_delay_ms(one, tokens),
+                _ => Considered::decode_delay_ms(one, tokens, targets),
+            };
+            let chosen = Chosen::new(&shown, place, delay_ms, |one, is_chosen| {
                 if prefills {
-                    let pulls = at == place && policy.pulls(&choice, one);
+                    let pulls = is_chosen && policy.pulls(&choice, one);
                     Considered::to_prefill(one, tokens, targets, pulls)
                 } else {
                     Considered::to_decode(one, tokens, targets)
                 }
             });
-            let chosen = Chosen::new(considered, place);
             if let Some(request) = self.requests.get_mut(key.0)
                 && let Some(decision) = &mut request.decision
             {
@@ -142,7 +148,7 @@ impl Core {
         };
         let targets = &self.settings.targets;
         let holders = Holders::of(&self.fleet, &request.shape, &request.found);
-        let shown = candidate(request, worker, on, None, &holders, targets, now);
+        let shown = View::of(request, holders, None, targets, now).candidate(worker, on);
         let choice = Choice {
             now,
             leg: Leg::Prefill,
@@ -296,26 +302,41 @@ impl Core {
     }
 }
 
-/// A worker as a policy sees it.
-pub(super) fn candidate<'a>(
-    request: &Request,
-    key: WorkerKey,
-    worker: &'a Worker,
+/// The workers, as one request and its policy see them.
+#[derive(Debug)]
+pub(super) struct View<'a> {
+    request: &'a Request,
+    hits: Hits<'a>,
+    holders: Holders,
     here: Option<WorkerKey>,
-    holders: &Holders,
-    targets: &Targets,
+    targets: &'a Targets,
     now: Duration,
-) -> Candidate<'a> {
-    let hit_tokens = request.found.hit_tokens(key);
-    let prefill_rate = worker.load.prefill_rate(targets);
-    Candidate {
-        worker: key,
-        load: &worker.load,
-        hit_tokens,
-        pull: holders.pull_to(key, worker, hit_tokens),
-        prefill_rate,
-        work_ahead_ms: worker.load.dispatched_left_ms(now, prefill_rate)
-            + worker.queue.work_before_ms(request.place()),
-        is_here: here == Some(key),
+}
+
+impl<'a> View<'a> {
+    /// `here` is who prefills, where that is decided.
+    pub(super) fn of(
+        request: &'a Request,
+        holders: Holders,
+        here: Option<WorkerKey>,
+        targets: &'a Targets,
+        now: Duration,
+    ) -> Self {
+        Self { request, hits: request.found.hits(), holders, here, targets, now }
+    }
+
+    pub(super) fn candidate<'b>(&mut self, key: WorkerKey, worker: &'b Worker) -> Candidate<'b> {
+        let hit_tokens = self.hits.tokens(key);
+        let prefill_rate = worker.load.prefill_rate(self.targets);
+        Candidate {
+            worker: key,
+            load: &worker.load,
+            hit_tokens,
+            pull: self.holders.pull_to(key, worker, hit_tokens),
+            prefill_rate,
+            work_ahead_ms: worker.load.dispatched_left_ms(self.now, prefill_rate)
+                + worker.queue.work_before_ms(self.request.place()),
+            is_here: self.here == Some(key),
+        }
     }
 }

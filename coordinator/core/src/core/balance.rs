@@ -131,8 +131,8 @@ impl Core {
         let Some(first) = candidates.iter().find_map(|key| self.fleet.get(*key)) else { return };
         request.is_counted = true;
         // It will go where most of it is cached, as far as that matters.
-        let hits = candidates.iter().map(|key| request.found.hit_tokens(*key));
-        let hit_tokens = hits.max().unwrap_or_default();
+        let mut hits = request.found.hits();
+        let hit_tokens = candidates.iter().map(|key| hits.tokens(*key)).max().unwrap_or_default();
         let arrival = Arrival { prompt_tokens: request.shape.prompt_tokens, hit_tokens };
         let WorkerDescription { models, handoff, .. } = &first.description;
         if let Some(balancer) = balancing.watching(models, *handoff) {

@@ -52,7 +52,7 @@ pub struct Candidate<'a> {
     pub load: &'a Load,
     /// Tokens of the prompt whose KV it is believed to hold.
     pub hit_tokens: u32,
-    /// A peer holds more, and it could be copied here first.
+    /// A peer holds more, and it could be copied here first. None for [`Leg::Decode`], which computes no prompt.
     pub pull: Option<PrefixPull>,
     /// The part of its time that it has for prefill.
     pub prefill_rate: f64,
