@@ -27,7 +27,7 @@ impl Places {
         })
     }
 
-    /// A load from where the block is at home, for [`super::table::BlockTable::touch`].
+    /// A load from where the block is at home, for [`super::table::BlockTable::seek`].
     pub(super) fn touch(&self, block: u64) -> u32 {
         let at = self.home(tag(block));
         self.entries.get(at).map_or(0, |entry| entry.map_or(0, |entry| entry.tag))
