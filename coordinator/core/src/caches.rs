@@ -35,7 +35,7 @@ pub(crate) struct Found {
 impl Found {
     /// What lies there now.
     pub(crate) fn held_by(&self, worker: WorkerKey) -> u32 {
-        Walk { of: &self.held, at: 0 }.to(worker)
+        Walk::through(&self.held).to(worker)
     }
 
     /// What need not be computed there once it is this prompt's turn. Its last token always is.
@@ -46,11 +46,7 @@ impl Found {
     /// The same of one worker after the other: fast where they come in their order.
     pub(crate) fn hits(&self) -> Hits<'_> {
         let most = self.prompt_tokens.saturating_sub(1);
-        Hits {
-            most,
-            held: Walk { of: &self.held, at: 0 },
-            expected: Walk { of: &self.expected, at: 0 },
-        }
+        Hits { most, held: Walk::through(&self.held), expected: Walk::through(&self.expected) }
     }
 
     /// Whoever holds something, and what of it is of use.
@@ -81,7 +77,11 @@ struct Walk<'a> {
     at: usize,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    fn through(of: &'a [(WorkerKey, u32)]) -> Self {
+        Self { of, at: 0 }
+    }
+
     fn to(&mut self, worker: WorkerKey) -> u32 {
         let Self { of, at } = self;
         let is_ahead = *at > 0 && of[*at - 1].0 < worker;

@@ -114,9 +114,12 @@ impl Core {
         debug_assert!(place < shown.len(), "a policy chooses one of the candidates");
         if keeps {
             let (tokens, prefills) = (request.shape.prompt_tokens, leg == Leg::Prefill);
-            let delay_ms = |one: &Candidate<'_>| match leg {
-                Leg::Prefill => Considered::prefill_delay_ms(one, tokens),
-                _ => Considered::decode_delay_ms(one, tokens, targets),
+            let delay_ms = |one: &Candidate<'_>| {
+                if prefills {
+                    Considered::prefill_delay_ms(one, tokens)
+                } else {
+                    Considered::decode_delay_ms(one, tokens, targets)
+                }
             };
             let chosen = Chosen::new(&shown, place, delay_ms, |one, is_chosen| {
                 if prefills {
