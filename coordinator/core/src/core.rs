@@ -41,8 +41,8 @@ pub struct Settings {
     pub ttft_prefill_factor: f64,
     pub targets: Targets,
     /// Under [`Order::LateLast`]: a worker's engine is given prompts until it has so many tokens of
-    /// them to compute, two prompts at least, so that it never idles between them. The others wait
-    /// here, where their order can still change.
+    /// them to compute, two prompts at least, so that it never idles between them, and more
+    /// where it can compute more of them together. The others wait here, where their order can still change.
     pub engine_queue_tokens: u64,
     /// A request with no first token after this time is given up.
     pub first_token_timeout: Duration,

@@ -136,6 +136,11 @@ impl Load {
         self.dispatched_work_ms + self.queued_work_ms + self.work_elsewhere_ms()
     }
 
+    /// Of the prompts that its engine has, those that it has begun included.
+    pub(crate) fn dispatched_ms(&self) -> f64 {
+        self.dispatched_work_ms
+    }
+
     fn work_elsewhere_ms(&self) -> f64 {
         f64::from(self.elsewhere.prefills) * self.usual_work_ms
     }

@@ -341,7 +341,7 @@ impl Scheduler {
             let (computed, held) = (sequence.computed, sequence.blocks.len());
             let wanted = match pass {
                 Pass::Decodes => 1,
-                Pass::Prefills => budget.chunk(computed, remaining, step),
+                Pass::Prefills => budget.chunk(computed, remaining),
             };
             if wanted == 0 {
                 continue;
@@ -426,7 +426,7 @@ impl Scheduler {
             } else if goes_first && self.has_seat() {
                 budget.tokens.min(1)
             } else if self.has_seat() {
-                budget.chunk(cached_tokens, remaining, step)
+                budget.chunk(cached_tokens, remaining)
             } else {
                 0
             };

@@ -113,8 +113,6 @@ pub struct PrefillPace {
     pub min_chunk_tokens: u32,
     /// What a step takes in where no time is left for it: a prompt that waits for idle decodes might wait for ever.
     pub least_tokens: u32,
-    /// Without decodes, further prompts join the first while the step has fewer tokens than these.
-    pub batch_tokens: u32,
 }
 
 /// What is left of a step while it is planned.
@@ -141,17 +139,13 @@ impl Budget {
     }
 
     /// How many tokens of a prompt the step takes in.
-    pub(super) fn chunk(&self, from: u32, remaining: u32, step: &Step) -> u32 {
+    pub(super) fn chunk(&self, from: u32, remaining: u32) -> u32 {
         let most = remaining.min(self.tokens);
-        let Some(PrefillPace { model, min_chunk_tokens, least_tokens, batch_tokens, .. }) =
-            self.pace
-        else {
+        let Some(PrefillPace { model, min_chunk_tokens, least_tokens, .. }) = self.pace else {
             return most;
         };
         if self.work_ms.is_infinite() {
-            let taken: u32 = step.work.iter().map(|work| work.tokens).sum();
-            let joins = taken == 0 || taken + most <= batch_tokens;
-            return if joins { most } else { 0 };
+            return most;
         }
         let within = most.min(model.prefill_tokens_within(self.work_ms, from));
         let is_short = within < remaining && within < min_chunk_tokens;

@@ -29,8 +29,6 @@ const MOST_LAG: Duration = Duration::from_millis(50);
 
 /// Smaller chunks cost more than they bring. As in the scheduler of the connector.
 const MIN_CHUNK_TOKENS: u32 = 32;
-/// Without decodes, short prompts are computed together up to so many tokens.
-const BATCH_TOKENS: u32 = 1024;
 
 #[derive(Debug)]
 pub(super) enum Command {
@@ -53,7 +51,6 @@ fn prefill_pace(StepPace { step_ms, model }: StepPace) -> PrefillPace {
         model,
         min_chunk_tokens: MIN_CHUNK_TOKENS,
         least_tokens: MIN_CHUNK_TOKENS,
-        batch_tokens: BATCH_TOKENS,
     }
 }
 

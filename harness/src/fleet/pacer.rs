@@ -2,8 +2,6 @@ use baton_engine::sim::{PrefillPace, Step};
 use baton_types::{StepModel, StepTail};
 
 const MIN_CHUNK_TOKENS: u32 = 32;
-/// Alone, prompts are batched up to here: a longer batch gains nothing and delays the first of it.
-const BATCH_TOKENS: u32 = 1024;
 
 /// How much prefill one engine's steps take in beside decodes: as much as keeps the slowest tenth of them
 /// within the ITL target, by what its steps turn out to take.
@@ -25,7 +23,6 @@ impl Pacer {
             model: self.believed,
             min_chunk_tokens: MIN_CHUNK_TOKENS,
             least_tokens: 0,
-            batch_tokens: BATCH_TOKENS,
         }
     }
 

@@ -301,6 +301,23 @@ fn decode_workers_do_not_prefill_where_that_is_not_wanted() {
 }
 
 #[test]
+fn an_engine_that_decodes_nothing_is_given_prompts_by_the_batch() {
+    let model = baton_types::StepModel { prefill_ms: [20.0, 0.1, 0.0], ..MODEL };
+    let engine = WorkerDescription { model: Some(model), ..worker("a", Role::Decode) };
+    // 24 times 20 ms for 60 ms each; a quarter of 800 ms. Where one decodes it is 2,048 tokens, and what was given
+    // stays.
+    for (ttft_ms, together, more) in [(2000, 8, 0), (800, 3, 1)] {
+        let settings = Settings { ttft: Duration::from_millis(ttft_ms), ..adaptive() };
+        let (mut f, _) = fixture(settings, [engine.clone()]);
+        let begun = |f: &mut Fixture| started(&f.arrive(prompt(600)).1);
+        let jobs: Vec<_> = (0..12).flat_map(|_| begun(&mut f)).collect();
+        assert_eq!(jobs.len(), together);
+        let actions = f.handle(Event::Answered { job: jobs[0].1 });
+        assert_eq!(started(&actions).len(), more);
+    }
+}
+
+#[test]
 fn answers_that_come_whole_do_not_hold_the_next_prompts_back() {
     let (mut f, _) = fixture(adaptive(), [predictable("a", Role::Decode)]);
     let whole = || RequestShape { answers_whole: true, ..prompt(5000) };

@@ -18,6 +18,12 @@ use crate::{
     request::{Request, RequestKey},
 };
 
+/// Where nothing decodes each step pays the fixed part of a prefill, once for all prompts that begin in it. Such an
+/// engine is given so many times that part to do: half for the step that it is in, and half for the next,
+const BATCHES_TO_FIXED: f64 = 24.0;
+/// but no more than this part of the TTFT's target.
+const BATCHES_TO_TTFT: f64 = 0.25;
+
 impl Core {
     /// Chooses the worker of the first leg, and puts the request into its queue.
     pub(super) fn start_attempt(
@@ -188,7 +194,8 @@ impl Core {
 
     /// Gives a worker's engine what it has room for.
     pub(super) fn pump(&mut self, worker: WorkerKey, now: Duration, actions: &mut Vec<Action>) {
-        let Settings { targets, engine_queue_tokens: most_tokens, .. } = self.settings;
+        let Settings { targets, ttft, engine_queue_tokens: most_tokens, .. } = self.settings;
+        let ttft_ms = ttft.as_secs_f64() * 1000.0;
         while let Some(on) = self.fleet.get_mut(worker)
             && on.queue.len() > 0
         {
@@ -196,6 +203,10 @@ impl Core {
             let fixed_ms = load.model.map_or(0.0, |model| model.prefill_ms[0]);
             let rate = load.prefill_rate(&targets);
             let ahead_ms = load.dispatched_left_ms(now, rate);
+            let batches_ms = match load.decodes + load.elsewhere.decodes {
+                0 => (BATCHES_TO_FIXED * fixed_ms).min(BATCHES_TO_TTFT * ttft_ms),
+                _ => 0.0,
+            };
             let popped = on.queue.pop(
                 |waiting| {
                     let left_ms = fixed_ms + (ahead_ms + waiting.work_ms) / rate;
@@ -204,6 +215,7 @@ impl Core {
                 |waiting| {
                     load.prefills < 2
                         || load.prefill_tokens + u64::from(waiting.tokens) <= most_tokens
+                        || load.dispatched_ms() + waiting.work_ms <= batches_ms
                 },
             );
             on.queue_changed();
