@@ -65,6 +65,30 @@ fn a_burst_between_two_reports_does_not_pile_onto_one_worker() {
 }
 
 #[test]
+fn who_is_late_everywhere_waits_where_others_wait_longest() {
+    let workers = ["a", "b", "c"].map(|name| predictable(name, Role::Decode));
+    let settings = Settings { order: Order::Arrival, admission: None, ..adaptive() };
+    let (mut f, _) = fixture(settings, workers);
+    // Half a second each; due within two, so three of them on each worker.
+    (0..9).for_each(|_| drop(f.arrive(prompt(5000))));
+    let jobs = |f: &Fixture| {
+        let mut jobs: Vec<_> = f.core.workers().map(|worker| worker.load.jobs()).collect();
+        jobs.sort_unstable();
+        jobs
+    };
+    assert_eq!(jobs(&f), [3, 3, 3]);
+    // Two seconds more are borne, three prompts and a part.
+    (0..3).for_each(|_| drop(f.arrive(prompt(5000))));
+    assert_eq!(jobs(&f), [3, 3, 6], "all late ones on one worker");
+    (0..3).for_each(|_| drop(f.arrive(prompt(5000))));
+    assert_eq!(jobs(&f), [3, 5, 7], "and no later than that");
+    // Who is in time somewhere goes there, and who would be late anywhere alone goes where it is quickest.
+    f.arrive(prompt(2500));
+    f.arrive(prompt(30_000));
+    assert_eq!(jobs(&f), [5, 5, 7]);
+}
+
+#[test]
 fn what_cannot_be_predicted_is_split_between_the_pools() {
     let workers = [worker("p", Role::Prefill), worker("d", Role::Decode)];
     let (mut f, keys) = fixture(adaptive(), workers);

@@ -112,7 +112,8 @@ impl Core {
             now,
             leg,
             request: &request.shape,
-            deadline: Some(request.due),
+            due: request.due,
+            ttft: request.due.saturating_sub(request.arrived),
             targets,
             candidates: &shown,
         };
@@ -162,7 +163,8 @@ impl Core {
             now,
             leg: Leg::Prefill,
             request: &request.shape,
-            deadline: Some(request.due),
+            due: request.due,
+            ttft: request.due.saturating_sub(request.arrived),
             targets,
             candidates: std::slice::from_ref(&shown),
         };

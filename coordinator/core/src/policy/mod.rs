@@ -39,8 +39,9 @@ pub struct Choice<'a> {
     /// [`Leg::Prefill`] also where the answer may stay on the worker that prefills.
     pub leg: Leg,
     pub request: &'a RequestShape,
-    /// When the first token is due.
-    pub deadline: Option<Duration>,
+    /// When the first token is due, and how long after the request came that is.
+    pub due: Duration,
+    pub ttft: Duration,
     pub targets: &'a Targets,
     /// Those that may take it, in the order of their attachment.
     pub candidates: &'a [Candidate<'a>],

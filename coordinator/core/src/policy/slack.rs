@@ -1,3 +1,5 @@
+use std::{cell::Cell, time::Duration};
+
 use baton_types::Leg;
 
 use super::{Candidate, Choice, Policy, least};
@@ -47,12 +49,53 @@ impl Policy for Slack {
 fn prefill(choice: &Choice<'_>) -> usize {
     let most_tokens = choice.candidates.iter().map(|candidate| candidate.hit_tokens).max();
     let most_tokens = most_tokens.unwrap_or_default();
-    least(choice, |candidate| {
-        let computed_ms = computed_ms(choice, candidate);
-        let pulled_ms = pulled_ms(choice, candidate);
-        let first_token_ms = pulled_ms.map_or(computed_ms, |pulled_ms| pulled_ms.min(computed_ms));
-        first_token_ms + LOST_WORK_COUNTS * lost_ms(choice, candidate, most_tokens)
-    })
+    let lost =
+        |candidate: &Candidate<'_>| LOST_WORK_COUNTS * lost_ms(choice, candidate, most_tokens);
+    let soonest_ms = Cell::new(f64::INFINITY);
+    let best = least(choice, |candidate| {
+        let first_token_ms = first_token_ms(choice, candidate);
+        soonest_ms.set(soonest_ms.get().min(first_token_ms));
+        first_token_ms + lost(candidate)
+    });
+    late_by_others(choice, soonest_ms.get(), lost).unwrap_or(best)
+}
+
+/// A prompt that is late everywhere, because of what others have queued before it, is queued behind those who wait
+/// longest already, though at most a TTFT's target later than need be: it is late anyway, and whoever comes next may
+/// find a shorter queue and be in time.
+fn late_by_others(
+    choice: &Choice<'_>,
+    soonest_ms: f64,
+    lost: impl Fn(&Candidate<'_>) -> f64,
+) -> Option<usize> {
+    let left_ms = milliseconds(choice.due.saturating_sub(choice.now));
+    if soonest_ms <= left_ms {
+        return None;
+    }
+    let queue_ms = |candidate: &Candidate<'_>| candidate.work_ahead_ms / candidate.prefill_rate;
+    let delay_ms = |candidate: &Candidate<'_>| first_token_ms(choice, candidate);
+    let mut alone = choice.candidates.iter().map(|one| delay_ms(one) - queue_ms(one));
+    if !alone.any(|alone_ms| alone_ms <= left_ms) {
+        return None;
+    }
+    let latest_ms = soonest_ms + milliseconds(choice.ttft);
+    Some(least(choice, |candidate| {
+        if delay_ms(candidate) > latest_ms {
+            f64::INFINITY
+        } else {
+            lost(candidate) - queue_ms(candidate)
+        }
+    }))
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
+
+/// Until the prompt is computed there, by the quicker way.
+fn first_token_ms(choice: &Choice<'_>, candidate: &Candidate<'_>) -> f64 {
+    let computed_ms = computed_ms(choice, candidate);
+    pulled_ms(choice, candidate).map_or(computed_ms, |pulled_ms| pulled_ms.min(computed_ms))
 }
 
 /// Milliseconds of prefill there that the worker with the longest prefix would not compute.
