@@ -23,15 +23,19 @@ const MODEL: StepModel = StepModel {
     prefill_interference_factor: 0.8,
 };
 
-/// As a live coordinator has them, each with a few prompts and a few sequences that decode.
-fn busy_fleet(split: Split, policy: &str) -> (Core, Vec<WorkerKey>) {
-    let settings = Settings {
+/// As a live coordinator has them.
+fn live(split: Split) -> Settings {
+    Settings {
         split,
         order: Order::LateLast,
         admission: Some(AdmissionSettings::default()),
         keeps_decisions: true,
         ..Settings::default()
-    };
+    }
+}
+
+/// Each with a few prompts and a few sequences that decode.
+fn busy_fleet(settings: Settings, policy: &str) -> (Core, Vec<WorkerKey>) {
     let entry = policy::policy(policy).expect("a policy");
     let mut core = Core::with_policy(settings, (entry.make)(1));
     let mut actions = Vec::new();
@@ -79,11 +83,19 @@ fn shape(seed: u32, holders: &[WorkerKey]) -> RequestShape {
 
 fn decisions(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decide among 1000 workers");
-    for (name, split, policy) in [
-        ("adaptive, slack", Split::PerRequest, "slack"),
-        ("always, least-load", Split::Always, "least-load"),
+    let adaptive = live(Split::PerRequest);
+    let late = Settings {
+        order: Order::Arrival,
+        admission: None,
+        ttft: Duration::from_millis(500),
+        ..adaptive
+    };
+    for (name, settings, policy) in [
+        ("adaptive, slack", adaptive, "slack"),
+        ("adaptive, slack, late everywhere", late, "slack"),
+        ("always, least-load", live(Split::Always), "least-load"),
     ] {
-        let (mut core, workers) = busy_fleet(split, policy);
+        let (mut core, workers) = busy_fleet(settings, policy);
         let mut actions = Vec::new();
         // A tenth of them have the prompt's beginning cached.
         let holders: Vec<_> = workers.iter().step_by(10).copied().collect();

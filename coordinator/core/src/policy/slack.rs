@@ -51,11 +51,17 @@ fn prefill(choice: &Choice<'_>) -> usize {
     let most_tokens = most_tokens.unwrap_or_default();
     let lost =
         |candidate: &Candidate<'_>| LOST_WORK_COUNTS * lost_ms(choice, candidate, most_tokens);
-    let soonest_ms = Cell::new(f64::INFINITY);
+    let (soonest_ms, least_ms) = (Cell::new(f64::INFINITY), Cell::new(f64::INFINITY));
     let best = least(choice, |candidate| {
         let first_token_ms = first_token_ms(choice, candidate);
         soonest_ms.set(soonest_ms.get().min(first_token_ms));
-        first_token_ms + lost(candidate)
+        if first_token_ms > least_ms.get() {
+            // Whatever is lost there.
+            return f64::INFINITY;
+        }
+        let cost_ms = first_token_ms + lost(candidate);
+        least_ms.set(least_ms.get().min(cost_ms));
+        cost_ms
     });
     late_by_others(choice, soonest_ms.get(), lost).unwrap_or(best)
 }
@@ -79,13 +85,19 @@ fn late_by_others(
         return None;
     }
     let latest_ms = soonest_ms + milliseconds(choice.ttft);
-    Some(least(choice, |candidate| {
-        if delay_ms(candidate) > latest_ms {
-            f64::INFINITY
-        } else {
-            lost(candidate) - queue_ms(candidate)
+    let mut longest: Option<(f64, usize)> = None;
+    for (place, candidate) in choice.candidates.iter().enumerate() {
+        let wait_ms = queue_ms(candidate);
+        // Most have less before them than one that was seen, and are not looked at any closer.
+        let is_longer = |wait_ms: f64| longest.is_none_or(|(longest_ms, _)| wait_ms > longest_ms);
+        if is_longer(wait_ms) && delay_ms(candidate) <= latest_ms {
+            let wait_ms = wait_ms - lost(candidate);
+            if is_longer(wait_ms) {
+                longest = Some((wait_ms, place));
+            }
         }
-    }))
+    }
+    longest.map(|(_, place)| place)
 }
 
 fn milliseconds(duration: Duration) -> f64 {
