@@ -86,6 +86,12 @@ fn who_is_late_everywhere_waits_where_others_wait_longest() {
     f.arrive(prompt(2500));
     f.arrive(prompt(30_000));
     assert_eq!(jobs(&f), [5, 5, 7]);
+
+    // Where nothing can be predicted nobody is known to be late.
+    let workers = ["a", "b"].map(|name| worker(name, Role::Decode));
+    let (mut f, _) = fixture(Settings { split: Split::Never, ..settings }, workers);
+    (0..60).for_each(|_| drop(f.arrive(prompt(100))));
+    assert_eq!(jobs(&f), [30, 30]);
 }
 
 #[test]

@@ -75,7 +75,8 @@ fn late_by_others(
     lost: impl Fn(&Candidate<'_>) -> f64,
 ) -> Option<usize> {
     let left_ms = milliseconds(choice.due.saturating_sub(choice.now));
-    if soonest_ms <= left_ms {
+    // Who has no model is not known to be late.
+    if soonest_ms <= left_ms || choice.candidates.iter().any(|one| one.load.model.is_none()) {
         return None;
     }
     let queue_ms = |candidate: &Candidate<'_>| candidate.work_ahead_ms / candidate.prefill_rate;
