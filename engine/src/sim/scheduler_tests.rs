@@ -65,14 +65,16 @@ fn what_is_cached_is_lent_beside_whatever_is_computed() {
     assert_eq!(step(&mut scheduler), [(16, 6, false)]);
 }
 
+/// A millisecond for each token of a prompt, and one for a step of decodes.
+const MODEL: StepModel = StepModel {
+    prefill_ms: [0.0, 1.0, 0.0],
+    decode_ms: [1.0, 0.0, 0.0],
+    prefill_interference_factor: 1.0,
+};
+
 #[test]
 fn a_prompt_at_a_measured_pace_begins_where_all_of_it_fits() {
-    let model = StepModel {
-        prefill_ms: [0.0, 1.0, 0.0],
-        decode_ms: [1.0, 0.0, 0.0],
-        prefill_interference_factor: 1.0,
-    };
-    let pace = PrefillPace { step_ms: 9.0, model, min_chunk_tokens: 1, least_tokens: 0 };
+    let pace = PrefillPace { step_ms: 9.0, model: MODEL, min_chunk_tokens: 1, least_tokens: 0 };
     for (pace, begins) in [(None, true), (Some(pace), false)] {
         // Room for 128 tokens.
         let mut scheduler = Scheduler::new(limits(32, 8, 64));
@@ -88,12 +90,7 @@ fn a_prompt_at_a_measured_pace_begins_where_all_of_it_fits() {
 
 #[test]
 fn prompts_are_computed_together_where_nothing_decodes() {
-    let model = StepModel {
-        prefill_ms: [10.0, 1.0, 0.0],
-        decode_ms: [1.0, 0.0, 0.0],
-        prefill_interference_factor: 1.0,
-    };
-    let pace = PrefillPace { step_ms: 5.0, model, min_chunk_tokens: 1, least_tokens: 0 };
+    let pace = PrefillPace { step_ms: 5.0, model: MODEL, min_chunk_tokens: 1, least_tokens: 0 };
     let mut scheduler = Scheduler::new(limits(100, 8, 64));
     scheduler.set_pace(Some(pace));
     for family in 1..=3 {
@@ -107,8 +104,7 @@ fn prompts_are_computed_together_where_nothing_decodes() {
 fn a_prompt_gets_on_where_no_time_is_left() {
     // The second says that it costs nothing, and that nothing fits.
     for (prefill_ms, prefill_interference_factor) in [([0.0, 1.0, 0.0], 1.0), ([0.0; 3], 0.0)] {
-        let model =
-            StepModel { prefill_ms, decode_ms: [1.0, 0.0, 0.0], prefill_interference_factor };
+        let model = StepModel { prefill_ms, prefill_interference_factor, ..MODEL };
         let pace = PrefillPace { step_ms: 1.0, model, min_chunk_tokens: 8, least_tokens: 8 };
         let mut scheduler = Scheduler::new(limits(100, 8, 100));
         scheduler.set_pace(Some(pace));

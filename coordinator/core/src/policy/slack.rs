@@ -74,7 +74,7 @@ fn late_by_others(
     soonest_ms: f64,
     lost: impl Fn(&Candidate<'_>) -> f64,
 ) -> Option<usize> {
-    let left_ms = milliseconds(choice.due.saturating_sub(choice.now));
+    let left_ms = in_ms(choice.due.saturating_sub(choice.now));
     // Who has no model is not known to be late.
     if soonest_ms <= left_ms || choice.candidates.iter().any(|one| one.load.model.is_none()) {
         return None;
@@ -85,7 +85,7 @@ fn late_by_others(
     if !alone.any(|alone_ms| alone_ms <= left_ms) {
         return None;
     }
-    let latest_ms = soonest_ms + milliseconds(choice.ttft);
+    let latest_ms = soonest_ms + in_ms(choice.ttft);
     let mut longest: Option<(f64, usize)> = None;
     for (place, candidate) in choice.candidates.iter().enumerate() {
         let wait_ms = queue_ms(candidate);
@@ -101,7 +101,7 @@ fn late_by_others(
     longest.map(|(_, place)| place)
 }
 
-fn milliseconds(duration: Duration) -> f64 {
+fn in_ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
 
