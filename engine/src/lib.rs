@@ -16,7 +16,7 @@ pub use kv_cache::{KvCacheChanges, KvCacheFollower, KvCacheLog};
 pub use kv_port::{
     BlockInSlot, BlockToLoad, FromEngine, KvPort, MappedBlockToLoad, RankPort, ToEngine,
 };
-pub use pacing::{Pacing, StepPace};
+pub use pacing::{FittedSteps, Pacing, StepPace};
 pub use sim::SimEngine;
 pub use vllm::VllmEngine;
 #[cfg(feature = "fuzzing")]

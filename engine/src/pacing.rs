@@ -25,6 +25,16 @@ struct State {
     itl_target_ms: Option<f64>,
 }
 
+/// What is known by now of how long an engine's steps take.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FittedSteps {
+    pub model: StepModel,
+    /// Steps that it was fitted to.
+    pub samples: u64,
+    /// [`StepTail::part`]: steps are planned so much shorter than the ITL target.
+    pub slowest_part: f64,
+}
+
 /// How much prefill a step may take in beside decodes, said in time.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepPace {
@@ -51,7 +61,7 @@ impl Pacing {
     pub fn observe(&self, work: &StepWork, ms: f64) {
         let mut state = self.0.lock();
         if work.decode_sequences > 0
-            && let Some((model, _)) = state.fitted()
+            && let Some(FittedSteps { model, .. }) = state.fitted()
         {
             state.tail.observe(ms / model.step_ms(&work.load(&model)));
         }
@@ -63,8 +73,8 @@ impl Pacing {
         self.0.lock().cold_start
     }
 
-    /// What is known by now, and of how many steps. `None` while it would be a guess.
-    pub fn fitted(&self) -> Option<(StepModel, u64)> {
+    /// `None` while it would be a guess.
+    pub fn fitted(&self) -> Option<FittedSteps> {
         self.0.lock().fitted()
     }
 
@@ -78,18 +88,22 @@ impl Pacing {
     /// could be held against.
     pub fn pace(&self) -> Option<StepPace> {
         let state = self.0.lock();
-        let (model, _) = state.fitted()?;
+        let FittedSteps { model, .. } = state.fitted()?;
         Some(StepPace { step_ms: state.tail.planned_step_ms(state.itl_target_ms?), model })
     }
 }
 
 impl State {
-    fn fitted(&self) -> Option<(StepModel, u64)> {
+    fn fitted(&self) -> Option<FittedSteps> {
         let StepSamples { prompts, decodes } = self.fit.samples();
         let is_known = self.cold_start.is_some()
             || prompts >= LEAST_SAMPLES.prompts
             || decodes >= LEAST_SAMPLES.decodes;
-        is_known.then(|| (self.fit.model(), prompts + decodes))
+        is_known.then(|| FittedSteps {
+            model: self.fit.model(),
+            samples: prompts + decodes,
+            slowest_part: self.tail.part(),
+        })
     }
 }
 
@@ -117,7 +131,8 @@ mod tests {
         }
         let known = Profile::demo().model;
         let cold = Pacing::new(Some(known));
-        assert_eq!(cold.fitted(), Some((known, 0)));
+        let nothing_seen = FittedSteps { model: known, samples: 0, slowest_part: 1.0 };
+        assert_eq!(cold.fitted(), Some(nothing_seen));
     }
 
     /// Many steps of one kind say nothing of the other.
@@ -133,7 +148,7 @@ mod tests {
         for _ in 0..LEAST_SAMPLES.prompts {
             pacing.observe(&prompt, 4000.0);
         }
-        let (model, samples) = pacing.fitted().unwrap();
+        let FittedSteps { model, samples, .. } = pacing.fitted().unwrap();
         assert_eq!(samples, 1000 + LEAST_SAMPLES.prompts);
         let said_ms = model.prefill_alone_ms(0, 1000);
         assert!((said_ms / 4000.0 - 1.0).abs() < 0.1, "{said_ms} ms by {model:?}");
@@ -155,7 +170,7 @@ mod tests {
             pacing.observe(&prompt, 500.0);
         }
         pacing.observe(&last_token, 60.0);
-        let (model, _) = pacing.fitted().unwrap();
+        let FittedSteps { model, .. } = pacing.fitted().unwrap();
         assert!((model.prefill_alone_ms(0, 512) / 500.0 - 1.0).abs() < 0.1, "{model:?}");
     }
 

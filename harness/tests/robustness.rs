@@ -45,6 +45,22 @@ fn noisy_steps_and_an_optimistic_model_break_no_itl() {
     }
 }
 
+/// Its workers learn how long their steps take, and the coordinator from them.
+#[test]
+fn a_model_that_is_wrong_at_first_costs_nothing() {
+    let trace = trace("azure_code_conv_phases.jsonl");
+    let exact = setup(Mode::Adaptive, 4);
+    let goal = Goal { attainment: 0.9, min_decile: 0.0 };
+    let (holds, _) = highest_scale(&trace, &exact, goal, None).unwrap();
+    let exactly = run(&trace.scaled(holds, 0), &exact).attainment;
+    for predicted_part in [0.5, 0.85, 2.0] {
+        let wrong = Setup { predicted_part, ..exact.clone() };
+        let kept = run(&trace.scaled(holds, 0), &wrong).attainment;
+        println!("believed {predicted_part}: {kept:.4}, exact {exactly:.4}");
+        assert!(kept > exactly - 0.01, "{kept}");
+    }
+}
+
 /// Packed decodes have steps as long as they may be, whose noise no prompt beside them evens out.
 #[test]
 fn noisy_steps_break_no_itl_where_decodes_are_packed() {

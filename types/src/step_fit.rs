@@ -37,8 +37,9 @@ const GUESSED_STEPS: u64 = 4;
 /// So many mixed steps after the last one of decodes alone, nothing vouches for the decodes' coefficients.
 const VOUCHED_STEPS: u32 = 32;
 /// How far each step moves the covariance towards that of a cold start. With [`NOISE`], a coefficient
-/// that each step exercises is remembered for some 40 steps.
-const FORGETTING: f64 = 1e-5;
+/// that each step exercises is remembered for some 200 steps, as [`crate::StepTail`] remembers. With a fifth of that, what noisy
+/// steps teach wanders so far that one request of a hundred has its slowest gaps beyond the target.
+const FORGETTING: f64 = 3e-7;
 /// A coefficient that is nearly zero may still come to make up this much of a typical step.
 const LEAST_SHARE: f64 = 0.05;
 

@@ -144,6 +144,7 @@ impl Life {
         let load = *self.load.lock();
         let (prefills, decodes) =
             (self.counters.running.prefills.get(), self.counters.running.decodes.get());
+        let steps = self.engine.pacing().and_then(|pacing| pacing.fitted());
         let mut report = Report {
             jobs_running: prefills + decodes,
             prefills_elsewhere: prefills.saturating_sub(own.prefills.get()),
@@ -161,11 +162,8 @@ impl Life {
                 .engine
                 .kv_cache()
                 .map_or(0, |cache| cache.log.len() as u64),
-            step_model: self
-                .engine
-                .pacing()
-                .and_then(|pacing| pacing.fitted())
-                .map(|(model, samples)| StepModel::fitted(&model, samples)),
+            step_model: steps.map(|steps| StepModel::fitted(&steps.model, steps.samples)),
+            slowest_step_part: steps.map_or(0.0, |steps| steps.slowest_part),
             ..Report::default()
         };
         if let KvSide::Fenced(fenced) = &self.kv {

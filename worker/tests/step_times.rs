@@ -30,6 +30,7 @@ async fn the_hello_says_the_profile_and_reports_what_was_seen() {
     // Its steps cannot be shorter than its profile says; how much longer is the machine's affair.
     let (now_ms, profile_ms) = (fitted.decode_step_ms(1, 230), told.decode_step_ms(1, 230));
     assert!(now_ms > 0.8 * profile_ms, "{now_ms} ms, {profile_ms} ms by the profile");
+    assert!(report.slowest_step_part > 0.0, "what is predicted is held against what is seen");
     worker.stop().await;
 }
 
@@ -40,6 +41,6 @@ async fn what_is_not_known_is_not_said() {
     let mut worker = fleet.worker("w", Role::Decode, fast()).await;
     assert_eq!(worker.attached.hello.step_model, None);
     let report = worker.attached.report(|_| true).await;
-    assert_eq!(report.step_model, None);
+    assert_eq!((report.step_model, report.slowest_step_part), (None, 0.0));
     worker.stop().await;
 }

@@ -222,7 +222,9 @@ impl Core {
                 self.admit(now, actions);
             }
             Event::Report { worker, report } => self.fleet.report(worker, &report, now),
-            Event::ModelChanged { worker, model } => self.fleet.model_changed(worker, model),
+            Event::ModelChanged { worker, model, slowest_part } => {
+                self.fleet.model_changed(worker, model, slowest_part);
+            }
             Event::BusyElsewhere { worker, elsewhere } => {
                 self.fleet.busy_elsewhere(worker, elsewhere);
             }

@@ -356,8 +356,8 @@ fn a_worker_without_a_model_takes_its_peers_until_it_has_its_own() {
     assert_eq!([0, 1, 2].map(|at| model(&f, at)), [Some(MODEL), Some(MODEL), None]);
 
     let slower = StepModel { decode_ms: [30.0, 0.1, 1e-5], ..MODEL };
-    f.handle(Event::ModelChanged { worker: keys[1], model: slower });
+    f.handle(Event::ModelChanged { worker: keys[1], model: slower, slowest_part: 1.0 });
     assert_eq!([0, 1].map(|at| model(&f, at)), [Some(slower), Some(slower)]);
-    f.handle(Event::ModelChanged { worker: keys[0], model: MODEL });
+    f.handle(Event::ModelChanged { worker: keys[0], model: MODEL, slowest_part: 1.0 });
     assert_eq!([0, 1].map(|at| model(&f, at)), [Some(MODEL), Some(slower)]);
 }

@@ -55,6 +55,9 @@ pub enum Event {
     ModelChanged {
         worker: WorkerKey,
         model: StepModel,
+        /// How many times what the model says the slowest steps beside decodes take, so that it plans its steps
+        /// so much shorter.
+        slowest_part: f64,
     },
     /// The prefill leg is through: its engine has computed the prompt.
     PrefillDone {

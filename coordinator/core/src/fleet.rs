@@ -12,6 +12,8 @@ use crate::{
 
 /// Prompts over which their usual work is averaged.
 const USUAL_OVER: f64 = 8.0;
+/// Steps are taken to be planned this many times shorter than the target at most.
+const SLOWEST_PART: f64 = 10.0;
 
 /// One attachment of a worker: a worker that comes back has a new key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -80,6 +82,8 @@ pub struct Load {
     pub elsewhere: Elsewhere,
     /// Its own model, or that of a peer as long as it has none.
     pub model: Option<StepModel>,
+    /// How many times what the model says its slowest steps beside decodes take: it plans them so much shorter.
+    slowest_part: f64,
     /// When it was last given work, counted in placements: equals take turns.
     pub last_placed: u64,
     kv_capacity_tokens: Option<u64>,
@@ -149,9 +153,17 @@ impl Load {
     pub fn prefill_rate(&self, targets: &Targets) -> f64 {
         // Alone, what is not prefill is the fixed part of each batch.
         let Some(model) = self.model.filter(|_| self.decodes > 0) else { return 0.95 };
-        let slack_ms = targets.step_ms - self.decode_step_ms(0, 0);
+        let planned_ms = self.planned_step_ms(targets);
+        let slack_ms = planned_ms - self.decode_step_ms(0, 0);
         let factor = model.prefill_interference_factor.max(1e-3);
-        (slack_ms / (targets.step_ms * factor)).max(0.02)
+        (slack_ms / (planned_ms * factor)).max(0.02)
+    }
+
+    /// What it lets a step with decodes take, by its model: less than the target, where steps vary.
+    pub fn planned_step_ms(&self, targets: &Targets) -> f64 {
+        // Whatever a worker says.
+        let part = if self.slowest_part.is_finite() { self.slowest_part } else { SLOWEST_PART };
+        targets.step_ms / part.clamp(1.0, SLOWEST_PART)
     }
 
     pub fn has_kv_room(&self, tokens: u32, up_to: f64) -> bool {
@@ -372,8 +384,9 @@ impl Fleet {
         self.without_model == 0
     }
 
-    pub(crate) fn model_changed(&mut self, key: WorkerKey, model: StepModel) {
+    pub(crate) fn model_changed(&mut self, key: WorkerKey, model: StepModel, slowest_part: f64) {
         let Some(worker) = self.workers.get_mut(key.0) else { return };
+        worker.load.slowest_part = slowest_part;
         if worker.description.model == Some(model) {
             return;
         }
@@ -498,18 +511,36 @@ impl Fleet {
 mod tests {
     use super::*;
 
+    const MODEL: StepModel = StepModel {
+        prefill_ms: [20.0, 0.05, 1e-6],
+        decode_ms: [10.0, 0.05, 1e-5],
+        prefill_interference_factor: 0.8,
+    };
+
     /// What is learnt of an engine whose steps take no time may be anything.
     #[test]
     fn however_dear_a_mixture_is_said_to_be_it_has_a_rate() {
         for prefill_interference_factor in [0.0, 0.8, 225.0, f64::MAX] {
-            let model = StepModel {
-                prefill_ms: [20.0, 0.05, 1e-6],
-                decode_ms: [10.0, 0.05, 1e-5],
-                prefill_interference_factor,
-            };
+            let model = StepModel { prefill_interference_factor, ..MODEL };
             let load = Load { model: Some(model), decodes: 1, ..Load::default() };
             let rate = load.prefill_rate(&Targets::default());
             assert!(rate.is_finite() && rate >= 0.02, "{prefill_interference_factor}: {rate}");
+        }
+    }
+
+    #[test]
+    fn who_plans_shorter_steps_has_less_time_for_prefill() {
+        let targets = Targets { step_ms: 50.0, ..Targets::default() };
+        let said = |slowest_part: f64| {
+            let load = Load { model: Some(MODEL), decodes: 100, slowest_part, ..Load::default() };
+            (load.planned_step_ms(&targets), load.prefill_rate(&targets))
+        };
+        // 15 ms of decodes leave 35 of 50, and 25 of 40.
+        assert_eq!([said(1.0), said(1.25)], [(50.0, 0.875), (40.0, 0.78125)]);
+        // Nothing was said, or it is faster than its model; a target is a target.
+        assert_eq!([said(0.0), said(0.5), said(-3.0)], [said(1.0); 3]);
+        for nonsense in [f64::NAN, f64::INFINITY, 1e300] {
+            assert_eq!(said(nonsense), (5.0, 0.02), "as if it were ten times");
         }
     }
 }

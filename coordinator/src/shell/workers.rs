@@ -148,6 +148,7 @@ impl Shell {
         let capacity_tokens = attached.kv_capacity_tokens;
         let used_ratio = report.engine_kv_used_ratio;
         let model = report.step_model.as_ref().and_then(usable_model);
+        let slowest_part = report.slowest_step_part;
         attached.report = report;
         if is_unheard {
             attached.link.restart_kv_events();
@@ -163,7 +164,8 @@ impl Shell {
             self.tell_core(&mut state, Event::Report { worker, report }, None);
         }
         if let Some(model) = model {
-            self.tell_core(&mut state, Event::ModelChanged { worker, model }, None);
+            let event = Event::ModelChanged { worker, model, slowest_part };
+            self.tell_core(&mut state, event, None);
         }
     }
 

@@ -4,6 +4,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use baton_core::{AnnouncedChange, Event, Verdict, WorkerKey, WorkerReport};
+use baton_engine::FittedSteps;
 use baton_types::{Epoch, Role};
 
 use super::{
@@ -181,12 +182,17 @@ impl World<'_> {
             && arrives <= self.now
         {
             self.pools.reports.pop_front();
+            let known = self.workers[worker].known_steps();
             let worker = self.workers[worker].key;
             let event = match report {
                 Some(report) => Event::Report { worker, report },
                 None => Event::Heard { worker, follows: true },
             };
             self.core.handle(event, duration(self.now), &mut self.actions);
+            if let Some(FittedSteps { model, slowest_part, .. }) = known {
+                let event = Event::ModelChanged { worker, model, slowest_part };
+                self.core.handle(event, duration(self.now), &mut self.actions);
+            }
         }
     }
 

@@ -10,7 +10,6 @@ mod hope;
 mod knowledge;
 mod link;
 mod mode;
-mod pacer;
 mod setup;
 mod worker;
 mod world;

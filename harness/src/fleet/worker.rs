@@ -1,9 +1,15 @@
 use baton_core::{JobId, WorkerKey, WorkerReport};
-use baton_engine::sim::{NeverFits, NewSequence, Scheduler, SequenceId, Step};
+use baton_engine::{
+    FittedSteps, Pacing, StepPace,
+    sim::{NeverFits, NewSequence, PrefillPace, Scheduler, SequenceId, Step},
+};
 use baton_types::{Leg, StepModel};
 
-use super::{link::LinkUse, nanos, pacer::Pacer};
+use super::{link::LinkUse, nanos};
 use crate::fleet::Nanos;
+
+/// As of an embedded engine.
+const MIN_CHUNK_TOKENS: u32 = 32;
 
 /// One engine.
 #[derive(Debug)]
@@ -18,8 +24,9 @@ pub(super) struct Worker {
     tasks: Vec<Option<Task>>,
     model: StepModel,
     noise: Option<(f64, fastrand::Rng)>,
-    /// Sizes steps by the slack that ITL leaves; without one the chunk budget alone does.
-    pacer: Option<Pacer>,
+    /// What it learns of its steps. With a target it sizes them by the slack that ITL leaves; without one the chunk
+    /// budget alone does.
+    pacing: Pacing,
 }
 
 /// What a sequence is for.
@@ -34,15 +41,14 @@ pub(super) struct Task {
 impl Worker {
     pub(super) fn new(
         key: WorkerKey,
-        mut scheduler: Scheduler,
+        scheduler: Scheduler,
         model: StepModel,
         noise: Option<(f64, fastrand::Rng)>,
-        pacer: Option<Pacer>,
+        pacing: Pacing,
     ) -> Self {
-        scheduler.set_pace(pacer.as_ref().map(Pacer::pace));
         Self {
             key,
-            pacer,
+            pacing,
             scheduler,
             link: LinkUse::default(),
             step: Step::default(),
@@ -86,6 +92,7 @@ impl Worker {
 
     /// Plans the next step and says how long it takes; none if there is nothing to compute.
     pub(super) fn begin_step(&mut self) -> Option<Nanos> {
+        self.scheduler.set_pace(self.pacing.pace().map(prefill_pace));
         loop {
             self.scheduler.plan_step_into(&mut self.step);
             if !self.step.work.is_empty() {
@@ -100,10 +107,7 @@ impl Worker {
         if let Some((most, rng)) = &mut self.noise {
             step_ms *= 1.0 + *most * (2.0 * rng.f64() - 1.0);
         }
-        if let Some(pacer) = &mut self.pacer {
-            pacer.observe(&self.step, step_ms);
-            self.scheduler.set_pace(Some(pacer.pace()));
-        }
+        self.pacing.observe(&self.step.computed(), step_ms);
         Some(nanos(step_ms).max(1))
     }
 
@@ -127,10 +131,18 @@ impl Worker {
         u64::from(self.scheduler.blocks_used()) * u64::from(block_size)
     }
 
+    pub(super) fn known_steps(&self) -> Option<FittedSteps> {
+        self.pacing.fitted()
+    }
+
     pub(super) fn report(&self) -> WorkerReport {
         WorkerReport {
             decode_context_tokens: self.step.decode_context_tokens(),
             kv_used_tokens: self.kv_used_tokens(),
         }
     }
+}
+
+fn prefill_pace(StepPace { step_ms, model }: StepPace) -> PrefillPace {
+    PrefillPace { step_ms, model, min_chunk_tokens: MIN_CHUNK_TOKENS, least_tokens: 0 }
 }

@@ -9,7 +9,10 @@ use baton_core::{
     RequestShape, Settings, Split, WorkerDescription, WorkerKey,
     policy::{self, Targets},
 };
-use baton_engine::sim::{BlockHash, NewSequence, Scheduler, SchedulerLimits};
+use baton_engine::{
+    Pacing,
+    sim::{BlockHash, NewSequence, Scheduler, SchedulerLimits},
+};
 use baton_types::{Epoch, HandoffId, Leg, STEP_HEADROOM, StepModel};
 
 use super::{
@@ -17,7 +20,6 @@ use super::{
     flight::{Awaited, Flight},
     flips::Pools,
     knowledge::Knowledge,
-    pacer::Pacer,
     worker::Worker,
 };
 use crate::{
@@ -140,7 +142,6 @@ impl<'a> World<'a> {
 
     fn add_worker(&mut self, index: u32) {
         let setup = self.setup;
-        let believed = believed_model(setup);
         let description = self.description(index as usize, Epoch::from_u128(u128::from(index)));
         let key = self.core.attach(description, Duration::ZERO, &mut self.actions);
         let blocks = setup.kv_capacity_tokens / u64::from(setup.block_size_tokens);
@@ -152,13 +153,16 @@ impl<'a> World<'a> {
             reserves_output: setup.reserves_output,
         });
         self.knowledge.worker_joined(&mut scheduler);
-        let pacer = (setup.mode == Mode::Adaptive).then(|| Pacer::new(setup.slo.itl_ms, believed));
+        let pacing = Pacing::new(Some(believed_model(setup)));
+        if setup.mode == Mode::Adaptive {
+            pacing.set_itl_target_ms(setup.slo.itl_ms);
+        }
         let noise = (setup.step_noise > 0.0).then(|| {
             let seed = setup.seed.wrapping_mul(0x9e37_79b9).wrapping_add(u64::from(index));
             (setup.step_noise, fastrand::Rng::with_seed(seed))
         });
         self.by_key.insert(key, self.workers.len());
-        self.workers.push(Worker::new(key, scheduler, setup.profile.model, noise, pacer));
+        self.workers.push(Worker::new(key, scheduler, setup.profile.model, noise, pacing));
     }
 
     /// What a worker says of itself.

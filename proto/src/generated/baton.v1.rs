@@ -414,6 +414,10 @@ pub struct Report {
     /// How long the engine's steps take, as they were observed. Absent where it does not tell of them.
     #[prost(message, optional, tag = "16")]
     pub step_model: ::core::option::Option<StepModel>,
+    /// How many times what the model says the slowest tenth of its steps with decodes take, on average: it plans them so
+    /// much shorter than the ITL target. 0 where nobody knows.
+    #[prost(double, tag = "29")]
+    pub slowest_step_part: f64,
     /// Of jobs_running, those of other coordinators: prefill legs, and all others.
     #[prost(uint32, tag = "24")]
     pub prefills_elsewhere: u32,

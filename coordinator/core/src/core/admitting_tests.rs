@@ -1,13 +1,13 @@
-use baton_types::{HandoffId, Leg, Role};
+use baton_types::{HandoffId, Leg, Role, StepModel};
 
 use super::{super::tests::*, *};
 use crate::{
     AdmissionSettings, DecisionReason, Event, Order, RequestShape, Settings, WorkerDescription,
-    policy::policy,
+    policy::{Targets, policy},
 };
 
 /// 100 ms for each thousand tokens, and decode steps of 10 ms.
-const MODEL: baton_types::StepModel = baton_types::StepModel {
+const MODEL: StepModel = StepModel {
     prefill_ms: [0.0, 0.1, 0.0],
     decode_ms: [10.0, 0.0, 0.0],
     prefill_interference_factor: 1.0,
@@ -94,6 +94,29 @@ fn who_is_late_everywhere_waits_where_others_wait_longest() {
     assert_eq!(jobs(&f), [30, 30]);
 }
 
+/// Whether decodes are packed where one of four workers learnt that prefilling beside decodes costs so much.
+fn packs(odd_interference_factor: f64) -> bool {
+    let odd = StepModel { prefill_interference_factor: odd_interference_factor, ..MODEL };
+    let odd = WorkerDescription { model: Some(odd), ..worker("odd", Role::Decode) };
+    let others = ["b", "c", "d"].map(|name| predictable(name, Role::Decode));
+    let targets = Targets { step_ms: 100.0, ..Targets::default() };
+    let workers = [odd].into_iter().chain(others);
+    let (mut f, _) = fixture(Settings { targets, ..adaptive() }, workers);
+    let (_, actions) = f.arrive(prompt(500));
+    let [(_, job, Leg::Aggregated, None)] = started(&actions)[..] else { panic!("{actions:?}") };
+    f.handle(Event::Answered { job });
+    let (_, actions) = f.arrive(prompt(500));
+    started(&actions).iter().any(|start| start.2 == Leg::Prefill)
+}
+
+#[test]
+fn decodes_are_packed_by_what_workers_say_on_average() {
+    // The efficiency is 0.9 of those who agree; 0.85 is where it begins to pay.
+    assert!(!packs(1.0));
+    assert!(!packs(1.2), "on average it is 0.8625");
+    assert!(packs(1.5), "on average it is 0.825");
+}
+
 #[test]
 fn what_cannot_be_predicted_is_split_between_the_pools() {
     let workers = [worker("p", Role::Prefill), worker("d", Role::Decode)];
@@ -104,7 +127,7 @@ fn what_cannot_be_predicted_is_split_between_the_pools() {
     let decision = f.core.take_decision(request).unwrap();
     assert_eq!((decision.reason, decision.first_token_at()), (DecisionReason::NoModel, None));
 
-    f.handle(Event::ModelChanged { worker: keys[1], model: MODEL });
+    f.handle(Event::ModelChanged { worker: keys[1], model: MODEL, slowest_part: 1.0 });
     let (request, actions) = f.arrive(prompt(500));
     let [(_, _, Leg::Aggregated, None)] = started(&actions)[..] else { panic!("{actions:?}") };
     let decision = f.core.take_decision(request).unwrap();

@@ -198,7 +198,9 @@ proptest! {
                 Step::Learn(at, slower) => if let Some(at) = pick(at, workers.len()) {
                     let decode_ms = MODEL.decode_ms.map(|value| value * f64::from(slower));
                     let model = StepModel { decode_ms, ..MODEL };
-                    core.handle(Event::ModelChanged { worker: workers[at], model }, now, &mut actions);
+                    let slowest_part = f64::from(slower);
+                    let event = Event::ModelChanged { worker: workers[at], model, slowest_part };
+                    core.handle(event, now, &mut actions);
                 },
                 Step::Drain(at, drains) => if let Some(at) = pick(at, workers.len()) {
                     let worker = workers[at];

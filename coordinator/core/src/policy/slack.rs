@@ -4,11 +4,12 @@ use baton_types::Leg;
 
 use super::{Candidate, Choice, Policy, least};
 
-/// A decode is put only where its steps stay below this part of the target, so that they can grow, and that where
-/// they vary by a fifth the slowest tenth of them, 1.18 times as long as the mean, keeps to it.
-const DECODE_HEADROOM: f64 = 0.85;
+/// A decode is put only where its steps stay below this part of what the worker plans, so that they can grow.
+const DECODE_HEADROOM: f64 = 0.9;
 /// Below this efficiency of prefilling beside decodes it pays to keep the two apart.
 const PACK_BELOW: f64 = 0.85;
+/// So many workers are asked whether it does.
+const ASKED: usize = 16;
 /// KV may be used up to this part.
 const KV_HIGH: f64 = 0.97;
 
@@ -149,7 +150,8 @@ fn decode(choice: &Choice<'_>) -> usize {
     let feasible = |candidate: &Candidate<'_>| {
         let load = candidate.load;
         let step_ms = load.decode_step_ms(1, tokens);
-        step_ms <= DECODE_HEADROOM * targets.step_ms && load.has_kv_room(tokens, KV_HIGH)
+        step_ms <= DECODE_HEADROOM * load.planned_step_ms(targets)
+            && load.has_kv_room(tokens, KV_HIGH)
     };
     let any = choice.candidates.iter().any(feasible);
     let cost = |candidate: &Candidate<'_>| {
@@ -190,13 +192,18 @@ fn decode(choice: &Choice<'_>) -> usize {
     }
 }
 
+/// By the mean of what some workers say: each has learnt its model from noisy steps of its own.
 fn pays_to_pack(choice: &Choice<'_>) -> bool {
-    let models = || choice.candidates.iter().filter_map(|candidate| candidate.load.model);
-    let Some(model) = models().next() else { return false };
-    let [_, token_ms, _] = model.prefill_ms;
-    if choice.targets.handoff_ms_per_thousand_tokens / 1000.0 > LINK_SHARE * token_ms {
-        return false;
+    let asked = choice.candidates.iter().step_by(1 + choice.candidates.len() / ASKED);
+    let (mut models, mut efficiency, mut token_ms) = (0.0, 0.0, 0.0);
+    for model in asked.filter_map(|candidate| candidate.load.model) {
+        let fixed = model.decode_ms[0] / choice.targets.step_ms;
+        models += 1.0;
+        efficiency += (1.0 - fixed) / model.prefill_interference_factor.max(1e-3);
+        token_ms += model.prefill_ms[1];
     }
-    let fixed = model.decode_ms[0] / choice.targets.step_ms;
-    (1.0 - fixed) / model.prefill_interference_factor.max(1e-3) < PACK_BELOW
+    let copied_token_ms = choice.targets.handoff_ms_per_thousand_tokens / 1000.0;
+    models > 0.0
+        && models * copied_token_ms <= LINK_SHARE * token_ms
+        && efficiency < PACK_BELOW * models
 }

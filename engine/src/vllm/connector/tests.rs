@@ -330,7 +330,7 @@ async fn a_scheduler_tells_its_steps_and_is_told_its_pace() {
     assert_eq!((&paced["type"], &paced["pace"]["step_ms"]), (&json!("pace"), &json!(39.2)));
     let model: StepModel = serde_json::from_value(paced["pace"]["model"].clone()).unwrap();
     assert!((model.decode_step_ms(3, 300) - 12.0).abs() < 1.0, "{model:?}");
-    assert_eq!(fixture.pacing.fitted().unwrap().1, 40);
+    assert_eq!(fixture.pacing.fitted().unwrap().samples, 40);
 
     // Where one step of five takes half as long again, all are planned shorter.
     let steps = (0..3000).map(|place| {
