@@ -78,8 +78,8 @@ struct RobustnessOptions {
     /// Each step takes up to this part longer or shorter than the profile says: 0.2 is ±20 %.
     #[arg(long, value_name = "PART", default_value_t = 0.0, allow_negative_numbers = true)]
     step_noise: f64,
-    /// The coordinator's and the workers' model of a step is so much too optimistic: 0.15 believes that
-    /// steps take 85 % of what they take. Below 0 it is too pessimistic.
+    /// What coordinator and workers believe of a step at first is so much too optimistic: 0.15 believes that
+    /// steps take 85 % of what they take. Below 0 it is too pessimistic. Workers learn, as live ones do.
     #[arg(long, value_name = "PART", default_value_t = 0.0, allow_negative_numbers = true)]
     model_bias: f64,
     /// Microseconds to copy the KV of a token between workers: 8 is 400 Gbit/s with 320 KiB a token.

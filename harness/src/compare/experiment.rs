@@ -56,7 +56,7 @@ pub struct Asked {
 pub struct Conditions {
     /// Each step takes up to this part longer or shorter than the profile says.
     pub step_noise: f64,
-    /// The model by which is decided is so much too optimistic, as a part.
+    /// What is believed of steps at first is so much too optimistic, as a part.
     pub model_bias: f64,
     pub link: Link,
     /// The coordinator is not told what workers have cached.

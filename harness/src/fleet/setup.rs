@@ -34,7 +34,7 @@ pub struct Setup {
     pub report_interval: Duration,
     /// Each step takes up to this part longer or shorter than the profile says.
     pub step_noise: f64,
-    /// What the coordinator believes a step to take, as a part of what the profile says.
+    /// What coordinator and workers believe a step to take at first, as a part of what the profile says.
     pub predicted_part: f64,
     /// Under [`Mode::Flip`].
     pub balancer: BalancerSettings,

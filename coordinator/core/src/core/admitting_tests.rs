@@ -117,6 +117,37 @@ fn decodes_are_packed_by_what_workers_say_on_average() {
     assert!(packs(1.5), "on average it is 0.825");
 }
 
+/// Who decodes five answers, of which a worker within the ITL takes four.
+fn decoders(ttft: Duration) -> Vec<WorkerKey> {
+    let model = StepModel { decode_ms: [10.0, 2.0, 0.0], ..MODEL };
+    let workers = ["a", "b", "c"].map(|name| worker(name, Role::Decode));
+    let workers = workers.map(|worker| WorkerDescription { model: Some(model), ..worker });
+    let targets = Targets { step_ms: 20.0, ..Targets::default() };
+    let settings = Settings { order: Order::Arrival, admission: None, targets, ttft, ..adaptive() };
+    let (mut f, _) = fixture(settings, workers);
+    (0..5)
+        .map(|_| {
+            let (_, actions) = f.arrive(prompt(100));
+            let legs = started(&actions);
+            if let [(_, job, Leg::Prefill, _), _] = legs[..] {
+                f.handle(Event::PrefillDone { job });
+            }
+            let (worker, job, ..) = *legs.last().unwrap();
+            f.handle(Event::Answered { job });
+            worker
+        })
+        .collect()
+}
+
+#[test]
+fn decodes_are_packed_beyond_the_itl_only_for_who_is_late_anyway() {
+    let in_time = decoders(Duration::from_secs(2));
+    assert!(in_time[1..4].iter().all(|worker| *worker == in_time[0]), "{in_time:?}");
+    assert_ne!(in_time[4], in_time[0]);
+    let late = decoders(Duration::from_millis(1));
+    assert!(late[1..].iter().all(|worker| *worker == late[0]), "{late:?}");
+}
+
 #[test]
 fn what_cannot_be_predicted_is_split_between_the_pools() {
     let workers = [worker("p", Role::Prefill), worker("d", Role::Decode)];

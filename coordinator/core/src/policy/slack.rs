@@ -102,6 +102,10 @@ fn late_by_others(
     longest.map(|(_, place)| place)
 }
 
+fn is_late(choice: &Choice<'_>, candidate: &Candidate<'_>) -> bool {
+    first_token_ms(choice, candidate) > in_ms(choice.due.saturating_sub(choice.now))
+}
+
 fn in_ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
@@ -144,52 +148,49 @@ fn pulled_ms(choice: &Choice<'_>, candidate: &Candidate<'_>) -> Option<f64> {
 }
 
 fn decode(choice: &Choice<'_>) -> usize {
-    let tokens = choice.request.prompt_tokens;
-    let targets = choice.targets;
     let here = choice.candidates.iter().position(|candidate| candidate.is_here);
-    let feasible = |candidate: &Candidate<'_>| {
-        let load = candidate.load;
-        let step_ms = load.decode_step_ms(1, tokens);
-        step_ms <= DECODE_HEADROOM * load.planned_step_ms(targets)
-            && load.has_kv_room(tokens, KV_HIGH)
+    let any = choice.candidates.iter().any(|candidate| has_room(choice, candidate));
+    let takes = |candidate: &Candidate<'_>| !any || has_room(choice, candidate);
+    let stays = here.filter(|here| takes(&choice.candidates[*here]));
+    let least = |cost: &dyn Fn(&Candidate<'_>) -> f64| {
+        least(choice, |candidate| if takes(candidate) { cost(candidate) } else { f64::INFINITY })
     };
-    let any = choice.candidates.iter().any(feasible);
-    let cost = |candidate: &Candidate<'_>| {
-        if any && !feasible(candidate) {
-            return f64::INFINITY;
-        }
-        let load = candidate.load;
-        load.decode_step_ms(1, tokens) + 0.02 * load.prefill_work_ms() / candidate.prefill_rate
+    if pays_to_pack(choice) {
+        let packed = packed(choice, here).or(stays);
+        return packed.unwrap_or_else(|| least(&|candidate| candidate.load.prefill_work_ms()));
+    }
+    stays.unwrap_or_else(|| {
+        least(&|candidate| {
+            let Candidate { load, prefill_rate, .. } = candidate;
+            let step_ms = load.decode_step_ms(1, choice.request.prompt_tokens);
+            step_ms + 0.02 * load.prefill_work_ms() / prefill_rate
+        })
+    })
+}
+
+/// The KV fits, and the steps are short enough with one more.
+fn has_room(choice: &Choice<'_>, candidate: &Candidate<'_>) -> bool {
+    let (load, tokens) = (candidate.load, choice.request.prompt_tokens);
+    load.decode_step_ms(1, tokens) <= DECODE_HEADROOM * load.planned_step_ms(choice.targets)
+        && load.has_kv_room(tokens, KV_HIGH)
+}
+
+/// Of those who decode already, and have room, the fullest.
+fn packed(choice: &Choice<'_>, here: Option<usize>) -> Option<usize> {
+    let tokens = choice.request.prompt_tokens;
+    let step_ms = |candidate: &Candidate<'_>| candidate.load.decode_step_ms(1, tokens);
+    let fullest = |takes: &dyn Fn(&Candidate<'_>) -> bool| {
+        let takes = |one: &Candidate<'_>| one.load.decodes > 0 && takes(one);
+        let taking = choice.candidates.iter().enumerate().filter(|(_, one)| takes(one));
+        let fullest = taking.max_by(|(_, a), (_, b)| step_ms(a).total_cmp(&step_ms(b)));
+        fullest.map(|(place, _)| place)
     };
-    if !pays_to_pack(choice) {
-        return match here {
-            Some(here) if !any || feasible(&choice.candidates[here]) => here,
-            _ => least(choice, cost),
-        };
-    }
-    let handoff_ms = targets.copy_ms(tokens);
-    let decodes_here =
-        |candidate: &Candidate<'_>| candidate.load.decodes > 0 && feasible(candidate);
-    if choice.candidates.iter().any(decodes_here) {
-        return least(choice, |candidate| {
-            if !decodes_here(candidate) {
-                return f64::INFINITY;
-            }
-            // The fullest. Staying is preferred by what the handoff would cost.
-            let stays = if candidate.is_here { handoff_ms / 10.0 } else { 0.0 };
-            -candidate.load.decode_step_ms(1, tokens) - stays
-        });
-    }
-    match here {
-        Some(here) if !any || feasible(&choice.candidates[here]) => here,
-        _ => least(choice, |candidate| {
-            if any && !feasible(candidate) {
-                f64::INFINITY
-            } else {
-                candidate.load.prefill_work_ms()
-            }
-        }),
-    }
+    // An ITL that is kept is no help to who has missed his TTFT: rather than that one more worker begins to decode, and
+    // all who wait for their prompt wait longer, such decodes are packed beyond what the ITL allows.
+    let is_late = || here.is_some_and(|here| is_late(choice, &choice.candidates[here]));
+    fullest(&|candidate| has_room(choice, candidate)).or_else(|| {
+        is_late().then(|| fullest(&|candidate| candidate.load.has_kv_room(tokens, KV_HIGH)))?
+    })
 }
 
 /// By the mean of what some workers say: each has learnt its model from noisy steps of its own.
