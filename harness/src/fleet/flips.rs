@@ -60,9 +60,17 @@ pub(super) struct Pools {
     /// Until when `seconds` counts.
     counted: Nanos,
     /// Reports on their way.
-    reports: VecDeque<(Nanos, usize, Option<WorkerReport>)>,
+    reports: VecDeque<Underway>,
     looked: Option<Nanos>,
     lots: fastrand::Rng,
+}
+
+#[derive(Clone, Copy)]
+struct Underway {
+    arrives: Nanos,
+    worker: usize,
+    report: Option<WorkerReport>,
+    steps: Option<FittedSteps>,
 }
 
 #[derive(Clone, Copy)]
@@ -172,24 +180,24 @@ impl World<'_> {
             // One that does nothing has nothing to say, but that it is there.
             let report = on.is_stepping.then(|| on.report());
             let arrives = self.now + nanos_of(trouble.reports_late);
-            self.pools.reports.push_back((arrives, worker, report));
+            let steps = on.known_steps();
+            self.pools.reports.push_back(Underway { arrives, worker, report, steps });
         }
         self.hear_reports();
     }
 
     fn hear_reports(&mut self) {
-        while let Some(&(arrives, worker, report)) = self.pools.reports.front()
+        while let Some(&Underway { arrives, worker, report, steps }) = self.pools.reports.front()
             && arrives <= self.now
         {
             self.pools.reports.pop_front();
-            let known = self.workers[worker].known_steps();
             let worker = self.workers[worker].key;
             let event = match report {
                 Some(report) => Event::Report { worker, report },
                 None => Event::Heard { worker, follows: true },
             };
             self.core.handle(event, duration(self.now), &mut self.actions);
-            if let Some(FittedSteps { model, slowest_part, .. }) = known {
+            if let Some(FittedSteps { model, slowest_part, .. }) = steps {
                 let event = Event::ModelChanged { worker, model, slowest_part };
                 self.core.handle(event, duration(self.now), &mut self.actions);
             }
