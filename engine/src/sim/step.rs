@@ -3,6 +3,7 @@
 use baton_types::{StepLoad, StepModel, StepWork};
 
 use super::scheduler::SequenceId;
+use crate::pacing::StepPace;
 
 /// What one step computes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -113,6 +114,15 @@ pub struct PrefillPace {
     pub min_chunk_tokens: u32,
     /// What a step takes in where no time is left for it: a prompt that waits for idle decodes might wait for ever.
     pub least_tokens: u32,
+}
+
+/// Smaller chunks cost more than they bring. As in the scheduler of the connector.
+pub(super) const MIN_CHUNK_TOKENS: u32 = 32;
+
+impl PrefillPace {
+    pub fn of(StepPace { step_ms, model }: StepPace, least_tokens: u32) -> Self {
+        Self { step_ms, model, min_chunk_tokens: MIN_CHUNK_TOKENS, least_tokens }
+    }
 }
 
 /// What is left of a step while it is planned.

@@ -17,18 +17,15 @@ use super::{
     core::{Core, Said, Submission},
     profile::Profile,
     shards::Shards,
-    step::PrefillPace,
+    step::{MIN_CHUNK_TOKENS, PrefillPace},
 };
 use crate::{
     kv_port::{FromEngine, KvPort, ToEngine},
-    pacing::{Pacing, StepPace},
+    pacing::Pacing,
 };
 
 /// A machine that lags by more than this does not try to catch up.
 const MOST_LAG: Duration = Duration::from_millis(50);
-
-/// Smaller chunks cost more than they bring. As in the scheduler of the connector.
-const MIN_CHUNK_TOKENS: u32 = 32;
 
 #[derive(Debug)]
 pub(super) enum Command {
@@ -43,15 +40,6 @@ pub(super) struct Gauges {
     pub(super) requests_waiting: AtomicU32,
     pub(super) blocks_used: AtomicU32,
     pub(super) export_slots_used: AtomicU32,
-}
-
-fn prefill_pace(StepPace { step_ms, model }: StepPace) -> PrefillPace {
-    PrefillPace {
-        step_ms,
-        model,
-        min_chunk_tokens: MIN_CHUNK_TOKENS,
-        least_tokens: MIN_CHUNK_TOKENS,
-    }
 }
 
 /// Gives the core its time: plans a step, lets the profile's time for it pass, finishes it.
@@ -115,7 +103,8 @@ impl Stepper {
                 self.command(command);
             }
             self.take_messages();
-            self.core.scheduler.set_pace(self.pacing.pace().map(prefill_pace));
+            let pace = self.pacing.pace();
+            self.core.scheduler.set_pace(pace.map(|pace| PrefillPace::of(pace, MIN_CHUNK_TOKENS)));
             let step = self.core.begin_step();
             self.publish();
             if step.work.is_empty() {

@@ -1,15 +1,12 @@
 use baton_core::{JobId, WorkerKey, WorkerReport};
 use baton_engine::{
-    FittedSteps, Pacing, StepPace,
+    FittedSteps, Pacing,
     sim::{NeverFits, NewSequence, PrefillPace, Scheduler, SequenceId, Step},
 };
 use baton_types::{Leg, StepModel};
 
 use super::{link::LinkUse, nanos};
 use crate::fleet::Nanos;
-
-/// As of an embedded engine.
-const MIN_CHUNK_TOKENS: u32 = 32;
 
 /// One engine.
 #[derive(Debug)]
@@ -92,7 +89,8 @@ impl Worker {
 
     /// Plans the next step and says how long it takes; none if there is nothing to compute.
     pub(super) fn begin_step(&mut self) -> Option<Nanos> {
-        self.scheduler.set_pace(self.pacing.pace().map(prefill_pace));
+        let pace = self.pacing.pace();
+        self.scheduler.set_pace(pace.map(|pace| PrefillPace::of(pace, 0)));
         loop {
             self.scheduler.plan_step_into(&mut self.step);
             if !self.step.work.is_empty() {
@@ -141,8 +139,4 @@ impl Worker {
             kv_used_tokens: self.kv_used_tokens(),
         }
     }
-}
-
-fn prefill_pace(StepPace { step_ms, model }: StepPace) -> PrefillPace {
-    PrefillPace { step_ms, model, min_chunk_tokens: MIN_CHUNK_TOKENS, least_tokens: 0 }
 }
