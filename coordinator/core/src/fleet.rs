@@ -159,6 +159,17 @@ impl Load {
         (slack_ms / (planned_ms * factor)).max(0.02)
     }
 
+    /// How much of what a step can bear beside its fixed part its decodes leave: from 1, where nothing decodes, down.
+    pub(crate) fn step_left(&self, targets: &Targets) -> f64 {
+        let Some(model) = self.model.filter(|_| self.decode_step_ms(0, 0) > 0.0) else {
+            return 1.0;
+        };
+        let planned_ms = self.planned_step_ms(targets);
+        let most_ms = planned_ms - model.decode_ms[0];
+        // Where not even an empty step is short enough nobody's ITL is kept by waiting.
+        if most_ms > 0.0 { (planned_ms - self.decode_step_ms(0, 0)) / most_ms } else { 1.0 }
+    }
+
     /// What it lets a step with decodes take, by its model: less than the target, where steps vary.
     pub fn planned_step_ms(&self, targets: &Targets) -> f64 {
         // Whatever a worker says.

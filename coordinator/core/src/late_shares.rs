@@ -10,6 +10,8 @@ use std::time::Duration;
 pub(crate) struct LateShares {
     left: [f64; TENTHS],
     lengths: Lengths,
+    /// When a prompt whose tenth is in debt was in time last.
+    in_time_in_debt: Option<Duration>,
 }
 
 const TENTHS: usize = 10;
@@ -18,6 +20,8 @@ const SHARE: f64 = 0.18;
 /// A prompt whose like have been late often enough is served ahead of its turn by this part of what it
 /// takes. With more of it others lose more than these gain.
 const HEAD_START: f64 = 0.4;
+/// Who is in time although his tenth is in debt is taken to be followed by others for so long.
+const AT_STAKE: Duration = Duration::from_secs(30);
 /// So many prompts of its tenth are remembered.
 const MEMORY: f64 = 4096.0;
 
@@ -35,11 +39,20 @@ impl LateShares {
     }
 
     /// A prompt's turn came, in time or not.
-    pub(crate) fn served(&mut self, tokens: u32, is_late: bool) {
+    pub(crate) fn served(&mut self, tokens: u32, is_late: bool, now: Duration) {
         self.lengths.add(tokens);
         let left = &mut self.left[self.lengths.tenth(tokens)];
         let earned = SHARE - f64::from(u8::from(is_late));
         *left += earned - *left / MEMORY;
+        if *left < 0.0 && !is_late {
+            self.in_time_in_debt = Some(now);
+        }
+    }
+
+    /// Whether others gain by it if those that are late are held back: some are in time whose like have been late more
+    /// often than they may. Not where all is well, and not where nobody is in time whatever is done.
+    pub(crate) fn are_at_stake(&self, now: Duration) -> bool {
+        self.in_time_in_debt.is_some_and(|then| now.saturating_sub(then) < AT_STAKE)
     }
 }
 
@@ -96,17 +109,19 @@ mod tests {
 
     use super::*;
 
+    const NOW: Duration = Duration::from_secs(1000);
+
     #[test]
     fn each_tenth_has_its_own_account() {
         let mut shares = LateShares::default();
         assert!(shares.are_spent(0) && shares.are_spent(u32::MAX), "nothing is earned yet");
         for _ in 0..20 {
-            shares.served(100, false);
-            shares.served(5000, false);
+            shares.served(100, false, NOW);
+            shares.served(5000, false, NOW);
         }
         assert!(!shares.are_spent(100) && !shares.are_spent(5000));
         for _ in 0..4 {
-            shares.served(5000, true);
+            shares.served(5000, true, NOW);
         }
         assert!(shares.are_spent(5000), "0.18 each are less than four");
         assert!(!shares.are_spent(100));
@@ -117,14 +132,29 @@ mod tests {
     fn a_quiet_time_earns_no_more_than_is_remembered() {
         let mut shares = LateShares::default();
         for _ in 0..1_000_000 {
-            shares.served(100, false);
+            shares.served(100, false, NOW);
         }
         let mut late = 0.0;
         while !shares.are_spent(100) {
-            shares.served(100, true);
+            shares.served(100, true, NOW);
             late += 1.0;
         }
         assert!(late < 0.25 * MEMORY, "{late}");
+    }
+
+    #[test]
+    fn something_is_at_stake_while_some_of_a_tenth_in_debt_are_in_time() {
+        let mut shares = LateShares::default();
+        let later = NOW + AT_STAKE;
+        shares.served(100, false, NOW);
+        assert!(!shares.are_at_stake(NOW), "nobody was late");
+        (0..9).for_each(|_| shares.served(100, true, NOW));
+        assert!(!shares.are_at_stake(NOW), "nobody is in time any more");
+        shares.served(100, false, NOW);
+        assert!(shares.are_at_stake(NOW));
+        assert!(!shares.are_at_stake(later), "nobody was for long");
+        (0..60).for_each(|_| shares.served(100, false, later));
+        assert!(!shares.are_at_stake(later + AT_STAKE), "the debt is paid");
     }
 
     #[test]

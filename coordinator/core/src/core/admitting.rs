@@ -9,7 +9,7 @@ use crate::{
     admission::{OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant, Turn, Waits},
     decision::{Considered, DecisionReason, PlacementDecision},
     event::{Action, Rejection},
-    fleet::{Worker, WorkerKey},
+    fleet::WorkerKey,
     placement::{self, AggregatedReason, Holders, NoRoute, Plan, Split},
     queue::Order,
     request::{Job, JobId, Request, RequestKey, Stage},
@@ -18,6 +18,8 @@ use crate::{
 /// What a client is told to wait where nothing can be predicted.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 const MOST_RETRY_AFTER: Duration = Duration::from_secs(3600);
+/// While others are at stake, who is late goes only where decodes leave this part of what steps can bear.
+const LEFT_FOR_LATE: f64 = 0.6;
 
 impl Core {
     /// What was decided of a request's current attempt, and predicted of it, for whoever asks first.
@@ -299,7 +301,7 @@ impl Core {
             let is_late =
                 order == Order::LateLast && now + milliseconds(waits.alone_ms) > waits.due;
             if is_late {
-                late_shares.served(waits.prompt_tokens, true);
+                late_shares.served(waits.prompt_tokens, true, now);
             }
             is_late
         })?;
@@ -310,21 +312,32 @@ impl Core {
             return None;
         }
         let has_room = match turn_by {
-            Turn::Late => candidates.iter().any(|worker| self.is_free(*worker)),
+            Turn::Late => candidates.iter().any(|worker| self.is_free(*worker, now)),
             Turn::OnTime | Turn::Oldest => self.has_room(candidates, now),
         };
         has_room.then_some((key, turn_by))
     }
 
-    fn is_free(&self, worker: WorkerKey) -> bool {
-        self.fleet.get(worker).is_some_and(Worker::is_free)
+    /// Whether one that is late may go there: nobody's prompt waits for it; and its answer, which takes time from the
+    /// prompts of others for long, comes to few others while there is something at stake.
+    fn is_free(&self, worker: WorkerKey, now: Duration) -> bool {
+        let targets = &self.settings.targets;
+        self.fleet.get(worker).is_some_and(|worker| {
+            let leaves_time = worker.load.step_left(targets) >= LEFT_FOR_LATE;
+            worker.is_free() && (leaves_time || !self.late_shares.are_at_stake(now))
+        })
     }
 
     /// Who is late goes to those who have nobody else's prompt, as long as there are any.
-    pub(super) fn only_free(&self, key: RequestKey, candidates: &mut Vec<WorkerKey>) {
+    pub(super) fn only_free(
+        &self,
+        key: RequestKey,
+        candidates: &mut Vec<WorkerKey>,
+        now: Duration,
+    ) {
         let is_late = self.requests.get(key.0).is_some_and(|request| request.turn_by == Turn::Late);
-        if is_late && candidates.iter().any(|worker| self.is_free(*worker)) {
-            candidates.retain(|worker| self.is_free(*worker));
+        if is_late && candidates.iter().any(|worker| self.is_free(*worker, now)) {
+            candidates.retain(|worker| self.is_free(*worker, now));
         }
     }
 

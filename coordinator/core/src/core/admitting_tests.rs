@@ -294,6 +294,37 @@ fn who_misses_the_deadline_is_served_behind_all_who_can_still_make_it() {
     }
 }
 
+/// A decode takes a fifth of what a step can bear beside its fixed part.
+#[test]
+fn who_is_late_waits_for_decodes_to_end_while_others_are_at_stake() {
+    let model = StepModel { decode_ms: [10.0, 2.0, 0.0], ..MODEL };
+    let targets = Targets { step_ms: 20.0, ..Targets::default() };
+    let at_stake = [(0, 1), (9, 1), (9, 0)];
+    for (late, in_time) in at_stake {
+        let worker = WorkerDescription { model: Some(model), ..worker("a", Role::Decode) };
+        let (mut f, _) = fixture(Settings { targets, ..adaptive() }, [worker]);
+        (0..late).for_each(|_| f.core.late_shares.served(20_000, true, NOW));
+        (0..in_time).for_each(|_| f.core.late_shares.served(20_000, false, NOW));
+        let waits = (late, in_time) == (9, 1);
+        let decodes = [100; 3].map(|tokens| {
+            let (_, actions) = f.arrive(prompt(tokens));
+            let [(_, job, ..)] = started(&actions)[..] else { panic!("{actions:?}") };
+            f.handle(Event::Answered { job });
+            job
+        });
+        // Three seconds of prefill, due in two.
+        let (_, actions) = f.arrive(prompt(30_000));
+        assert_eq!(
+            started(&actions).is_empty(),
+            waits,
+            "{late} late, {in_time} in time: {actions:?}"
+        );
+        let mut ended = decodes.into_iter().map(|job| f.handle(Event::Ended { job }));
+        let begun = ended.position(|actions| !started(&actions).is_empty());
+        assert_eq!(begun, waits.then_some(0), "two are no more than two fifths");
+    }
+}
+
 #[test]
 fn whoever_is_shed_is_told_when_to_come_again() {
     let admission = AdmissionSettings { max_waiting: 2, ..AdmissionSettings::default() };

@@ -65,7 +65,7 @@ impl Core {
                 self.reject(key, rejection, now, actions);
             }
             Ok(plan) => {
-                self.only_free(key, &mut candidates);
+                self.only_free(key, &mut candidates, now);
                 self.decide(key, plan, now);
                 let worker = self.choose(key, Leg::Prefill, None, &candidates, now);
                 self.fleet.placed(worker);
@@ -227,11 +227,11 @@ impl Core {
             request.waits_for = None;
             let (tokens, turn_by) = (request.shape.prompt_tokens, request.turn_by);
             if popped == Popped::Late(key) {
-                self.late_shares.served(tokens, true);
+                self.late_shares.served(tokens, true, now);
                 self.set_behind(key, now, actions);
             } else {
                 if turn_by == Turn::OnTime {
-                    self.late_shares.served(tokens, false);
+                    self.late_shares.served(tokens, false, now);
                 }
                 self.dispatch(key, worker, now, actions);
             }
