@@ -117,6 +117,9 @@ pub(crate) async fn keep_attached(
             Ok(never) => match never {},
             Err(error) => error,
         };
+        if !wanted() {
+            break;
+        }
         if matches!(error, AttachError::Displaced(_)) {
             // Coming back would displace the other in its turn, and so on for ever.
             tracing::error!(%coordinator, %error, "not attached");

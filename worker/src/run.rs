@@ -9,7 +9,10 @@ use baton_engine::{Engine, EngineDescription, EngineError, KvPort, SimEngine, Vl
 use baton_proto::CoordinatorHere;
 use baton_transfer::{Interpose, RankLedgers};
 use baton_types::{Compatibility, Epoch};
-use futures::{FutureExt, future::join_all};
+use futures::{
+    FutureExt,
+    future::{FusedFuture, join_all, pending},
+};
 use tokio::{
     sync::{mpsc, watch},
     time::MissedTickBehavior,
@@ -153,53 +156,47 @@ impl Worker {
 
     async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), WorkerError> {
         let _health = Health::serve(&self.config, &self.counters, self.leaving.subscribe())?;
-        let mut shutdown = std::pin::pin!(shutdown.fuse());
+        let ended = self.serve_until(std::pin::pin!(shutdown.fuse())).await;
+        self.close().await;
+        ended
+    }
+
+    async fn serve_until(
+        &self,
+        mut shutdown: impl FusedFuture<Output = ()> + Unpin,
+    ) -> Result<(), WorkerError> {
         let mut delay = FIRST_RESTART_DELAY;
         let mut has_served = false;
-        loop {
-            let engine = match start_engine(&self.config) {
-                Ok(engine) => engine,
-                Err(error) if !has_served => return Err(error.into()),
-                Err(error) => {
-                    tracing::error!(%error, "the engine does not start; trying again in {delay:?}");
-                    tokio::select! {
-                        () = &mut shutdown => return Ok(()),
-                        () = tokio::time::sleep(delay) => {}
-                    }
-                    delay = (2 * delay).min(LAST_RESTART_DELAY);
-                    continue;
-                }
-            };
-            let served = tokio::select! {
-                served = self.serve(&engine) => Some(served),
-                () = async { (&mut shutdown).await; self.leave().await } => None,
-            };
-            engine.stop().await;
-            // Whoever was told to stop meanwhile starts no other.
-            let Some(Ended { error, was_ready }) = served.filter(|_| !*self.leaving.borrow())
-            else {
-                self.close().await;
-                return Ok(());
-            };
-            if !was_ready && !has_served {
-                self.close().await;
-                return Err(error.into());
-            }
+        while let Some(Ended { error, was_ready }) = self.serve_once(&mut shutdown).await {
             if was_ready {
                 has_served = true;
                 delay = FIRST_RESTART_DELAY;
+            } else if !has_served {
+                return Err(error.into());
             }
-            tracing::error!(%error, "the engine is gone; starting it again in {delay:?}");
-            drop(engine);
+            tracing::error!(%error, "the engine does not run; starting it again in {delay:?}");
             tokio::select! {
-                () = &mut shutdown => {
-                    self.close().await;
-                    return Ok(());
-                }
+                () = &mut shutdown => break,
                 () = tokio::time::sleep(delay) => {}
             }
             delay = (2 * delay).min(LAST_RESTART_DELAY);
         }
+        Ok(())
+    }
+
+    /// One engine from its start to its stop. Answers why it ended, unless the worker was told to stop.
+    async fn serve_once(&self, shutdown: impl Future<Output = ()>) -> Option<Ended> {
+        let engine = match start_engine(&self.config) {
+            Ok(engine) => engine,
+            Err(error) => return Some(Ended { error, was_ready: false }),
+        };
+        let served = tokio::select! {
+            served = self.serve(&engine) => Some(served),
+            () = async { shutdown.await; self.leave().await } => None,
+        };
+        engine.stop().await;
+        // An engine may have ended while the worker was leaving: whoever was told to stop starts no other.
+        served.filter(|_| !*self.leaving.borrow())
     }
 
     /// Serves with one engine until it ends.
@@ -316,9 +313,10 @@ impl Worker {
 
     async fn keep_attached_to_all(&self, life: &Arc<Life>) {
         if let Some(here) = &self.here {
-            attach::keep_attached(life.clone(), &Coordinator::Here(here.clone()), None, || true)
-                .await;
-            return;
+            let coordinator = Coordinator::Here(here.clone());
+            attach::keep_attached(life.clone(), &coordinator, None, || !here.has_ended()).await;
+            // The process ends with its coordinator, and this worker once it has left.
+            return pending().await;
         }
         let coordinators = self.config.coordinators.iter();
         join_all(coordinators.map(|address| self.keep_attached(life.clone(), address))).await;
