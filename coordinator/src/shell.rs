@@ -245,13 +245,13 @@ impl Shell {
         self.tell_core(&mut state, Event::Tick, None);
     }
 
-    /// Breaks every open answer off: this coordinator is going.
+    /// Breaks every open answer off, and hangs up on the workers: this coordinator is going.
     pub(crate) fn close(&self) {
         let mut state = self.state.lock();
         for (_, client) in state.clients.drain() {
             client.break_off(&ClientError::ShuttingDown);
         }
-        for attached in state.links.values() {
+        for (_, attached) in state.links.drain() {
             attached.link.close();
         }
     }

@@ -40,11 +40,6 @@ pub fn in_process() -> (CoordinatorHere, WorkersHere) {
 }
 
 impl CoordinatorHere {
-    /// It has ended, for good.
-    pub fn has_ended(&self) -> bool {
-        self.0.is_closed()
-    }
-
     /// # Errors
     /// The coordinator has ended, or does not take this worker.
     pub async fn attach(&self, frames: WorkerFrames) -> Result<CoordinatorFrames, Status> {

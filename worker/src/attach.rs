@@ -117,19 +117,19 @@ pub(crate) async fn keep_attached(
             Ok(never) => match never {},
             Err(error) => error,
         };
-        if !wanted() {
-            break;
-        }
         if matches!(error, AttachError::Displaced(_)) {
             // Coming back would displace the other in its turn, and so on for ever.
             tracing::error!(%coordinator, %error, "not attached");
             return std::future::pending().await;
         }
         let wait = backoff.next();
-        if matches!(error, AttachError::Refused(_)) {
-            tracing::error!(%coordinator, %error, "not attached");
-        } else {
-            tracing::warn!(%coordinator, %error, "not attached; trying again in {wait:?}");
+        match (&error, coordinator) {
+            (AttachError::Refused(_), _) => {
+                tracing::error!(%coordinator, %error, "not attached");
+            }
+            // The process ends, and says so.
+            (_, Coordinator::Here(_)) => tracing::debug!(%error, "not attached"),
+            _ => tracing::warn!(%coordinator, %error, "not attached; trying again in {wait:?}"),
         }
         tokio::time::sleep(wait).await;
     }

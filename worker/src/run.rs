@@ -11,7 +11,7 @@ use baton_transfer::{Interpose, RankLedgers};
 use baton_types::{Compatibility, Epoch};
 use futures::{
     FutureExt,
-    future::{FusedFuture, join_all, pending},
+    future::{FusedFuture, join_all},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -314,9 +314,8 @@ impl Worker {
     async fn keep_attached_to_all(&self, life: &Arc<Life>) {
         if let Some(here) = &self.here {
             let coordinator = Coordinator::Here(here.clone());
-            attach::keep_attached(life.clone(), &coordinator, None, || !here.has_ended()).await;
-            // The process ends with its coordinator, and this worker once it has left.
-            return pending().await;
+            attach::keep_attached(life.clone(), &coordinator, None, || true).await;
+            return;
         }
         let coordinators = self.config.coordinators.iter();
         join_all(coordinators.map(|address| self.keep_attached(life.clone(), address))).await;

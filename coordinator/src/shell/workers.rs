@@ -105,20 +105,24 @@ impl Shell {
 
     pub(crate) fn worker_lost(&self, worker: WorkerKey) {
         let mut state = self.state.lock();
-        let leaves = state.links.get(&worker).is_some_and(|attached| attached.leaves);
+        // Without a link it was hung up on from here.
+        let leaves = state.links.remove(&worker).map(|attached| attached.leaves);
         if let Some(view) = state.core.worker(worker) {
             let (name, role) = (view.description.name.clone(), view.description.role);
             state.journal.worker_goes(worker, &name);
-            if leaves {
-                info!(worker = name, %role, "worker left");
-                state.journal.decided("left", name, "it was told to stop", "worker");
-            } else {
-                warn!(worker = name, %role, "worker lost");
-                state.journal.decided("lost", name, "its stream ended", "coordinator");
+            match leaves {
+                Some(true) => {
+                    info!(worker = name, %role, "worker left");
+                    state.journal.decided("left", name, "it was told to stop", "worker");
+                }
+                Some(false) => {
+                    warn!(worker = name, %role, "worker lost");
+                    state.journal.decided("lost", name, "its stream ended", "coordinator");
+                }
+                None => {}
             }
         }
         self.tell_core(&mut state, Event::WorkerLost { worker }, None);
-        state.links.remove(&worker);
         state.prefixes.worker_gone(worker);
         state.handoffs.worker_gone(worker);
     }
