@@ -67,7 +67,8 @@ pub(crate) async fn more_is_asked_than_can_be_served(watch: Watch) {
         .await
         .unwrap();
     watch.over(&cluster);
-    let clients = Clients::start(&cluster, 10, prompts());
+    // Twice what one prefill worker can do in time, and three quarters of what three can.
+    let clients = Clients::start(&cluster, 7, prompts());
     watch.fires("BatonRequestsShed").await;
     watch.seen(&cluster, "fires").await;
     let reasons = "sum(baton_requests_shed_total{JOB,reason=\"waited_too_long\"})";
