@@ -159,6 +159,7 @@ pub(crate) struct Waits {
     pub(crate) prompt_tokens: u32,
     /// What its prefill takes alone, predicted.
     pub(crate) alone_ms: f64,
+    pub(crate) is_long: bool,
     /// It is served after all who can still make it.
     pub(crate) is_late: bool,
 }
@@ -173,6 +174,13 @@ pub(crate) enum Turn {
     Late,
     /// It has waited longest of all.
     Oldest,
+}
+
+/// Of which prompts one may have its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Among {
+    All,
+    NotLong,
 }
 
 /// Those who wait for one model.
@@ -198,12 +206,52 @@ struct Class {
 /// One tenant's requests of one class.
 #[derive(Debug, Default)]
 struct Line {
+    others: Lane,
+    long: Lane,
+}
+
+#[derive(Debug, Default)]
+struct Lane {
+    /// In the order of their turns.
     on_time: BTreeSet<(Duration, RequestKey)>,
     /// In the order of their arrival.
     late: BTreeSet<(Duration, RequestKey)>,
 }
 
 impl Line {
+    fn lane(&mut self, is_long: bool) -> &mut Lane {
+        if is_long { &mut self.long } else { &mut self.others }
+    }
+
+    fn len(&self) -> usize {
+        self.others.len() + self.long.len()
+    }
+
+    fn has(&self, of: Among) -> bool {
+        self.others.len() > 0 || (of == Among::All && self.long.len() > 0)
+    }
+
+    /// The first of both, and by what it has its turn.
+    fn first(&self, of: Among) -> Option<(RequestKey, Turn)> {
+        let lanes = [Some(&self.others), (of == Among::All).then_some(&self.long)];
+        let first = |of: fn(&Lane) -> &BTreeSet<(Duration, RequestKey)>| {
+            let first = lanes.iter().flatten().filter_map(|lane| of(lane).first()).min();
+            first.map(|(_, key)| *key)
+        };
+        let on_time = first(|lane| &lane.on_time).map(|key| (key, Turn::OnTime));
+        on_time.or_else(|| first(|lane| &lane.late).map(|key| (key, Turn::Late)))
+    }
+
+    /// Who comes last of both.
+    fn last(&self) -> Option<RequestKey> {
+        let lanes = [&self.others, &self.long];
+        let late = lanes.iter().filter_map(|lane| lane.late.last()).max();
+        let last = late.or_else(|| lanes.iter().filter_map(|lane| lane.on_time.last()).max());
+        last.map(|(_, key)| *key)
+    }
+}
+
+impl Lane {
     fn len(&self) -> usize {
         self.on_time.len() + self.late.len()
     }
@@ -221,11 +269,12 @@ impl WaitingRoom {
         self.alone_ms += waits.alone_ms;
         let class = self.classes.entry(waits.priority).or_default();
         let line = class.lines.entry(waits.tenant.clone()).or_default();
+        let lane = line.lane(waits.is_long);
         if waits.is_late {
-            line.late.insert((waits.arrived, key));
+            lane.late.insert((waits.arrived, key));
         } else {
             class.alone_ms += waits.alone_ms;
-            line.on_time.insert((waits.turn, key));
+            lane.on_time.insert((waits.turn, key));
         }
         self.entries.insert(key, waits);
     }
@@ -235,9 +284,10 @@ impl WaitingRoom {
     pub(crate) fn next(
         &mut self,
         accounts: &Accounts,
+        of: Among,
         is_late: impl FnMut(&Waits) -> bool,
     ) -> Option<(RequestKey, Turn)> {
-        let next = self.first_of_line(accounts, is_late)?;
+        let next = self.first_of_line(accounts, of, is_late)?;
         let (_, oldest) = *self.by_age.first()?;
         let waits = self.entries.get(&oldest)?;
         let is_owed = self.admitted_tokens >= OLDEST_EVERY * u64::from(waits.prompt_tokens);
@@ -247,24 +297,29 @@ impl WaitingRoom {
     fn first_of_line(
         &mut self,
         accounts: &Accounts,
+        of: Among,
         mut is_late: impl FnMut(&Waits) -> bool,
     ) -> Option<(RequestKey, Turn)> {
-        let (_, class) = self.classes.iter_mut().next()?;
-        let (_, line) = class
-            .lines
-            .iter_mut()
-            .min_by(|(a, _), (b, _)| accounts.of(a).total_cmp(&accounts.of(b)))?;
-        while let Some(&(turn, key)) = line.on_time.first() {
-            let waits = self.entries.get_mut(&key)?;
-            if !is_late(waits) {
-                return Some((key, Turn::OnTime));
+        let (alone_ms, line) =
+            self.classes.values_mut().find_map(|Class { lines, alone_ms }| {
+                let lines = lines.iter_mut().filter(|(_, line)| line.has(of));
+                let line = lines.min_by(|(a, _), (b, _)| accounts.of(a).total_cmp(&accounts.of(b)));
+                line.map(|(_, line)| (alone_ms, line))
+            })?;
+        let lanes = [Some(&mut line.others), (of == Among::All).then_some(&mut line.long)];
+        for lane in lanes.into_iter().flatten() {
+            while let Some(&(turn, key)) = lane.on_time.first() {
+                let waits = self.entries.get_mut(&key)?;
+                if !is_late(waits) {
+                    break;
+                }
+                waits.is_late = true;
+                *alone_ms -= waits.alone_ms;
+                lane.on_time.remove(&(turn, key));
+                lane.late.insert((waits.arrived, key));
             }
-            waits.is_late = true;
-            class.alone_ms -= waits.alone_ms;
-            line.on_time.remove(&(turn, key));
-            line.late.insert((waits.arrived, key));
         }
-        line.late.first().map(|(_, key)| (*key, Turn::Late))
+        line.first(of)
     }
 
     /// It goes on to a worker.
@@ -287,11 +342,12 @@ impl WaitingRoom {
         self.alone_ms -= waits.alone_ms;
         if let Some(class) = self.classes.get_mut(&waits.priority) {
             if let Some(line) = class.lines.get_mut(&waits.tenant) {
+                let lane = line.lane(waits.is_long);
                 if waits.is_late {
-                    line.late.remove(&(waits.arrived, key));
+                    lane.late.remove(&(waits.arrived, key));
                 } else {
                     class.alone_ms -= waits.alone_ms;
-                    line.on_time.remove(&(waits.turn, key));
+                    lane.on_time.remove(&(waits.turn, key));
                 }
                 if line.len() == 0 {
                     class.lines.remove(&waits.tenant);
@@ -321,8 +377,7 @@ impl WaitingRoom {
         if *lowest == priority && (**most == *tenant || line.len() <= own + 1) {
             return None;
         }
-        let last_late = line.late.last().map(|(_, key)| *key);
-        last_late.or_else(|| line.on_time.last().map(|(_, key)| *key))
+        line.last()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -362,6 +417,7 @@ mod tests {
             due,
             prompt_tokens: 50,
             alone_ms: 1.0,
+            is_long: false,
             is_late: false,
         }
     }
@@ -383,7 +439,7 @@ mod tests {
         }
 
         fn serve(&mut self, weight: f64, tokens: f64) -> Option<(RequestKey, Waits)> {
-            let (key, _) = self.room.next(&self.accounts, |_| false)?;
+            let (key, _) = self.room.next(&self.accounts, Among::All, |_| false)?;
             let waits = self.room.entries.get(&key)?.clone();
             self.room.admit(key, &mut self.accounts);
             let tenant = Tenant { name: waits.tenant.clone(), weight };
@@ -404,7 +460,7 @@ mod tests {
         let turns = [Turn::OnTime, Turn::OnTime, Turn::Late, Turn::Late, Turn::OnTime];
         for (expected, turn) in [first, second, late, returned, low].into_iter().zip(turns) {
             let is_late = |waits: &Waits| waits.due < 3 * SECOND && waits.priority == 0;
-            assert_eq!(f.room.next(&f.accounts, is_late), Some((expected, turn)));
+            assert_eq!(f.room.next(&f.accounts, Among::All, is_late), Some((expected, turn)));
             let late_ones = f64::from(
                 [late, returned]
                     .map(|key| {
@@ -421,6 +477,31 @@ mod tests {
             f.room.admit(expected, &mut f.accounts);
         }
         assert!(f.room.is_empty() && f.room.classes.is_empty() && f.room.by_age.is_empty());
+    }
+
+    #[test]
+    fn who_is_not_long_passes_those_who_are() {
+        let mut f = Fixture::default();
+        let long = |waits| Waits { is_long: true, ..waits };
+        let first = f.push(long(waits(0, "a", 1)));
+        assert_eq!(f.room.next(&f.accounts, Among::NotLong, |_| false), None);
+        let low = f.push(waits(1, "a", 1));
+        let late = f.push(long(Waits { is_late: true, ..waits(0, "a", 1) }));
+        let next = |f: &mut Fixture, of| f.room.next(&f.accounts, of, |_| false);
+        assert_eq!(next(&mut f, Among::NotLong), Some((low, Turn::OnTime)), "of any class");
+        let other = f.push(waits(0, "b", 9));
+        f.accounts.charge(&Tenant { name: Arc::from("b"), weight: 1.0 }, 1000.0);
+        assert_eq!(next(&mut f, Among::NotLong), Some((other, Turn::OnTime)), "and tenant");
+        assert_eq!(next(&mut f, Among::All), Some((first, Turn::OnTime)));
+        assert_eq!(f.room.gives_way(1, "c"), None);
+        assert_eq!(f.room.gives_way(0, "c"), Some(low));
+        f.room.remove(low);
+        assert_eq!(f.room.gives_way(0, "c"), Some(late), "the last of those that are late");
+        for key in [first, late, other] {
+            f.room.remove(key);
+        }
+        assert!(f.room.is_empty() && f.room.classes.is_empty());
+        assert_eq!((f.room.alone_ms(), f.room.before_ms(9)), (0.0, 0.0));
     }
 
     #[test]
@@ -469,7 +550,7 @@ mod tests {
             }
             let mut served = [0.0, 0.0];
             for (a, b) in &sizes {
-                let (key, _) = f.room.next(&f.accounts, |_| false).unwrap();
+                let (key, _) = f.room.next(&f.accounts, Among::All, |_| false).unwrap();
                 let waits = f.room.entries.get(&key).unwrap().clone();
                 f.room.admit(key, &mut f.accounts);
                 let (which, tokens, weight) = if &*waits.tenant == "a" {
@@ -489,6 +570,7 @@ mod tests {
         #[test]
         fn nobody_starves(
             before in prop::collection::vec((-3..3i32, 0..4u8, 1..20u32), 0..10),
+            is_long: bool,
             own_tokens in 1..20u32,
             is_late: bool,
             after in prop::collection::vec((-3..3i32, 0..4u8, 100..200u32), 160),
@@ -502,7 +584,7 @@ mod tests {
             for one in &before {
                 f.push(of(*one, 1));
             }
-            let victim = f.push(Waits { is_late, ..of((9, 9, own_tokens), 2) });
+            let victim = f.push(Waits { is_late, is_long, ..of((9, 9, own_tokens), 2) });
             let older: u32 = before.iter().map(|(.., tokens)| *tokens).sum();
             // Who is served last may be longer than what was owed.
             let bound = OLDEST_EVERY * u64::from(older + own_tokens) + u64::from(older + 2 * 200);

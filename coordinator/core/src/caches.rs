@@ -49,6 +49,11 @@ impl Found {
         Hits { most, held: Walk::through(&self.held), expected: Walk::through(&self.expected) }
     }
 
+    /// The most that any worker holds of use.
+    pub(crate) fn most_tokens(&self) -> u32 {
+        self.holders().map(|(_, tokens)| tokens).max().unwrap_or_default()
+    }
+
     /// Whoever holds something, and what of it is of use.
     pub(crate) fn holders(&self) -> impl Iterator<Item = (WorkerKey, u32)> {
         let most = self.prompt_tokens.saturating_sub(1);

@@ -20,6 +20,7 @@ use crate::{
     fleet::{Fleet, Worker, WorkerDescription, WorkerKey, WorkerView},
     keyed::Keyed,
     late_shares::LateShares,
+    long_prompts::LongPrompts,
     placement::{Plan, Split},
     policy::{POLICIES, Policy, Targets},
     prefix_index::{Heard, KvUpdate, PrefixIndex},
@@ -112,6 +113,7 @@ pub struct Core {
     /// Of the requests that have no answer yet.
     deadlines: BTreeSet<(Duration, RequestKey)>,
     late_shares: LateShares,
+    long_prompts: LongPrompts,
     /// Who waits for a turn, by model.
     rooms: BTreeMap<Option<String>, WaitingRoom>,
     accounts: Accounts,
@@ -139,6 +141,7 @@ impl Core {
             balancing: None,
             candidates: Vec::new(),
             late_shares: LateShares::default(),
+            long_prompts: LongPrompts::default(),
             fleet: Fleet::default(),
             caches: Caches::default(),
             requests: Keyed::default(),
@@ -186,6 +189,8 @@ impl Core {
             turn_by: Turn::default(),
             arrived: now,
             is_counted: false,
+            alone_ms: 0.0,
+            is_long: false,
             avoid: Vec::new(),
             split: self.settings.split,
             plan: Plan::Split,

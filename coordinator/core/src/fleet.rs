@@ -75,6 +75,7 @@ pub struct Load {
     /// Prompts that its engine has and has not computed.
     pub prefills: u32,
     pub prefill_tokens: u64,
+    long_prefills: u32,
     /// Sequences that decode there, or whose KV is on its way there.
     pub decodes: u32,
     /// Prompts that wait for it here.
@@ -216,6 +217,7 @@ impl Load {
                 }
                 self.prefills += 1;
                 self.prefill_tokens += u64::from(job.prompt_tokens);
+                self.long_prefills += u32::from(job.is_long);
                 self.dispatched_work_ms += job.work_ms;
                 self.usual_work_ms += (job.work_ms - self.usual_work_ms) / USUAL_OVER;
                 self.kv_coming_tokens += u64::from(job.prompt_tokens);
@@ -233,6 +235,7 @@ impl Load {
         match job.stage {
             Stage::Prefilling => {
                 self.prefills = self.prefills.saturating_sub(1);
+                self.long_prefills = self.long_prefills.saturating_sub(u32::from(job.is_long));
                 self.prefill_tokens =
                     self.prefill_tokens.saturating_sub(u64::from(job.prompt_tokens));
                 self.dispatched_work_ms = if self.prefills == 0 {
@@ -306,6 +309,11 @@ impl Worker {
     pub(crate) fn is_free(&self) -> bool {
         let prefills = self.load.prefills + self.load.elsewhere.prefills;
         self.load.model.is_none() || (prefills == 0 && self.queue.len() == 0)
+    }
+
+    /// It has a long prompt to compute.
+    pub(crate) fn has_long(&self) -> bool {
+        self.load.long_prefills > 0 || self.queue.has_long()
     }
 
     /// Whether it may be given requests for this model.

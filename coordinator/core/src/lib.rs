@@ -17,6 +17,7 @@ mod event;
 mod fleet;
 mod keyed;
 mod late_shares;
+mod long_prompts;
 mod placement;
 pub mod policy;
 mod prefix_index;

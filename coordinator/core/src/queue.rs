@@ -32,6 +32,7 @@ pub(crate) struct Waiting {
     /// What its prefill costs, predicted.
     pub(crate) work_ms: f64,
     pub(crate) tokens: u32,
+    pub(crate) is_long: bool,
     /// When its first token is due, where that matters.
     pub(crate) due: Option<Duration>,
 }
@@ -88,6 +89,10 @@ impl Queue {
 
     pub(crate) fn work_ms(&self) -> f64 {
         self.work_ms
+    }
+
+    pub(crate) fn has_long(&self) -> bool {
+        self.waiting.values().any(|waiting| waiting.is_long)
     }
 
     pub(crate) fn len(&self) -> usize {

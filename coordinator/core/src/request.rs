@@ -63,6 +63,10 @@ pub(crate) struct Request {
     pub(crate) turn: Duration,
     pub(crate) turn_by: Turn,
     pub(crate) arrived: Duration,
+    /// What its prefill takes alone where the most of it is cached, predicted when its attempt began.
+    pub(crate) alone_ms: f64,
+    /// It gives way to those that are not, see [`LongPrompts`](crate::long_prompts::LongPrompts).
+    pub(crate) is_long: bool,
     /// The balancer knows of it.
     pub(crate) is_counted: bool,
     /// Workers that failed it.
@@ -132,6 +136,7 @@ pub(crate) struct Job {
     pub(crate) output_tokens: u32,
     /// What its prefill costs, predicted.
     pub(crate) work_ms: f64,
+    pub(crate) is_long: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

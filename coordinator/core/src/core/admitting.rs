@@ -6,10 +6,11 @@ use baton_types::Leg;
 
 use super::{Core, OnNoPrefill, attempt::View, milliseconds};
 use crate::{
-    admission::{OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant, Turn, Waits},
+    admission::{Among, OUTPUT_TOKEN_WEIGHT, ShedReason, Tenant, Turn, Waits},
     decision::{Considered, DecisionReason, PlacementDecision},
     event::{Action, Rejection},
     fleet::WorkerKey,
+    long_prompts::LongPrompts,
     placement::{self, AggregatedReason, Holders, NoRoute, Plan, Split},
     queue::Order,
     request::{Job, JobId, Request, RequestKey, Stage},
@@ -173,11 +174,38 @@ impl Core {
             return false;
         }
         let others_wait = self.rooms.get(&request.shape.model).is_some_and(|room| !room.is_empty());
-        if request.shape.prompt_tokens > 0 && (others_wait || !self.has_room(candidates, now)) {
+        let has_to_wait =
+            others_wait || self.gives_way(key, candidates) || !self.has_room(candidates, now);
+        if request.shape.prompt_tokens > 0 && has_to_wait {
             return true;
         }
         self.admitted(key);
         false
+    }
+
+    /// What its prompt takes, and whether that is long, by what is cached of it now.
+    pub(super) fn measure(&mut self, key: RequestKey) {
+        let model = self.fleet.iter().find_map(|(_, worker)| worker.load.model);
+        let Some(request) = self.requests.get_mut(key.0) else { return };
+        let (cached_tokens, tokens) = (request.found.most_tokens(), request.shape.prompt_tokens);
+        request.alone_ms = model.map_or(0.0, |it| it.prefill_alone_ms(cached_tokens, tokens));
+        request.is_long = self.settings.order == Order::LateLast
+            && LongPrompts::is_long(request.alone_ms, self.settings.ttft);
+    }
+
+    /// Whether it is long, and as many of the candidates prefill such prompts as may.
+    fn gives_way(&self, key: RequestKey, candidates: &[WorkerKey]) -> bool {
+        if !self.requests.get(key.0).is_some_and(|request| request.is_long) {
+            return false;
+        }
+        let on = candidates.iter().filter_map(|worker| self.fleet.get(*worker));
+        let busy = on.filter(|worker| worker.has_long()).count();
+        busy >= self.long_prompts.most_of(candidates.len())
+    }
+
+    /// The part of the workers that may prefill long prompts at once.
+    pub fn long_prompts_part(&self) -> f64 {
+        self.long_prompts.part()
     }
 
     fn has_room(&self, candidates: &[WorkerKey], now: Duration) -> bool {
@@ -206,15 +234,13 @@ impl Core {
         actions: &mut Vec<Action>,
     ) {
         let Some(request) = self.requests.get_mut(key.0) else { return };
-        let model = self.fleet.iter().find_map(|(_, worker)| worker.load.model);
         let shape = &request.shape;
         let room = self.rooms.entry(shape.model.clone()).or_default();
         let most = self.settings.admission.unwrap_or_default().max_waiting;
         let gives_way = (room.len() >= most)
             .then(|| room.gives_way(shape.priority, &shape.tenant.name).unwrap_or(key));
         if gives_way != Some(key) {
-            let tokens = shape.prompt_tokens;
-            let alone_ms = model.map_or(0.0, |model| model.prefill_alone_ms(0, tokens));
+            let (tokens, alone_ms) = (shape.prompt_tokens, request.alone_ms);
             if self.settings.order == Order::LateLast {
                 request.turn = self.late_shares.turn(request.due, tokens, alone_ms);
             }
@@ -226,6 +252,7 @@ impl Core {
                 due: request.due,
                 prompt_tokens: tokens,
                 alone_ms,
+                is_long: request.is_long,
                 is_late: request.turn_by == Turn::Late,
             };
             room.push(key, waits, &mut self.accounts);
@@ -287,7 +314,8 @@ impl Core {
     }
 
     /// Whose turn it is for this model, if somebody has room for it: some work may be before one that is on time, so
-    /// that no engine idles between two prompts, and none before one that is late, so that it delays nobody.
+    /// that no engine idles between two prompts, and none before one that is late, so that it delays nobody. One that
+    /// is long lets the others pass while as many are computed as may.
     fn next_in(
         &mut self,
         model: &Option<String>,
@@ -295,27 +323,46 @@ impl Core {
         candidates: &mut Vec<WorkerKey>,
     ) -> Option<(RequestKey, Turn)> {
         let split = self.split_now();
+        for of in [Among::All, Among::NotLong] {
+            let (key, turn_by) = self.turn_in(model, of, now)?;
+            let Request { shape, avoid, .. } = self.requests.get(key.0)?;
+            let plan = placement::plan(&self.fleet, shape, avoid, split, candidates).ok()?;
+            let local = plan == Plan::Aggregated(AggregatedReason::NoPrefillWorker);
+            if local && self.rejects_local() {
+                return None;
+            }
+            if turn_by != Turn::Oldest && self.gives_way(key, candidates) {
+                continue;
+            }
+            let has_room = match turn_by {
+                Turn::Late => candidates.iter().any(|worker| self.is_free(*worker, now)),
+                Turn::OnTime | Turn::Oldest => self.has_room(candidates, now),
+            };
+            return has_room.then_some((key, turn_by));
+        }
+        None
+    }
+
+    fn turn_in(
+        &mut self,
+        model: &Option<String>,
+        of: Among,
+        now: Duration,
+    ) -> Option<(RequestKey, Turn)> {
         let room = self.rooms.get_mut(model)?;
-        let (order, late_shares) = (self.settings.order, &mut self.late_shares);
-        let (key, turn_by) = room.next(&self.accounts, |waits| {
+        let order = self.settings.order;
+        let (late_shares, long_prompts) = (&mut self.late_shares, &mut self.long_prompts);
+        room.next(&self.accounts, of, |waits| {
             let is_late =
                 order == Order::LateLast && now + milliseconds(waits.alone_ms) > waits.due;
             if is_late {
                 late_shares.served(waits.prompt_tokens, true, now);
+                if !waits.is_long {
+                    long_prompts.other_served(true);
+                }
             }
             is_late
-        })?;
-        let Request { shape, avoid, .. } = self.requests.get(key.0)?;
-        let plan = placement::plan(&self.fleet, shape, avoid, split, candidates).ok()?;
-        let local = plan == Plan::Aggregated(AggregatedReason::NoPrefillWorker);
-        if local && self.rejects_local() {
-            return None;
-        }
-        let has_room = match turn_by {
-            Turn::Late => candidates.iter().any(|worker| self.is_free(*worker, now)),
-            Turn::OnTime | Turn::Oldest => self.has_room(candidates, now),
-        };
-        has_room.then_some((key, turn_by))
+        })
     }
 
     /// Whether one that is late may go there: nobody's prompt waits for it; and its answer, which takes time from the

@@ -326,6 +326,52 @@ fn who_is_late_waits_for_decodes_to_end_while_others_are_at_stake() {
 }
 
 #[test]
+fn long_prompts_leave_workers_to_the_others_while_those_are_late() {
+    let begins = |f: &mut Fixture, tokens| {
+        let (_, actions) = f.arrive(prompt(tokens));
+        f.core.check_invariants();
+        started(&actions).first().map(|start| start.1)
+    };
+    // Four seconds each, due in ten, or in two, when they are late.
+    for ttft_prefill_factor in [2.0, 0.0] {
+        for (late, at_once) in [(0, 4), (7, 2), (14, 1), (1000, 1)] {
+            let workers = ["a", "b", "c", "d"].map(|name| predictable(name, Role::Decode));
+            let (mut f, _) = fixture(Settings { ttft_prefill_factor, ..adaptive() }, workers);
+            (0..late).for_each(|_| f.core.long_prompts.other_served(true));
+            let long = [(); 4].map(|()| begins(&mut f, 40_000));
+            assert_eq!(long.iter().flatten().count(), at_once, "{late} late");
+            let passes = begins(&mut f, 20_000).is_some();
+            assert_eq!(passes, at_once < 4, "others do not wait for those who wait");
+            let job = long[0].unwrap();
+            let actions = f.handle(Event::Answered { job });
+            assert!(!started(&actions).is_empty(), "whoever waits, once one is computed");
+        }
+    }
+}
+
+#[test]
+fn what_a_long_prompt_takes_is_by_what_is_cached_of_it() {
+    let (mut f, keys) = fixture(adaptive(), [predictable("a", Role::Decode)]);
+    let busy: Vec<_> = (0..10).map(|_| f.arrive(prompt(1000))).collect();
+    (0..4).for_each(|_| drop(f.arrive(prompt(40_000))));
+    let held_tokens = [(keys[0], 39_000)].into();
+    let (cached, _) = f.arrive(RequestShape { held_tokens, ..prompt(40_000) });
+    let keys: Vec<_> = busy.iter().map(|(key, _)| *key).collect();
+    let mut jobs: Vec<_> = busy.iter().flat_map(|(_, actions)| started(actions)).collect();
+    let mut next = None;
+    while let Some((_, job, ..)) = jobs.pop() {
+        let actions = f.handle(Event::Answered { job });
+        let mut others = actions.iter().filter_map(|action| match action {
+            Action::Start { request, .. } if !keys.contains(request) => Some(*request),
+            _ => None,
+        });
+        next = next.or_else(|| others.next());
+        jobs.extend(started(&actions));
+    }
+    assert_eq!(next, Some(cached), "the others are late");
+}
+
+#[test]
 fn whoever_is_shed_is_told_when_to_come_again() {
     let admission = AdmissionSettings { max_waiting: 2, ..AdmissionSettings::default() };
     let settings = Settings { admission: Some(admission), ..adaptive() };

@@ -35,6 +35,7 @@ impl Core {
         let split = self.split_now();
         self.expect_no_more(key);
         self.look_up(key);
+        self.measure(key);
         let Some(request) = self.requests.get_mut(key.0) else { return };
         request.split = split;
         let mut candidates = std::mem::take(&mut self.candidates);
@@ -187,8 +188,8 @@ impl Core {
             let takes_ms = work_ms / on.load.prefill_rate(&self.settings.targets);
             request.turn = self.late_shares.turn(request.due, tokens, takes_ms);
         }
-        let due = is_hurried.then_some(request.due);
-        on.queue.push(key, request.place(), Waiting { work_ms, tokens, due });
+        let (due, is_long) = (is_hurried.then_some(request.due), request.is_long);
+        on.queue.push(key, request.place(), Waiting { work_ms, tokens, is_long, due });
         on.queue_changed();
         request.waits_for = Some(worker);
         self.expect(key, worker);
@@ -226,13 +227,16 @@ impl Core {
             let Some(request) = self.requests.get_mut(key.0) else { break };
             request.waits_for = None;
             let (tokens, turn_by) = (request.shape.prompt_tokens, request.turn_by);
-            if popped == Popped::Late(key) {
-                self.late_shares.served(tokens, true, now);
+            let is_late = popped == Popped::Late(key);
+            if is_late || turn_by == Turn::OnTime {
+                self.late_shares.served(tokens, is_late, now);
+                if !request.is_long {
+                    self.long_prompts.other_served(is_late);
+                }
+            }
+            if is_late {
                 self.set_behind(key, now, actions);
             } else {
-                if turn_by == Turn::OnTime {
-                    self.late_shares.served(tokens, false, now);
-                }
                 self.dispatch(key, worker, now, actions);
             }
         }

@@ -31,6 +31,7 @@ impl Core {
             prompt_tokens: 0,
             output_tokens: 0,
             work_ms: 0.0,
+            is_long: false,
         };
         let (pull, cached_tokens) = match leg {
             Leg::Decode | Leg::Lend => (None, 0),
@@ -44,6 +45,7 @@ impl Core {
         if let (Some(request), Some(on)) = (self.requests.get(key.0), self.fleet.get_mut(worker)) {
             let shape = &request.shape;
             job.prompt_tokens = shape.prompt_tokens;
+            job.is_long = request.is_long;
             job.work_ms = on.load.prefill_ms(cached_tokens, shape.prompt_tokens);
         }
         let id = JobId(self.jobs.insert(job));

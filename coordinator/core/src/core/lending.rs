@@ -39,6 +39,7 @@ impl Core {
             prompt_tokens: pull.tokens,
             output_tokens: 0,
             work_ms: 0.0,
+            is_long: false,
         };
         let id = JobId(self.jobs.insert(job));
         debug_assert!(request.lending.is_none(), "an attempt begins with what another left");
