@@ -37,10 +37,30 @@ use crate::{
 
 /// In Prometheus' text format.
 pub(crate) fn page(shell: &Shell) -> Response {
-    let text =
-        shell.metrics.render(shell.requests_open(), &shell.waiting_by_priority(), &shell.workers());
+    let text = shell.metrics.render(&Standing::of(shell));
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, content_type)], text).into_response()
+}
+
+/// What is not counted as it happens.
+#[derive(Debug, Default)]
+struct Standing {
+    requests_open: usize,
+    /// By priority.
+    waiting: BTreeMap<i32, usize>,
+    long_prompts_part: f64,
+    workers: Vec<WorkerStatus>,
+}
+
+impl Standing {
+    fn of(shell: &Shell) -> Self {
+        Self {
+            requests_open: shell.requests_open(),
+            waiting: shell.waiting_by_priority(),
+            long_prompts_part: shell.long_prompts_part(),
+            workers: shell.workers(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -97,14 +117,9 @@ impl Metrics {
     }
 
     /// In Prometheus' text format, with how things stand now.
-    fn render(
-        &self,
-        requests_open: usize,
-        waiting: &BTreeMap<i32, usize>,
-        workers: &[WorkerStatus],
-    ) -> String {
-        self.workers.set(requests_open, workers);
-        self.placement.waiting(waiting);
+    fn render(&self, now: &Standing) -> String {
+        self.workers.set(now.requests_open, &now.workers);
+        self.placement.set(&now.waiting, now.long_prompts_part);
         let mut text = String::new();
         let catalogue = self.catalogue.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Writing into a string does not fail.

@@ -230,6 +230,10 @@ impl Shell {
         }
     }
 
+    pub(crate) fn long_prompts_part(&self) -> f64 {
+        self.state.lock().core.long_prompts_part()
+    }
+
     pub(crate) fn waiting_by_priority(&self) -> BTreeMap<i32, usize> {
         self.state.lock().core.waiting_by_priority()
     }

@@ -1,4 +1,4 @@
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::atomic::AtomicU64, time::Duration};
 
 use baton_core::ShedReason;
 use prometheus_client::{
@@ -66,6 +66,7 @@ pub(crate) struct PlacementMetrics {
     itl_error: PredictionError,
     wait: Family<PriorityLabels, Histogram, fn() -> Histogram>,
     waiting: Family<PriorityLabels, Gauge>,
+    long_prompt_workers: Gauge<f64, AtomicU64>,
     shed: Family<ShedLabels, Counter>,
 }
 
@@ -102,13 +103,19 @@ impl PlacementMetrics {
             "Requests that wait here for their turn, or for a worker",
             waiting.clone(),
         );
+        let long_prompt_workers = Gauge::<f64, AtomicU64>::default();
+        catalogue.register(
+            "long_prompt_workers_ratio",
+            "Part of the workers that may prefill long prompts at once: below 1 while others are late",
+            long_prompt_workers.clone(),
+        );
         let shed = Family::<ShedLabels, Counter>::default();
         catalogue.register("requests_shed", "Requests that were answered with 429", shed.clone());
         // A rate needs what was there before.
         for reason in ShedReason::ALL {
             shed.get_or_create(&ShedLabels { reason: reason.as_str(), priority: 0 }).inc_by(0);
         }
-        Self { decisions, ttft_error, itl_error, wait, waiting, shed }
+        Self { decisions, ttft_error, itl_error, wait, waiting, long_prompt_workers, shed }
     }
 
     pub(crate) fn decided(&self, path: Path, reason: &'static str) {
@@ -139,8 +146,9 @@ impl PlacementMetrics {
         self.shed.get_or_create(&ShedLabels { reason: reason.as_str(), priority }).inc();
     }
 
-    /// How many wait just now, by priority.
-    pub(super) fn waiting(&self, waiting: &BTreeMap<i32, usize>) {
+    /// How many wait just now, by priority, and the part of the workers that may have long prompts.
+    pub(super) fn set(&self, waiting: &BTreeMap<i32, usize>, long_prompt_workers: f64) {
+        self.long_prompt_workers.set(long_prompt_workers);
         self.waiting.clear();
         for (&priority, &count) in waiting {
             let gauge = self.waiting.get_or_create(&PriorityLabels { priority });

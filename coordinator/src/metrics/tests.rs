@@ -6,7 +6,7 @@ use baton_kubernetes::Scaled;
 use baton_proto as wire;
 use baton_types::{Fault, FaultKind, Leg, Origin, Role};
 
-use super::{Metrics, Path, PullOutcome, catalogue::Row};
+use super::{Metrics, Path, PullOutcome, Standing, catalogue::Row};
 use crate::{
     admin::{BucketCount, Latency},
     shell::WorkerStatus,
@@ -72,7 +72,12 @@ fn observed() -> (Metrics, String) {
         },
         prefix_blocks: 1,
     };
-    let text = metrics.render(1, &BTreeMap::from([(0, 1)]), &[worker]);
+    let text = metrics.render(&Standing {
+        requests_open: 1,
+        waiting: BTreeMap::from([(0, 1)]),
+        long_prompts_part: 0.5,
+        workers: vec![worker],
+    });
     (metrics, text)
 }
 
@@ -145,11 +150,12 @@ fn what_workers_count_is_a_counter_and_what_alerts_ask_for_is_there_before() {
         "baton_worker_handoffs_ended_total{worker=\"prefill-0\",role=\"prefill\",name=\"expired\"} 0",
         "baton_requests_total{path=\"none\",outcome=\"server_error\"} 0",
         "baton_requests_shed_total{reason=\"waited_too_long\",priority=\"0\"} 0",
+        "baton_long_prompt_workers_ratio 0.5",
     ] {
         assert!(text.contains(line), "{line}\n{text}");
     }
     assert!(
-        !metrics.render(0, &BTreeMap::new(), &[]).contains("prefill-0"),
+        !metrics.render(&Standing::default()).contains("prefill-0"),
         "who left leaves no line behind"
     );
 }
@@ -205,7 +211,7 @@ fn what_is_not_known_of_a_pool_is_not_shown() {
         decode,
     };
     let unknown = known(2, f64::INFINITY);
-    let shown = || metrics.render(0, &BTreeMap::new(), &[]);
+    let shown = || metrics.render(&Standing::default());
     metrics
         .balancer
         .decided(&[decision(known(2, 1.5), known(1, 0.25)), decision(known(1, 0.5), unknown)]);
