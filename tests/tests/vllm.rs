@@ -232,7 +232,7 @@ async fn second_turn(cluster: &Cluster) {
 
 /// A copy that takes longer than computing would have is given up, which a busy machine brings about.
 async fn copied_from_decode(cluster: &Cluster) {
-    for number in 0..20 {
+    for number in 0..40 {
         if is_copied_from_decode(cluster, number).await {
             return;
         }
@@ -242,7 +242,8 @@ async fn copied_from_decode(cluster: &Cluster) {
 
 /// As when an answer is part of the next prompt: decode holds what prefill does not, or not any more.
 async fn is_copied_from_decode(cluster: &Cluster, number: usize) -> bool {
-    const TOKENS: usize = 1000;
+    // The longer, the more a copy saves; what it takes hardly grows.
+    const TOKENS: usize = 1500;
     const CACHED_BLOCKS: usize = TOKENS / BLOCK_SIZE_TOKENS;
     const CACHED_TOKENS: usize = CACHED_BLOCKS * BLOCK_SIZE_TOKENS;
     let tokens = prompt(1717 + number, TOKENS);
