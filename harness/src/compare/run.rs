@@ -119,7 +119,12 @@ pub fn run(
         let attainment = findings.summary.attainment;
         let point = LoadPoint { offered_rps: load.rate_rps(), attainment };
         let findings = (*factor == LOADS[SHOWN]).then_some(findings);
-        ticker.tick("running at several loads");
+        let line = findings.is_some().then(|| {
+            let (cell, way) = (name(experiment, &cells[cell]), entries[*i].way);
+            let (share, rps) = (100.0 * attainment, figures(point.offered_rps));
+            format!("{cell}: {way} {share:.1} % in time at {rps} requests/s")
+        });
+        ticker.found("running", line);
         Ok((*i, point, findings))
     });
     let ran: Vec<(usize, LoadPoint, Option<RunFindings>)> =
