@@ -1,6 +1,7 @@
 """Every place of the connector that reads bytes of its worker, or what a request brings with it. Each takes
 any bytes, and checks what must be true whatever they are."""
 
+import atexit
 import json
 import os
 import tempfile
@@ -59,6 +60,7 @@ def arena_file() -> str:
     descriptor, path = tempfile.mkstemp(prefix="baton-fuzz-")
     os.write(descriptor, bytes(range(SLOT_BYTES)) * IMPORTS.stop)
     os.close(descriptor)
+    atexit.register(os.unlink, path)
     return path
 
 

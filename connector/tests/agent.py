@@ -3,9 +3,11 @@
 It plays both ends of the transfer at once: one engine can produce a handoff and later consume it.
 """
 
+import atexit
 import contextlib
 import mmap
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -54,6 +56,8 @@ class Agent:
         path: str | None = None,
     ) -> None:
         self.directory = tempfile.mkdtemp(prefix="baton-agent-")
+        # Not at close: another agent may take its path.
+        atexit.register(shutil.rmtree, self.directory, ignore_errors=True)
         self.path = path or os.path.join(self.directory, "kv.sock")
         self.export_slots, self.import_slots, self.refuse = export_slots, import_slots, refuse
         self.hello: dict[str, Any] = {}
