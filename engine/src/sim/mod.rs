@@ -40,7 +40,7 @@ pub use self::{
     block_pool::{BlockHash, BlockId},
     profile::{Profile, ProfileError},
     scheduler::{NeverFits, NewSequence, Scheduler, SchedulerLimits, SequenceId},
-    step::{Admission, PrefillPace, Step, Work},
+    step::{Admission, Step, Work},
 };
 use crate::{
     contract::{

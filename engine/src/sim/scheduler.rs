@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 
 use super::{
     block_pool::{BlockHash, BlockId, BlockPool},
-    step::{Admission, Budget, PrefillPace, Step, Work},
+    step::{Admission, Budget, Step, Work},
 };
-use crate::kv_cache::KvCacheLog;
+use crate::{kv_cache::KvCacheLog, pacing::StepPace};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SchedulerLimits {
@@ -65,7 +65,7 @@ pub struct NeverFits {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: SchedulerLimits,
-    pace: Option<PrefillPace>,
+    pace: Option<StepPace>,
     pool: BlockPool,
     sequences: Vec<Entry>,
     unused_entries: Vec<u32>,
@@ -219,7 +219,8 @@ impl Scheduler {
         }
     }
 
-    pub fn set_pace(&mut self, pace: Option<PrefillPace>) {
+    /// Without one, [`SchedulerLimits::max_step_tokens`] alone limits a step.
+    pub fn set_pace(&mut self, pace: Option<StepPace>) {
         self.pace = pace;
     }
 

@@ -74,7 +74,7 @@ const MODEL: StepModel = StepModel {
 
 #[test]
 fn a_prompt_at_a_measured_pace_begins_where_all_of_it_fits() {
-    let pace = PrefillPace { step_ms: 9.0, model: MODEL, min_chunk_tokens: 1, least_tokens: 0 };
+    let pace = StepPace { step_ms: 9.0, model: MODEL };
     for (pace, begins) in [(None, true), (Some(pace), false)] {
         // Room for 128 tokens.
         let mut scheduler = Scheduler::new(limits(32, 8, 64));
@@ -90,14 +90,14 @@ fn a_prompt_at_a_measured_pace_begins_where_all_of_it_fits() {
 
 #[test]
 fn prompts_are_computed_together_where_nothing_decodes() {
-    let pace = PrefillPace { step_ms: 5.0, model: MODEL, min_chunk_tokens: 1, least_tokens: 0 };
-    let mut scheduler = Scheduler::new(limits(100, 8, 64));
+    let pace = StepPace { step_ms: 41.0, model: MODEL };
+    let mut scheduler = Scheduler::new(limits(100, 8, 128));
     scheduler.set_pace(Some(pace));
     for family in 1..=3 {
-        scheduler.add(prompt(family, 30)).unwrap();
+        scheduler.add(prompt(family, 60)).unwrap();
     }
-    assert_eq!(step(&mut scheduler), [(0, 30, true), (0, 30, true), (0, 4, false)]);
-    assert_eq!(step(&mut scheduler), [(30, 1, true), (30, 1, true), (4, 4, false)]);
+    assert_eq!(step(&mut scheduler), [(0, 60, true), (0, 60, true), (0, 8, false)]);
+    assert_eq!(step(&mut scheduler), [(60, 1, true), (60, 1, true), (8, 40, false)]);
 }
 
 #[test]
@@ -105,16 +105,16 @@ fn a_prompt_gets_on_where_no_time_is_left() {
     // The second says that it costs nothing, and that nothing fits.
     for (prefill_ms, prefill_interference_factor) in [([0.0, 1.0, 0.0], 1.0), ([0.0; 3], 0.0)] {
         let model = StepModel { prefill_ms, prefill_interference_factor, ..MODEL };
-        let pace = PrefillPace { step_ms: 1.0, model, min_chunk_tokens: 8, least_tokens: 8 };
+        let pace = StepPace { step_ms: 1.0, model };
         let mut scheduler = Scheduler::new(limits(100, 8, 100));
         scheduler.set_pace(Some(pace));
         scheduler.add(prompt(1, 5)).unwrap();
         assert_eq!(step(&mut scheduler), [(0, 5, true)]);
-        scheduler.add(prompt(2, 20)).unwrap();
-        assert_eq!(step(&mut scheduler), [(5, 1, true), (0, 8, false)]);
-        scheduler.add(prompt(3, 4)).unwrap();
-        assert_eq!(step(&mut scheduler), [(6, 1, true), (8, 8, false)]);
-        assert_eq!(step(&mut scheduler), [(7, 1, true), (16, 4, true), (0, 4, true)]);
+        scheduler.add(prompt(2, 80)).unwrap();
+        assert_eq!(step(&mut scheduler), [(5, 1, true), (0, 32, false)]);
+        scheduler.add(prompt(3, 16)).unwrap();
+        assert_eq!(step(&mut scheduler), [(6, 1, true), (32, 32, false)]);
+        assert_eq!(step(&mut scheduler), [(7, 1, true), (64, 16, true), (0, 16, true)]);
     }
 }
 

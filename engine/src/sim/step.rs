@@ -102,45 +102,26 @@ pub struct Admission {
     pub waits_for_remote: bool,
 }
 
-/// How much prefill a step takes in, said in time: what the decodes beside it can bear. Without one,
-/// [`SchedulerLimits::max_step_tokens`] alone limits a step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PrefillPace {
-    /// A step with decodes in it ends within this time.
-    pub step_ms: f64,
-    /// By this model.
-    pub model: StepModel,
-    /// A shorter chunk waits for a step with more room, unless it is the end of its prompt.
-    pub min_chunk_tokens: u32,
-    /// What a step takes in where no time is left for it: a prompt that waits for idle decodes might wait for ever.
-    pub least_tokens: u32,
-}
-
-/// Smaller chunks cost more than they bring. As in the scheduler of the connector.
-pub(super) const MIN_CHUNK_TOKENS: u32 = 32;
-
-impl PrefillPace {
-    pub fn of(StepPace { step_ms, model }: StepPace, least_tokens: u32) -> Self {
-        Self { step_ms, model, min_chunk_tokens: MIN_CHUNK_TOKENS, least_tokens }
-    }
-}
+/// Smaller chunks cost more than they bring. Also what each step takes in where no time is left for it: a prompt
+/// that waits for idle decodes might wait for ever. As in the scheduler of the connector.
+const MIN_CHUNK_TOKENS: u32 = 32;
 
 /// What is left of a step while it is planned.
 pub(super) struct Budget {
     pub(super) tokens: u32,
-    pace: Option<PrefillPace>,
+    pace: Option<StepPace>,
     /// Of prefill, in milliseconds.
     work_ms: f64,
     prefill_tokens_taken: u32,
 }
 
 impl Budget {
-    pub(super) fn new(tokens: u32, pace: Option<PrefillPace>) -> Self {
+    pub(super) fn new(tokens: u32, pace: Option<StepPace>) -> Self {
         Self { tokens, pace, work_ms: f64::INFINITY, prefill_tokens_taken: 0 }
     }
 
     pub(super) fn decodes_planned(&mut self, step: &Step) {
-        if let Some(PrefillPace { step_ms, model, .. }) = self.pace
+        if let Some(StepPace { step_ms, model }) = self.pace
             && step.decode_sequences > 0
         {
             let base = model.decode_step_ms(step.decode_sequences, step.decode_context_tokens);
@@ -151,15 +132,13 @@ impl Budget {
     /// How many tokens of a prompt the step takes in.
     pub(super) fn chunk(&self, from: u32, remaining: u32) -> u32 {
         let most = remaining.min(self.tokens);
-        let Some(PrefillPace { model, min_chunk_tokens, least_tokens, .. }) = self.pace else {
-            return most;
-        };
+        let Some(StepPace { model, .. }) = self.pace else { return most };
         if self.work_ms.is_infinite() {
             return most;
         }
         let within = most.min(model.prefill_tokens_within(self.work_ms, from));
-        let is_short = within < remaining && within < min_chunk_tokens;
-        let least = most.min(least_tokens.saturating_sub(self.prefill_tokens_taken));
+        let is_short = within < remaining && within < MIN_CHUNK_TOKENS;
+        let least = most.min(MIN_CHUNK_TOKENS.saturating_sub(self.prefill_tokens_taken));
         if is_short { least } else { within.max(least) }
     }
 

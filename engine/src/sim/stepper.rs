@@ -17,7 +17,6 @@ use super::{
     core::{Core, Said, Submission},
     profile::Profile,
     shards::Shards,
-    step::{MIN_CHUNK_TOKENS, PrefillPace},
 };
 use crate::{
     kv_port::{FromEngine, KvPort, ToEngine},
@@ -103,8 +102,7 @@ impl Stepper {
                 self.command(command);
             }
             self.take_messages();
-            let pace = self.pacing.pace();
-            self.core.scheduler.set_pace(pace.map(|pace| PrefillPace::of(pace, MIN_CHUNK_TOKENS)));
+            self.core.scheduler.set_pace(self.pacing.pace());
             let step = self.core.begin_step();
             self.publish();
             if step.work.is_empty() {

@@ -1,7 +1,7 @@
 use baton_core::{JobId, WorkerKey, WorkerReport};
 use baton_engine::{
     FittedSteps, Pacing,
-    sim::{NeverFits, NewSequence, PrefillPace, Scheduler, SequenceId, Step},
+    sim::{NeverFits, NewSequence, Scheduler, SequenceId, Step},
 };
 use baton_types::{Leg, StepModel};
 
@@ -89,8 +89,7 @@ impl Worker {
 
     /// Plans the next step and says how long it takes; none if there is nothing to compute.
     pub(super) fn begin_step(&mut self) -> Option<Nanos> {
-        let pace = self.pacing.pace();
-        self.scheduler.set_pace(pace.map(|pace| PrefillPace::of(pace, 0)));
+        self.scheduler.set_pace(self.pacing.pace());
         loop {
             self.scheduler.plan_step_into(&mut self.step);
             if !self.step.work.is_empty() {
