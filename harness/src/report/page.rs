@@ -78,13 +78,16 @@ fn figure(title: &str, note: &str, draw: impl Fn(Width) -> Markup) -> Markup {
 
 fn goodput_note(report: &Report) -> String {
     let all = || report.scenarios.iter().flat_map(|scenario| &scenario.contenders);
-    let mut note = if all().any(|contender| contender.goodput.is_some()) {
-        "Goodput: the highest request rate at which at least 90 % of all requests meet both SLOs. The line \
-         through a bar: at least 99 %."
+    let mut found = all().filter_map(|contender| contender.goodput.as_ref()).peekable();
+    let mut note = if found.peek().is_some() {
+        "Goodput: the highest request rate at which at least 90 % of all requests meet both SLOs."
             .to_owned()
     } else {
         "Requests that met both SLOs, per second, at the load that was run.".to_owned()
     };
+    if found.any(|found| found.rps_p99.is_some()) {
+        note.push_str(" The line through a bar: at least 99 %.");
+    }
     if report.scenarios.iter().any(|scenario| scenario.contenders.len() > 1) {
         note.push_str(" Percentages: against the first mode.");
     }

@@ -69,6 +69,16 @@ fn a_full_report_is_one_well_formed_page_on_its_own() {
 }
 
 #[test]
+fn a_line_that_is_not_drawn_is_not_explained() {
+    let mut report = fixture::report();
+    assert!(report.to_html().contains("The line through a bar"));
+    for contender in report.scenarios.iter_mut().flat_map(|scenario| &mut scenario.contenders) {
+        contender.goodput.iter_mut().for_each(|found| found.rps_p99 = None);
+    }
+    assert!(!report.to_html().contains("The line through a bar"));
+}
+
+#[test]
 fn labels_stay_inside_their_drawing() {
     let html = fixture::report().to_html();
     let document = parse(&html);
