@@ -23,19 +23,15 @@ fn is_alive(pid: &str) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
 
-#[test]
-fn a_killed_workers_engine_is_gone_with_all_its_children() {
-    let directory = tempfile::tempdir().unwrap();
-    // In place of vLLM: a server that starts, and a core of it that does not look after its parent.
-    let program = directory.path().join("engine.sh");
-    let pids = directory.path().join("pids");
-    fs::write(
-        &program,
-        format!("sleep 600 & echo $$ $! > {0}.part; mv {0}.part {0}; wait", pids.display()),
-    )
-    .unwrap();
+/// A worker whose engine is a server that starts, and a core of it that does not look after its parent.
+/// `then` is what the server does once their process numbers stand in `pids`.
+fn worker(directory: &Path, pids: &Path, then: &str) -> Process {
+    let program = directory.join("engine.sh");
+    let script =
+        format!("sleep 600 & echo $$ $! > {0}.part; mv {0}.part {0}; {then}", pids.display());
+    fs::write(&program, script).unwrap();
     let port = free_port();
-    let config = directory.path().join("baton.toml");
+    let config = directory.join("baton.toml");
     let toml = format!(
         "[coordinator]\nlisten = \"127.0.0.1:8000\"\nworkers_listen = \"127.0.0.1:7000\"\n[engine]\n\
          kind = \"vllm\"\ncommand = [\"sh\", {program:?}]\nport = {port}\n[arena]\ndirectory = \
@@ -44,10 +40,31 @@ fn a_killed_workers_engine_is_gone_with_all_its_children() {
     fs::write(&config, toml).unwrap();
     let mut command = Command::new(baton().unwrap());
     command.args(["decode-worker", "--name", "decode-0", "--config"]).arg(&config);
-    let mut worker = Process::spawn("decode-0", command, directory.path()).unwrap();
-    until("the engine starts", || Path::new(&pids).exists());
-    let pids = fs::read_to_string(&pids).unwrap();
+    Process::spawn("decode-0", command, directory).unwrap()
+}
+
+fn written(pids: &Path) -> String {
+    until("the engine starts", || pids.exists());
+    fs::read_to_string(pids).unwrap()
+}
+
+#[test]
+fn a_killed_workers_engine_is_gone_with_all_its_children() {
+    let directory = tempfile::tempdir().unwrap();
+    let pids = directory.path().join("pids");
+    let mut worker = worker(directory.path(), &pids, "wait");
+    let pids = written(&pids);
     assert!(pids.split_whitespace().all(is_alive), "{pids}");
     worker.kill();
+    until("all of it is gone", || !pids.split_whitespace().any(is_alive));
+}
+
+#[test]
+fn so_it_is_where_the_worker_is_killed_as_its_engine_starts() {
+    let directory = tempfile::tempdir().unwrap();
+    let pids = directory.path().join("pids");
+    // Its parent is the worker.
+    let _worker = worker(directory.path(), &pids, "kill -KILL $PPID; wait");
+    let pids = written(&pids);
     until("all of it is gone", || !pids.split_whitespace().any(is_alive));
 }

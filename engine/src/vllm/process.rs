@@ -43,7 +43,7 @@ pub(super) struct Launch<'a> {
     pub(super) worker_name: &'a str,
 }
 
-/// One process of vLLM and all its children: a process group of its own.
+/// One process of vLLM, all its children and their keeper: a process group of its own.
 #[derive(Debug)]
 pub(super) struct EngineProcess {
     group: Pid,
@@ -67,24 +67,24 @@ impl EngineProcess {
             .envs(launch.environment)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0);
+            .stderr(Stdio::piped());
         if let Some(python_path) = python_path(launch.environment) {
             command.env("PYTHONPATH", python_path);
         }
         let not_started = |reason: String| EngineError::NotStarted(format!("{program}: {reason}"));
+        let keeper = keeper()
+            .inspect_err(|error| {
+                tracing::warn!(%error, "if this worker is killed, its engine will go on alone");
+            })
+            .ok();
+        let keepers_group = keeper.as_ref().and_then(pid_of);
+        command.process_group(keepers_group.map_or(0, |group| group.as_raw_nonzero().get()));
         let child = command.spawn().map_err(|error| not_started(error.to_string()))?;
-        let group = child
-            .id()
-            .and_then(|id| i32::try_from(id).ok())
-            .and_then(Pid::from_raw)
+        let group = keepers_group
+            .or_else(|| pid_of(&child))
             .ok_or_else(|| not_started("it ended at once".to_owned()))?;
-        let keeper = end_with_us(group);
-        if let Err(error) = &keeper {
-            tracing::warn!(%error, "if this worker is killed, its engine will go on alone");
-        }
         let (sender, ended) = watch::channel(None);
-        tokio::spawn(watch_over(child, keeper.ok(), group, launch.worker_name.to_owned(), sender));
+        tokio::spawn(watch_over(child, keeper, group, launch.worker_name.to_owned(), sender));
         Ok(Self { group, ended })
     }
 
@@ -119,20 +119,25 @@ impl Drop for EngineProcess {
     }
 }
 
-/// Kills the group when this process is gone, however it went: nobody else holds the other end of the
-/// keeper's stdin. A killed worker's engine would keep its port and its GPU.
-fn end_with_us(group: Pid) -> std::io::Result<Child> {
+/// Leads the engine's group, and kills it when this process is gone, however it went: nobody else holds
+/// the other end of the keeper's stdin. A killed worker's engine would keep its port and its GPU. It is
+/// there before the engine, so that there is no moment at which a killed worker leaves one behind.
+fn keeper() -> std::io::Result<Child> {
     Command::new("sh")
         .args(["-c", "read -r _; kill -KILL 0"])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .process_group(group.as_raw_nonzero().get())
+        .process_group(0)
         .spawn()
 }
 
+fn pid_of(child: &Child) -> Option<Pid> {
+    child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw)
+}
+
 fn signal(group: Pid, ended: &watch::Receiver<Option<String>>, signal: Signal) {
-    // The group's number may belong to others once its leader was waited for.
+    // The group's number may belong to others once its processes were waited for.
     if ended.borrow().is_none() {
         let _ = kill_process_group(group, signal);
     }
